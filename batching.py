@@ -1,0 +1,204 @@
+"""From rows to logits: tokens, the plan (which examples are in which step), a process's share of it, evaluation.
+
+The plan is a list of global batches, each an array of example ids, and a function of (seed, batch_size) alone. Each
+process takes its share of every global batch *before* the DataLoader, so neither the number of processes nor the size
+of a micro-batch changes which examples make a step, and going on at step N is an index into the plan.
+"""
+
+from dataclasses import replace
+from itertools import count
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object, send_to_device
+from torch.utils.data import DataLoader
+
+from common import log
+from reader import BadInput
+from splits import cached_table, digest, one_process_at_a_time
+
+
+def longest_input(model, tokenizer):
+    """Return the number of tokens that the model has positions for."""
+    limit = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
+    for name, module in model.named_modules():
+        # RoBERTa, XLM-R and MPNet count positions from padding_idx + 1 on.
+        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+            limit = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return min(limit, tokenizer.model_max_length)
+
+
+def tokenize(task, rows, fingerprint, model, tokenizer):
+    """Return (examples, made): a Dataset with ragged `input_ids` (and `token_type_ids`), `length` and `label`.
+
+    Made once, and cached under the content of the rows, the tokenizer and the settings.
+    Raises BadInput for a max_length beyond the model's positions, and for token ids beyond its vocabulary.
+    """
+    import pyarrow as pa
+
+    limit = longest_input(model, tokenizer)
+    if task.max_length and task.max_length > limit:
+        raise BadInput(
+            f"max_length {task.max_length} is more than the model's {limit} positions", f"--max_length {limit}"
+        )
+    max_length = task.max_length or limit
+    columns = [name for name in ("input_ids", "token_type_ids") if name in tokenizer.model_input_names]
+    label_type = pa.float64() if task.is_regression else pa.int64()
+    schema = pa.schema(
+        [(name, pa.list_(pa.int32())) for name in columns] + [("length", pa.int32()), ("label", label_type)]
+    )
+
+    def token_columns():
+        for start_row in range(0, len(rows), 1000):
+            some = rows[start_row : start_row + 1000]
+            texts = [some[column] for column in task.text]
+            encoded = tokenizer(*texts, truncation=True, max_length=max_length)
+            lengths = [len(ids) for ids in encoded["input_ids"]]
+            yield {**{name: encoded[name] for name in columns}, "length": lengths, "label": some["label"]}
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend else sorted(tokenizer.get_vocab().items())
+    # The labels' order is part of the key: `label` holds ids.
+    key = digest(
+        "tokens", fingerprint, type(tokenizer).__name__, vocabulary, columns, task.text, task.labels, max_length
+    )
+    examples, made = cached_table(key, schema, token_columns)
+    largest = max((int(max(chunk.values.to_numpy())) for chunk in examples.data.column("input_ids").chunks), default=0)
+    vocabulary_size = model.get_input_embeddings().num_embeddings
+    if largest >= vocabulary_size:
+        raise BadInput(
+            f"the tokenizer makes the token id {largest}, the model's vocabulary ends at {vocabulary_size - 1}",
+            "Tokenizer and model do not belong together: check the model folder.",
+        )
+    return examples, made
+
+
+def tokenize_splits(task, splits, fingerprints, model, tokenizer):
+    """Return (task, {split: examples}), the task with its max_length filled in; say what came from the cache."""
+    with one_process_at_a_time():
+        tokenized = {name: tokenize(task, rows, fingerprints[name], model, tokenizer) for name, rows in splits.items()}
+    for name, (examples, made) in tokenized.items():
+        longest = max(examples["length"])
+        source = "tokenised" if made else "tokens from the cache"
+        log.info(f"{name}: {len(examples)} examples, longest {longest} tokens, {source}")
+    task = replace(task, max_length=task.max_length or longest_input(model, tokenizer))
+    return task, {name: examples for name, (examples, _) in tokenized.items()}
+
+
+def plan(number_of_examples, batch_size, seed, steps):
+    """Return the global batches of a run, one for each step.
+
+    An epoch is every example id once, shuffled by (seed, epoch); its last batch may be smaller.
+    """
+    batches = []
+    for epoch in count():
+        if len(batches) >= steps:
+            return batches[:steps]
+        order = np.random.default_rng([seed, epoch]).permutation(number_of_examples).astype(np.int32)
+        batches += [order[start : start + batch_size] for start in range(0, number_of_examples, batch_size)]
+
+
+def share(batch, rank, number_of_processes, micro_batch_size):
+    """Return the micro-batches of one process: lists of (ids, weight), one at least.
+
+    Every n-th example goes to the same process. A process that gets none computes the batch's first example with
+    weight 0, since the gradients of a step are averaged by all processes or by none.
+    """
+    ids = batch[rank::number_of_processes]
+    if len(ids) == 0:
+        return [(batch[:1], 0.0)]
+    return [(ids[start : start + micro_batch_size], 1.0) for start in range(0, len(ids), micro_batch_size)]
+
+
+def pad(examples, pad_token_id):
+    """Lay examples out as a rectangle, as wide as the longest: a dict of tensors, shape (examples, tokens).
+
+    examples: a dict of columns, with ragged `input_ids` and perhaps `token_type_ids`.
+    """
+    lengths = [len(ids) for ids in examples["input_ids"]]
+    mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
+    inputs = {"attention_mask": torch.from_numpy(mask.astype(np.int64))}
+    for name, padding in (("input_ids", pad_token_id), ("token_type_ids", 0)):
+        if name in examples:
+            rectangle = np.full(mask.shape, padding, dtype=np.int64)
+            rectangle[mask] = np.concatenate(examples[name])
+            inputs[name] = torch.from_numpy(rectangle)
+    return inputs
+
+
+def step_loader(examples, batches, accelerator, micro_batch_size, pad_token_id, num_workers=0):
+    """Return a DataLoader that yields, for every global batch, this process's micro-batches of it.
+
+    A micro-batch is a dict of `ids`, `inputs` (tensors for the model), `labels`, `weight`, and counts; all of it still
+    on the CPU. The loader is not for accelerator.prepare(): it is divided among the processes already.
+    """
+    divided = [
+        share(batch, accelerator.process_index, accelerator.num_processes, micro_batch_size) for batch in batches
+    ]
+    return DataLoader(
+        _Rows(examples, pad_token_id),
+        sampler=divided,  # an "index" is the list of micro-batches of one step
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+        # Without a generator of its own the loader draws from torch's, and the model's dropout would depend on it.
+        generator=torch.Generator(),
+    )
+
+
+class _Rows:
+    """Looks up the micro-batches of a step; a class and not a closure, so that worker processes can receive it."""
+
+    def __init__(self, examples, pad_token_id):
+        self.examples = examples
+        self.pad_token_id = pad_token_id
+
+    def __len__(self):
+        return len(self.examples)
+
+    def __getitem__(self, micro_batches):
+        return [self.lay_out(ids, weight) for ids, weight in micro_batches]
+
+    def lay_out(self, ids, weight):
+        rows = self.examples[ids]
+        inputs = pad(rows, self.pad_token_id)
+        return {
+            "ids": ids,
+            "inputs": inputs,
+            "labels": torch.tensor(rows["label"]),
+            "weight": weight,
+            "examples": len(ids) * weight,
+            "tokens": sum(rows["length"]) * weight,
+            "positions": inputs["input_ids"].numel() * weight,
+        }
+
+
+@torch.inference_mode()
+def all_logits(model, examples, accelerator, batch_size, pad_token_id):
+    """Return the logits of all examples, by example id: a float32 array (examples, outputs), on every process.
+
+    Examples of like length go together, longest first, so that little is padded and memory runs out at once or never.
+    Each process takes every n-th batch; each example is counted once, by its id. Raises RuntimeError where one is not.
+    """
+    was_training = model.training
+    model.eval()
+    lengths = np.array(examples["length"])
+    order = np.argsort(-lengths, kind="stable")
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    mine = []
+    for batch in batches[accelerator.process_index :: accelerator.num_processes]:
+        inputs = send_to_device(pad(examples[batch], pad_token_id), accelerator.device)
+        # To the CPU at the end: asking for each batch's logits would make the GPU wait for Python.
+        mine.append((batch, model(**inputs).logits.float()))
+    model.train(was_training)
+    mine = [(batch, logits.cpu().numpy()) for batch, logits in mine]
+    # As objects: tensors of uneven shapes must not be gathered, and the processes have uneven numbers of batches.
+    gathered = gather_object(mine)
+    logits = np.zeros((len(examples), model.config.num_labels), dtype=np.float32)
+    seen = np.zeros(len(examples), dtype=int)
+    for batch, values in gathered:
+        logits[batch] = values
+        seen[batch] += 1
+    if not (seen == 1).all():
+        raise RuntimeError(f"{(seen != 1).sum()} of {len(seen)} examples were not evaluated exactly once")
+    return logits

@@ -1,0 +1,96 @@
+"""Score a saved model on a split of its own data, or on a file.
+
+    python evaluate.py --model runs/mrpc                    # the validation split: the scores that training printed
+    python evaluate.py --model runs/mrpc --split test
+    python evaluate.py --model runs/mrpc --file more.csv    # a labelled file with the same columns
+    accelerate launch evaluate.py --model runs/mrpc         # several processes: each example is still counted once
+
+Writes RUN/evaluation-SPLIT/ (--output_dir): evaluation.json, and predictions.csv with a row for every example.
+"""
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+
+import batching
+import checkpoint
+import common
+import tasks
+from common import BadInput, log
+
+
+def build_parser():
+    parser = common.argument_parser(__doc__, data=True)
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--model", required=True, metavar="ID|DIR", help="a run, a model folder, or a model of the Hub")
+    group.add_argument("--split", default="validation", help="of the task's data (default: %(default)s)")
+    group.add_argument("--file", metavar="FILE", help="score this file instead of a split")
+    group.add_argument("--output_dir", metavar="DIR", help="(default: evaluation-SPLIT beside the model folder)")
+    common.add_machine_arguments(parser)
+    return parser
+
+
+def write_predictions(path, task, rows, logits):
+    """Write predictions.csv: the texts, the label and the prediction of every example."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow([*task.text, "label", *common.prediction_columns(task)])
+        for row, prediction in zip(rows, common.prediction_rows(task, logits), strict=True):
+            label = row["label"] if task.is_regression else task.labels[row["label"]]
+            table.writerow([*(row[column] for column in task.text), label, *prediction])
+    temporary.replace(path)
+
+
+def main():
+    args = build_parser().parse_args()
+    folder = checkpoint.model_folder(args.model)
+    task, fingerprints = tasks.saved_task(folder)
+    if task is None and not args.task:
+        raise BadInput(f"{args.model}: has no task.json, so its data are not known", "Name them with --task.")
+    if args.task or args.train_file or args.validation_file or args.test_file:
+        fingerprints = {}  # other data than the model was trained on, by request
+    task = tasks.task_of(args, default=task)
+    if args.file:
+        args.split = Path(args.file).name.split(".")[0]
+        task, fingerprints = replace(task, dataset=None, files={args.split: args.file}), {}
+    output = Path(args.output_dir or Path(folder).parent / f"evaluation-{args.split}")
+
+    accelerator = common.start(args)
+    model, tokenizer, facts = common.load_model(folder, refresh=args.refresh)
+    task = common.with_labels_of(model, facts, task)
+    task, splits, now = common.load_data(task, args)
+    common.check_splits(task, splits, [args.split])
+    if fingerprints.get(args.split, now[args.split]) != now[args.split] and not args.limit:
+        raise BadInput(
+            f"the {args.split} split is not the one of the training: its data or the rule that made it have changed",
+            "Score the data as they are now with --file, or bring back the old ones.",
+        )
+    rows = splits[args.split]
+    task, examples = batching.tokenize_splits(task, {args.split: rows}, now, model, tokenizer)
+    model = accelerator.prepare_model(model, evaluation_mode=True)
+    logits = batching.all_logits(model, examples[args.split], accelerator, args.eval_batch_size, tokenizer.pad_token_id)
+    result = common.evaluate(task, logits, rows["label"])
+
+    log.info(f"{args.split}: {common.score_words(result['scores'])}, loss {result['loss']:.4f}, {len(rows)} examples")
+    if accelerator.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        write_predictions(output / "predictions.csv", task, rows, logits)
+        tasks.write_json(
+            output / "evaluation.json",
+            {
+                "model": facts["model"],
+                "split": args.split,
+                "examples": len(rows),
+                "fingerprint": now[args.split],
+                "mixed_precision": accelerator.mixed_precision,
+                "loss": result["loss"],
+                "scores": result["scores"],
+            },
+        )
+    log.info(f"written: {output}/evaluation.json, predictions.csv")
+    common.finish(accelerator, model)
+
+
+if __name__ == "__main__":
+    common.run(main)

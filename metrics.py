@@ -1,0 +1,241 @@
+"""Metrics: the GLUE scores and their kin, as in-memory `evaluate.Metric` objects: no network, no files.
+
+Every score is a fraction between 0 and 1 (correlations: -1 to 1; mse: squared label units), equal to scikit-learn's
+and scipy's in float64. A score that has no value is None (null in JSON), with one warning, and never wins a comparison.
+
+    compute(["f1", "accuracy"], predictions, references)      -> {"f1": 0.8122, "accuracy": 0.6838}
+    load("f1").compute(predictions=..., references=...)       -> {"f1": 0.8122}
+
+Predictions and references are columns of equal length: integer class ids (after the argmax), or floats for regression.
+"""
+
+import difflib
+import functools
+import importlib
+import math
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+REGRESSION = ("pearson", "spearmanr", "mse")
+CLASSIFICATION = ("accuracy", "f1", "matthews_correlation", "f1_macro", "f1_weighted")
+CLASSIFICATION += ("precision_weighted", "recall_weighted")
+DIRECTION = dict.fromkeys(CLASSIFICATION + REGRESSION, "max") | {"mse": "min"}  # every metric, and which way is better
+LARGEST = 1e100  # beyond this the squares of a regression score overflow float64
+
+
+def is_better(name: str, score: float | None, best: float | None) -> bool:
+    """True where `score` beats `best`. None never wins, anything beats None, a tie keeps the older one."""
+    require_known(name)
+    if score is None or math.isnan(score):
+        return False
+    if best is None or math.isnan(best):
+        return True
+    return score > best if DIRECTION[name] == "max" else score < best
+
+
+def require_known(name: str) -> None:
+    """Raises ValueError, with the nearest name and the list, where there is no such metric."""
+    if name not in DIRECTION:
+        nearest = difflib.get_close_matches(str(name), DIRECTION, n=1)
+        hint = f"did you mean {nearest[0]}? " if nearest else ""
+        raise ValueError(f"unknown metric {name!r}: {hint}Allowed: {', '.join(DIRECTION)}")
+
+
+def check(names: list[str], number_of_labels: int | None) -> None:
+    """Raises ValueError, in one line, where a metric is unknown or does not fit; regression: None labels."""
+    if not names:
+        raise ValueError(f"no metric is named. Allowed: {', '.join(DIRECTION)}")
+    for name in names:
+        require_known(name)
+        if number_of_labels is None and name not in REGRESSION:
+            raise ValueError(f"{name} is for classification, this task is regression: use {', '.join(REGRESSION)}")
+        if number_of_labels is not None and name in REGRESSION:
+            fitting = [other for other in CLASSIFICATION if other != "f1" or number_of_labels == 2]
+            raise ValueError(f"{name} is for regression, this task has labels: use {', '.join(fitting)}")
+        if name == "f1" and number_of_labels != 2:
+            raise ValueError(f"f1 is for two labels, this task has {number_of_labels}: use f1_macro")
+
+
+def compute(names: list[str], predictions, references) -> dict[str, float | None]:
+    """Scores two equally long columns. Warns once, with the reasons, where scores are undefined.
+
+    Raises ValueError for unknown names, columns that are not one-dimensional and equally long, and, in classification,
+    for values that are not integers (`evaluate` would cut 1.7 to 1 in silence) and for unlabelled rows (-1).
+    """
+    predictions, references = np.asarray(predictions), np.asarray(references)
+    if predictions.ndim != 1 or predictions.shape != references.shape:
+        raise ValueError(f"need two equally long columns, got shapes {predictions.shape} and {references.shape}")
+    scores, undefined = {}, []
+    for name in names:
+        require_known(name)
+        if name in CLASSIFICATION and len(references):
+            for side, values in (("predictions", predictions), ("references", references)):
+                if values.dtype.kind not in "biu":
+                    raise ValueError(f"{name} needs integer class ids, the {side} are {values.dtype}: take the argmax")
+            if references.min() < 0:
+                raise ValueError(f"{name} needs labels, the references hold {references.min()}: leave such rows out")
+        scores.update(load(name).compute(predictions=predictions, references=references))
+        if scores[name] is None:
+            undefined.append(f"{name} is undefined: {why_undefined(name, predictions, references)}")
+    if undefined:
+        warnings.warn("; ".join(undefined), stacklevel=2)
+    return scores
+
+
+def load(name: str):
+    """An `evaluate.Metric`, as `evaluate.load` would give, made here; add, add_batch and compute work as usual."""
+    require_known(name)
+    evaluate = import_evaluate()
+    from datasets import Features, Value
+
+    value = Value("float64" if name in REGRESSION else "int64")
+
+    class Metric(evaluate.Metric):
+        def _info(self):
+            # No format="numpy": the library would hand over float32. Lists keep float64.
+            return evaluate.MetricInfo(
+                description=FORMULAS[name].__doc__,
+                citation="",
+                inputs_description="predictions, references: columns of equal length.",
+                features=Features(predictions=value, references=value),
+            )
+
+        def _build_data_dir(self):
+            return ""  # the library makes an empty folder in the cache here, even with keep_in_memory
+
+        def _compute(self, predictions, references):
+            predictions, references = (np.asarray(side, value.dtype) for side in (predictions, references))
+            defined = not why_undefined(name, predictions, references)
+            return {name: float(FORMULAS[name](predictions, references)) if defined else None}
+
+    Metric.__name__ = name  # the library names the metric after its class
+    return Metric(keep_in_memory=True)
+
+
+@functools.cache
+def import_evaluate():
+    """The `evaluate` library, whatever file of that name lies nearby; the import costs seconds, so only on first use.
+
+    This project's script evaluate.py hides the library from every script beside it. For this one import, folders that
+    hold a file evaluate.py ("" and "." are such folders too) leave sys.path, and that script leaves sys.modules.
+    """
+    found = sys.modules.get("evaluate")
+    if hasattr(found, "__path__"):  # a package: the library is there already
+        return found
+    path = sys.path
+    sys.path = [entry for entry in path if not Path(entry, "evaluate.py").is_file()]
+    sys.modules.pop("evaluate", None)
+    try:
+        return importlib.import_module("evaluate")
+    finally:
+        sys.path = path
+        if found is not None:
+            sys.modules["evaluate"] = found
+
+
+def why_undefined(name: str, predictions: np.ndarray, references: np.ndarray) -> str:
+    """Why this score has no value, in plain words; an empty string where it has one."""
+    if len(references) == 0:
+        return "there are no rows"
+    if name == "f1" and not (predictions == 1).any() and not (references == 1).any():
+        return "class 1 is neither predicted nor present, 0/0"
+    if name in REGRESSION:
+        for side, values in (("predictions", predictions), ("references", references)):
+            if not (np.abs(values) < LARGEST).all():  # NaN is not below anything
+                return f"the {side} hold NaN, infinity or values beyond {LARGEST:g}"
+            if name != "mse" and len(values) < 2:
+                return "one row has no correlation"
+            if name != "mse" and (values == values[0]).all():
+                return f"all {side} are equal"
+    return ""
+
+
+# The formulas: (predictions, references) -> score, for columns of shape [rows] where why_undefined has no objection.
+
+
+def count_classes(predictions: np.ndarray, references: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Diagonal, predicted rows and actual rows of the confusion matrix, each of shape [classes], int64.
+
+    The classes are those that occur in either column. The class metrics need no more of the matrix than this.
+    """
+    _, codes = np.unique(np.concatenate([predictions, references]), return_inverse=True)
+    predicted, actual = codes[: len(predictions)], codes[len(predictions) :]
+    columns = (predicted[predicted == actual], predicted, actual)
+    return tuple(np.bincount(column, minlength=codes.max() + 1) for column in columns)
+
+
+def accuracy(predictions, references):
+    """Rows predicted right / rows."""
+    return np.mean(predictions == references)
+
+
+def f1(predictions, references):
+    """2 tp / (2 tp + fp + fn), the positive class being id 1 (van Rijsbergen 1979; GLUE's MRPC and QQP)."""
+    hits = np.sum((predictions == 1) & (references == 1))
+    return 2 * hits / (np.sum(predictions == 1) + np.sum(references == 1))
+
+
+def matthews_correlation(predictions, references):
+    """R_K for any number of classes (Gorodkin 2004, doi:10.1016/j.compbiolchem.2004.09.006); for two, Matthews 1975.
+
+    0.0 where predictions or references are all of one class, which is 0/0: scikit-learn's convention.
+    """
+    hits, predicted, actual = (counts.astype(np.float64) for counts in count_classes(predictions, references))
+    rows = actual.sum()
+    covariance = hits.sum() * rows - predicted @ actual
+    variances = (rows**2 - predicted @ predicted) * (rows**2 - actual @ actual)
+    return covariance / math.sqrt(variances) if variances else 0.0
+
+
+def f1_macro(predictions, references):
+    """Plain mean of each class's F1, over the classes that occur in predictions or references (as scikit-learn)."""
+    hits, predicted, actual = count_classes(predictions, references)
+    return np.mean(2 * hits / (predicted + actual))
+
+
+def f1_weighted(predictions, references):
+    """Mean of each class's F1, weighted by its rows in the references."""
+    hits, predicted, actual = count_classes(predictions, references)
+    return np.average(2 * hits / (predicted + actual), weights=actual)
+
+
+def precision_weighted(predictions, references):
+    """Mean of each class's precision, weighted by its rows in the references; 0 for a class never predicted."""
+    hits, predicted, actual = count_classes(predictions, references)
+    return np.average(hits / np.maximum(predicted, 1), weights=actual)
+
+
+def recall_weighted(predictions, references):
+    """Mean of each class's recall, weighted by its rows in the references: the same number as accuracy."""
+    return accuracy(predictions, references)
+
+
+def pearson(predictions, references):
+    """Covariance / (standard deviation * standard deviation) (Pearson 1895), as scipy.stats.pearsonr computes it."""
+    predictions, references = predictions - predictions.mean(), references - references.mean()
+    # Scaled to a largest value of 1 first: the squares of tiny deviations would be 0.
+    predictions, references = predictions / np.abs(predictions).max(), references / np.abs(references).max()
+    correlation = predictions @ references / math.sqrt((predictions @ predictions) * (references @ references))
+    return np.clip(correlation, -1.0, 1.0)  # rounding may give 1 + 2e-16
+
+
+def spearmanr(predictions, references):
+    """Pearson's correlation of the ranks, ties sharing their average rank (Spearman 1904)."""
+    return pearson(average_ranks(predictions), average_ranks(references))
+
+
+def average_ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1 in float64, shape [rows]; equal values get the mean of the ranks they fill."""
+    _, codes, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[codes]
+
+
+def mse(predictions, references):
+    """Mean squared error, in squared label units."""
+    return np.mean((predictions - references) ** 2)
+
+
+FORMULAS = {name: globals()[name] for name in DIRECTION}

@@ -1,0 +1,180 @@
+"""Fixtures: a tiny BERT and its tokenizer, made in code; small tables; scripts run as users run them."""
+
+import csv
+import json
+import os
+import random
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# No test may reach the network, nor the caches of the person who runs it (see `cache`).
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="true")
+
+ADJECTIVES = {"positive": ["good", "fine", "lovely", "great"], "negative": ["bad", "poor", "awful", "dull"]}
+THINGS = ["room", "film", "book", "meal", "train", "course", "hotel", "phone", "garden", "museum"]
+WORDS = sorted({"the", "was", "very", "and", ".", ",", *THINGS, *sum(ADJECTIVES.values(), [])})
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """A cache of its own for the whole test session, also for the scripts it starts."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["HF_HOME"] = str(folder)
+    os.environ.pop("HF_DATASETS_CACHE", None)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vocabulary(tmp_path_factory):
+    """A WordPiece vocabulary file of the words above."""
+    file = tmp_path_factory.mktemp("vocabulary") / "vocab.txt"
+    file.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]) + "\n", encoding="utf-8")
+    return file
+
+
+def bert_config(vocabulary, **changes):
+    """The `model:` mapping of a 2-layer BERT, without dropout unless a test asks for it."""
+    return {
+        "model_type": "bert",
+        "vocab": str(vocabulary),
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 32,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        **changes,
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(vocabulary, tmp_path_factory):
+    """A folder with a 2-layer BERT (base model, no head) and its tokenizer, as the Hub would serve them."""
+    import torch
+    from transformers import BertConfig, BertModel, BertTokenizer
+
+    folder = tmp_path_factory.mktemp("tiny-bert")
+    values = {key: value for key, value in bert_config(vocabulary).items() if key not in ("vocab", "model_type")}
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=len(WORDS) + 5, **values)).save_pretrained(folder)
+    BertTokenizer(str(vocabulary)).save_pretrained(folder)
+    return folder
+
+
+def make_rows(number, seed=0, labels=("negative", "positive")):
+    """Return (text, label) rows that a tiny model learns in a few dozen steps; lengths differ."""
+    chooser = random.Random(seed)
+    rows = []
+    for _ in range(number):
+        label = chooser.choice(labels)
+        clauses = [
+            f"the {chooser.choice(THINGS)} was {'very ' * chooser.randrange(3)}{chooser.choice(ADJECTIVES[label])}"
+            for _ in range(chooser.randrange(1, 4))
+        ]
+        rows.append((" and ".join(clauses) + " .", label))
+    return rows
+
+
+def write_table(path, rows, header=("text", "label")):
+    """Write rows as CSV, TSV or JSONL, by the name of the file; return the path."""
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        if path.suffix == ".jsonl":
+            for row in rows:
+                file.write(json.dumps(dict(zip(header, row, strict=True)), ensure_ascii=False) + "\n")
+        else:
+            table = csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",", lineterminator="\n")
+            table.writerows([header, *rows])
+    return path
+
+
+@pytest.fixture
+def reviews(tmp_path):
+    """A folder with train.csv (200 rows), validation.csv (50) and test.csv (50)."""
+    for name, number, seed in (("train", 200, 1), ("validation", 50, 2), ("test", 50, 3)):
+        write_table(tmp_path / f"{name}.csv", make_rows(number, seed))
+    return tmp_path
+
+
+@pytest.fixture
+def review_task(reviews, vocabulary):
+    """A YAML task on these reviews, with a 2-layer BERT trained from scratch, in fp32-sized steps."""
+    import yaml
+
+    task = {
+        "files": {name: f"{name}.csv" for name in ("train", "validation", "test")},
+        "text": "text",
+        "label": "label",
+        "labels": ["negative", "positive"],
+        "metrics": ["accuracy", "f1"],
+        "model": bert_config(vocabulary),
+        "defaults": {"learning_rate": 0.003, "batch_size": 16, "epochs": 2, "mixed_precision": "no"},
+    }
+    file = reviews / "reviews.yaml"
+    file.write_text(yaml.safe_dump(task), encoding="utf-8")
+    return file
+
+
+def run_script(script, *arguments, cwd, launcher=(sys.executable,), stdin=None, environment=None, timeout=300):
+    """Run a script of the project as a user would, from another folder; return the CompletedProcess with its text."""
+    command = [*launcher, str(ROOT / script), *map(str, arguments)]
+    # A test's own processes must not inherit what a launcher of the test session has set.
+    variables = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "OMP_", "TORCHELASTIC"))}
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        input=stdin,
+        env={**variables, **(environment or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+TORCHRUN_2 = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch")
+
+
+def lines_of(folder, kind="train"):
+    """Return the lines of a run's metrics.jsonl of one type."""
+    lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [line for line in map(json.loads, lines) if line["type"] == kind]
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """The folder of real data and models that REAL_DATA names; see README.md."""
+    if not os.environ.get("REAL_DATA"):
+        pytest.skip("REAL_DATA is not set: it names a folder with real data sets and a hub (README.md, Tests)")
+    return Path(os.environ["REAL_DATA"]).resolve()
+
+
+@pytest.fixture
+def run_inside(monkeypatch, capfd):
+    """Run a script as __main__ in this process, for speed: a function that returns (exit code, stdout, stderr)."""
+
+    def run(script, *arguments, cwd):
+        from accelerate.state import AcceleratorState, GradientState, PartialState
+
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", [str(ROOT / script), *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        finally:
+            for state in (AcceleratorState, GradientState, PartialState):
+                state._reset_state()
+        captured = capfd.readouterr()
+        return code, captured.out, captured.err
+
+    return run
