@@ -225,6 +225,7 @@ def load_model(name, task=None, refresh=False):
     Raises BadInput for a name that is neither on the Hub nor a model folder, and for weights that are not finite.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BertTokenizer
 
     head = {}
@@ -251,7 +252,7 @@ def load_model(name, task=None, refresh=False):
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 name, **options, **head, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
             )
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             words = " ".join(str(error).split())[:300]
             raise BadInput(f"{name}: cannot be loaded as a text classifier ({words})", "Check --model.") from None
         new = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}

@@ -8,6 +8,7 @@ import csv
 import gzip
 import io
 import json
+import zlib
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def read_rows(path):
     path = Path(path)
     kind = table_format(path)
     try:
-        with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else open(path, "rb") as raw:
+        with _open(path) as raw:
             # newline="" leaves line ends inside quoted fields alone; utf-8-sig drops a byte order mark.
             stream = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
             rows = _jsonl_rows(path, stream) if kind == "jsonl" else _delimited_rows(path, stream, kind)
@@ -62,20 +63,36 @@ def read_rows(path):
             for row in rows:
                 is_empty = False
                 yield row
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise BadInput(f"{path}: no such file{nearest(path.name, siblings)}", "Check the path of the file.") from None
     except IsADirectoryError:
         raise BadInput(f"{path}: is a folder, not a file", "Name one file of it.") from None
     except UnicodeDecodeError as error:
+        line = _first_broken_line(path)
         raise BadInput(
-            f"{path}: is not UTF-8: byte {error.object[error.start]:#04x} ({error.reason})",
+            f"{path}, line {line}: is not UTF-8: byte {error.object[error.start]:#04x} ({error.reason})",
             f"Convert it first, for example: iconv -f GB18030 -t UTF-8 {path.name} > utf8-{path.name}",
         ) from None
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise BadInput(f"{path}: is not a whole gzip file ({error})", "Download or compress it again.") from None
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})", "Check the path and the permissions.") from None
     if is_empty:
         raise BadInput(f"{path}: has no rows", "A table needs a header with the column names and at least one row.")
+
+
+def _open(path):
+    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else open(path, "rb")
+
+
+def _first_broken_line(path):
+    with _open(path) as raw:
+        for line, text in enumerate(raw, start=1):
+            try:
+                text.decode("utf-8")
+            except UnicodeDecodeError:
+                return line
 
 
 def _delimited_rows(path, stream, kind):

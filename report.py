@@ -5,7 +5,6 @@ import math
 import platform
 import sys
 import time
-from datetime import timedelta
 from importlib.metadata import version
 
 import numpy as np
@@ -20,7 +19,8 @@ SECONDS_BETWEEN_LINES = 10
 
 def clock(seconds):
     """Return seconds as h:mm:ss."""
-    return str(timedelta(seconds=round(seconds)))
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
 class Progress:

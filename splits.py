@@ -7,13 +7,14 @@ large data set needs no memory.
 import hashlib
 import json
 import os
+import re
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from reader import BadInput, nearest, read_rows
+from reader import BadInput, nearest, read_rows, table_format
 from tasks import SPLIT_NAMES, check_task, write_json, write_text
 
 UNLABELLED = -1  # the label id of an example without a label (the Hub's GLUE test sets); NaN in regression
@@ -90,7 +91,8 @@ def load_splits(task, limits=None, refresh=False):
         if name not in splits:
             raise BadInput(f'--limit names the split "{name}"', f"Splits: {', '.join(splits)}.")
         if number < len(splits[name]):
-            chosen, _ = stratified(np.array(splits[name]["label"]), number, seed=0, classes=not task.is_regression)
+            labels = np.array(splits[name]["label"])
+            chosen, _ = stratified(labels, number, seed=0, classes=not task.is_regression, keep=0)
             splits[name] = splits[name].select(chosen)
     fingerprints = {
         name: digest(
@@ -114,7 +116,7 @@ def _file_splits(task):
         if not task.text:
             _, first = next(iter(read_rows(file)))
             task = replace(task, text=[_only_text_column(first, task.label, file)])
-        key = digest("rows", hasher.hexdigest(), Path(file).suffixes, task.text, task.label)
+        key = digest("rows", hasher.hexdigest(), table_format(file), task.text, task.label)
         raw[name] = (_raw_table(key, task, _file_values, name, file), key)
     return task, raw
 
@@ -162,7 +164,7 @@ def _hub_splits(task, refresh):
     if not listing.exists():
         downloaded = _download(path, name, commit)
         splits = {split: len(rows) for split, rows in downloaded.items() if split.startswith(SPLIT_NAMES)}
-        write_json(listing, {"splits": splits, "columns": downloaded["train"].column_names})
+        write_json(listing, {"splits": splits, "columns": next(iter(downloaded.values())).column_names})
     content = json.loads(listing.read_text())
     if not task.text:
         task = replace(task, text=[_only_text_column(dict.fromkeys(content["columns"], ""), task.label, path)])
@@ -208,22 +210,25 @@ def _download(path, name, commit):
 def hub_commit(repository, kind, revision=None, refresh=False):
     """Return the commit of a Hub repository: the one it had when it was first used here; `refresh` asks the Hub again.
 
-    kind is "model" or "dataset". Raises BadInput where the Hub is out of reach or has no such repository.
+    kind is "model" or "dataset"; a revision that is a commit needs no asking.
+    Raises BadInput where the Hub is out of reach or has no such repository.
     """
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, HTTPError, RepositoryNotFoundError
 
-    pin = cache_folder() / f"{kind}s--{repository.replace('/', '--')}--{revision or 'main'}.commit"
+    if revision and re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
+    pin = cache_folder() / f"{kind}s--{repository}--{revision or 'main'}.commit".replace("/", "--")
     if pin.exists() and not refresh:
         return pin.read_text()
     try:
         commit = HfApi().repo_info(repository, repo_type=kind, revision=revision, timeout=30).sha
-    except (RepositoryNotFoundError, GatedRepoError):
+    except (RepositoryNotFoundError, GatedRepoError, HFValidationError):
         raise BadInput(
             f'the Hub has no {kind} "{repository}" that you may read',
             f"Check the name, log in with `hf auth login`, or give a {'folder' if kind == 'model' else 'file'}.",
         ) from None
-    except (OSError, HfHubHTTPError, OfflineModeIsEnabled) as error:
+    except (OSError, HTTPError) as error:  # HTTPError is of the library underneath: a refused connection, a time-out
         # Somebody may have downloaded it with another tool, for a cluster's compute nodes without a network.
         known = Path(constants.HF_HUB_CACHE, f"{kind}s--{repository.replace('/', '--')}", "refs", revision or "main")
         if not known.exists():
@@ -301,16 +306,20 @@ def _is_whole(text):
 def label_ids(task, values):
     """Return the label ids of strings, as an array: by name, else as an id; floats in regression.
 
-    None, and an id of -1, mean unlabelled. Raises KeyError with the first value that is neither.
+    Where a name is a number itself ("1" to "5"), there are names only. None, and an id of -1, mean unlabelled. Raises
+    KeyError with the first value that is none of these.
     """
     if task.is_regression:
         try:
-            return np.array([np.nan if value is None else float(value) for value in values])
+            numbers = np.array([np.nan if value is None else float(value) for value in values])
         except ValueError:
             raise KeyError(next(value for value in values if value is not None and not _is_number(value))) from None
+        if np.isinf(numbers).any():
+            raise KeyError(values[int(np.isinf(numbers).argmax())])
+        return numbers
     ids = {name: position for position, name in enumerate(task.labels)}
-    for position in range(len(task.labels)):
-        ids.setdefault(str(position), position)  # a name goes before an id
+    if not any(_is_whole(name) for name in task.labels):
+        ids |= {str(position): position for position in range(len(task.labels))}
     ids = {None: UNLABELLED, str(UNLABELLED): UNLABELLED} | ids
     return np.array([ids[value] for value in values], dtype=np.int64)
 
@@ -330,6 +339,8 @@ def _with_label_ids(task, split, rows, key):
             + ("" if task.is_regression else nearest(error.args[0], task.labels)),
             f"Each label must be {allowed}.",
         ) from None
+    if task.is_regression and split.startswith("test") and (ids == UNLABELLED).all():
+        ids = np.full(len(ids), np.nan)  # GLUE's STS-B: -1.0 in every row
     missing = np.flatnonzero(np.isnan(ids) if task.is_regression else ids == UNLABELLED)
     if len(missing) and not split.startswith("test"):
         raise BadInput(
@@ -343,11 +354,11 @@ def _with_label_ids(task, split, rows, key):
 # ------------------------------------------------------------------------------------------------------ made splits
 
 
-def stratified(labels, number, seed, classes=True):
+def stratified(labels, number, seed, classes=True, keep=1):
     """Draw `number` of the rows so that each class keeps its share; return (drawn, rest), sorted row numbers.
 
-    The shares are rounded by largest remainder, so that they add up. A class keeps at least one row in the rest. With
-    classes=False the rows are drawn at random (regression).
+    The shares are rounded by largest remainder, so that they add up. A class keeps at least `keep` rows in the rest.
+    With classes=False the rows are drawn at random (regression).
     """
     generator = np.random.default_rng(seed)
     groups = [np.flatnonzero(labels == value) for value in np.unique(labels)] if classes else [np.arange(len(labels))]
@@ -356,7 +367,7 @@ def stratified(labels, number, seed, classes=True):
     counts = np.floor(exact).astype(int)
     for position in np.argsort(counts - exact, kind="stable")[: number - counts.sum()]:
         counts[position] += 1
-    counts = np.minimum(counts, [max(len(group) - 1, 0) for group in groups]) if classes else counts
+    counts = np.minimum(counts, [len(group) - keep for group in groups]) if classes else counts
     drawn = np.sort(np.concatenate([group[:count] for group, count in zip(groups, counts, strict=True)]))
     return drawn, np.setdiff1d(np.arange(len(labels)), drawn)
 
@@ -366,8 +377,8 @@ def make_missing_splits(task, splits):
     if "train" not in splits:
         return splits
     fractions = {name: share for name, share in task.split.items() if name != "seed" and name not in splits}
-    if not fractions and not any(name.startswith("validation") for name in splits):
-        fractions = {"validation": 0.1}
+    if "validation" not in fractions and not any(name.startswith("validation") for name in splits):
+        fractions["validation"] = 0.1
     number_of_rows = len(splits["train"])
     for name, share in fractions.items():
         if not isinstance(share, float) or not 0 < share < 1:
@@ -375,7 +386,7 @@ def make_missing_splits(task, splits):
         labels = np.array(splits["train"]["label"])
         number = max(1, round(share * number_of_rows))
         drawn, rest = stratified(labels, number, task.split.get("seed", 42), classes=not task.is_regression)
-        if not len(drawn) or not len(rest):
+        if number >= len(labels) or not len(drawn):
             raise BadInput(
                 f"too few rows ({number_of_rows}) to make a {name} split", f"Give --{name}_file, or more rows."
             )

@@ -1,5 +1,6 @@
 """A task is data, not code: a YAML file in data/, or a few flags -> Task; and task.json, its copy in a model folder."""
 
+import argparse
 import json
 import os
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -79,7 +80,7 @@ def read_task(name_or_file):
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror})", "Check the path given to --task.") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise BadInput(
             f"{path}: is not YAML ({' '.join(str(error).split())})", "Mend the file at this place."
         ) from None
@@ -114,14 +115,22 @@ def task_from_mapping(content, path):
         for name in content["labels"]:
             if not isinstance(name, (str, int)) or isinstance(name, bool):
                 raise BadInput(f'{path}: the label {name!r} in "labels" is not a name', "Put each name in quotes.")
-        content["labels"] = [str(name) for name in content["labels"]]
+        content["labels"] = names = [str(name) for name in content["labels"]]
+        if len(names) < 2 or len(set(names)) < len(names):
+            raise BadInput(f'{path}: "labels" is {names}', "Write two or more names, each of them once.")
     elif content.get("labels", "regression") != "regression":
         raise BadInput(f'{path}: "labels" is {content["labels"]!r}', "Write a list of names, or: labels: regression")
+    if "path" not in content.get("dataset", {"path": ""}):
+        raise BadInput(
+            f'{path}: "dataset" has no path', "Write dataset: {path: ...}, and name: ... where it has parts."
+        )
+    if isinstance(content.get("model"), dict) and "vocab" not in content["model"]:
+        raise BadInput(f'{path}: "model" has no vocab', "Name a vocabulary file: model: {model_type: ..., vocab: ...}.")
     folder = Path(path).resolve().parent
     if "files" in content:
-        content["files"] = {split: str(folder / file) for split, file in content["files"].items()}
-    if isinstance(content.get("model"), dict) and "vocab" in content["model"]:
-        content["model"] = {**content["model"], "vocab": str(folder / content["model"]["vocab"])}
+        content["files"] = {split: str(folder / str(file)) for split, file in content["files"].items()}
+    if isinstance(content.get("model"), dict):
+        content["model"] = {**content["model"], "vocab": str(folder / str(content["model"]["vocab"]))}
     return Task(name="", **content)
 
 
@@ -155,7 +164,7 @@ def task_of(args, default=None):
     """Return the Task that --task and the data flags describe; `default` is the name of a task, or a Task."""
     files = {split: getattr(args, f"{split}_file") for split in ("train", "validation", "test")}
     files = {split: os.path.abspath(file) for split, file in files.items() if file}
-    if args.task or not files:
+    if args.task or not files or isinstance(default, Task):
         task = default if isinstance(default, Task) and not args.task else read_task(args.task or default)
         # New files replace the task's own data; everything else it says still holds.
         task = replace(task, dataset=None, files=files) if files else task
@@ -183,9 +192,16 @@ def set_defaults(parser, task):
                 f'task {task.name}: "{name}" in `defaults` is no flag{nearest(name, actions)}', "See --help."
             )
         try:
-            # Through text, as on the command line: YAML 1.1 reads 1e-5 as a string.
-            value = action.type(str(value)) if action.type else str(value)
-        except ValueError:
+            if action.nargs == 0:  # a switch
+                if not isinstance(value, bool):
+                    raise ValueError
+            else:
+                # Through text, as on the command line: YAML 1.1 reads 1e-5 as a string.
+                values = [(action.type or str)(str(one)) for one in (value if isinstance(value, list) else [value])]
+                if len(values) != (action.nargs or 1):
+                    raise ValueError
+                value = values if action.nargs else values[0]
+        except (ValueError, argparse.ArgumentTypeError):
             raise BadInput(
                 f"task {task.name}: {name}: {value!r} in `defaults` is no value for --{name}", "See --help."
             ) from None
@@ -239,8 +255,11 @@ def saved_task(folder):
 def write_text(path, text):
     """Write a file under a temporary name and rename it: it is complete or absent."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path, content):

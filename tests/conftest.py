@@ -1,12 +1,15 @@
 """Fixtures: a tiny BERT and its tokenizer, made in code; small tables; scripts run as users run them."""
 
+import atexit
 import csv
 import json
 import os
 import random
 import runpy
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,21 +17,19 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# No test may reach the network, nor the caches of the person who runs it (see `cache`).
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="true")
+# No test may reach the network, nor the caches of the person who runs it. Set before datasets is imported, which reads
+# its cache folder once.
+CACHE = tempfile.mkdtemp(prefix="cache-of-tests-")
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+os.environ.update(HF_HOME=CACHE, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="true")
+os.environ.pop("HF_DATASETS_CACHE", None)
+os.environ.pop("HF_HUB_CACHE", None)
+# Threads that wait must not spin: two processes of two threads each on two cores would slow each other down tenfold.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 ADJECTIVES = {"positive": ["good", "fine", "lovely", "great"], "negative": ["bad", "poor", "awful", "dull"]}
 THINGS = ["room", "film", "book", "meal", "train", "course", "hotel", "phone", "garden", "museum"]
-WORDS = sorted({"the", "was", "very", "and", ".", ",", *THINGS, *sum(ADJECTIVES.values(), [])})
-
-
-@pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory):
-    """A cache of its own for the whole test session, also for the scripts it starts."""
-    folder = tmp_path_factory.mktemp("cache")
-    os.environ["HF_HOME"] = str(folder)
-    os.environ.pop("HF_DATASETS_CACHE", None)
-    return folder
+WORDS = sorted({"the", "was", "very", "and", ".", ",", *THINGS, *ADJECTIVES["positive"], *ADJECTIVES["negative"]})
 
 
 @pytest.fixture(scope="session")
@@ -126,7 +127,7 @@ def run_script(script, *arguments, cwd, launcher=(sys.executable,), stdin=None, 
     """Run a script of the project as a user would, from another folder; return the CompletedProcess with its text."""
     command = [*launcher, str(ROOT / script), *map(str, arguments)]
     # A test's own processes must not inherit what a launcher of the test session has set.
-    variables = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "OMP_", "TORCHELASTIC"))}
+    variables = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "OMP_NUM", "TORCHELASTIC"))}
     return subprocess.run(
         command,
         cwd=cwd,

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import transformers
-from conftest import WORDS, make_rows, run_script, write_table
+from conftest import WORDS, make_rows, write_table
 
 SMALL = {
     "hidden_size": 32,

@@ -1,0 +1,181 @@
+"""The plan, its division among processes, padding, tokenising, and logits by example id."""
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import make_rows
+from datasets import Dataset
+
+import batching
+import common
+import splits
+from reader import BadInput
+from tasks import Task
+
+TASK = Task(name="reviews", text=["text"], labels=["negative", "positive"])
+
+
+@pytest.fixture
+def accelerator():
+    return Accelerator(cpu=True)
+
+
+@pytest.fixture
+def rows():
+    texts, labels = zip(*make_rows(40), strict=True)
+    return Dataset.from_dict({"text": list(texts), "label": [TASK.labels.index(label) for label in labels]})
+
+
+@pytest.fixture
+def model_and_tokenizer(tiny_bert):
+    model, tokenizer, _ = common.load_model(str(tiny_bert), TASK)
+    return model.eval(), tokenizer
+
+
+# ---------------------------------------------------------------------------------------------------------- the plan
+
+
+@pytest.mark.parametrize(("examples", "batch_size"), [(10, 4), (12, 4), (3, 8), (1, 1), (101, 7)])
+def test_every_epoch_of_the_plan_holds_each_example_once(examples, batch_size):
+    steps = -(-examples // batch_size)
+    plan = batching.plan(examples, batch_size, seed=1, steps=3 * steps)
+    assert len(plan) == 3 * steps
+    for epoch in range(3):
+        batches = plan[epoch * steps : (epoch + 1) * steps]
+        assert sorted(np.concatenate(batches)) == list(range(examples))
+        assert {len(batch) for batch in batches[:-1]} <= {batch_size}
+
+
+def test_plan_depends_on_seed_and_epoch_and_a_shorter_one_is_its_beginning():
+    plan = batching.plan(100, 10, seed=1, steps=20)
+    assert all((a == b).all() for a, b in zip(plan, batching.plan(100, 10, seed=1, steps=20), strict=True))
+    assert all((a == b).all() for a, b in zip(plan, batching.plan(100, 10, seed=1, steps=7), strict=False))
+    assert (np.concatenate(plan[:10]) != np.concatenate(plan[10:])).any()
+    assert (np.concatenate(plan[:10]) != np.concatenate(batching.plan(100, 10, seed=2, steps=10))).any()
+    assert (np.concatenate(plan[:10]) != np.arange(100)).any()
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4, 8, 64, 512])
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 32, 100])
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 1000])
+def test_shares_of_all_processes_are_the_batch_each_example_once(processes, batch_size, micro_batch_size):
+    batch = np.random.default_rng(0).permutation(1000)[:batch_size]
+    shares = [batching.share(batch, rank, processes, micro_batch_size) for rank in range(processes)]
+    assert all(shares)  # every process takes part in every step
+    counted = [ids for share in shares for ids, weight in share if weight == 1]
+    assert sorted(np.concatenate(counted)) == sorted(batch)
+    assert all(0 < len(ids) <= micro_batch_size for share in shares for ids, _ in share)
+    sizes = [sum(len(ids) * weight for ids, weight in share) for share in shares]
+    assert max(sizes) - min(sizes) <= 1
+
+
+# -------------------------------------------------------------------------------------------------------- laying out
+
+
+def test_pad_is_what_the_tokenizer_would_make(model_and_tokenizer):
+    _, tokenizer = model_and_tokenizer
+    first, second = ["the room was good .", "film", "very very dull ."], ["bad", "the train was late and awful .", "a"]
+    expected = tokenizer(first, second, padding=True, return_tensors="pt")
+    ragged = tokenizer(first, second)
+    padded = batching.pad({name: ragged[name] for name in ("input_ids", "token_type_ids")}, tokenizer.pad_token_id)
+    assert padded.keys() == expected.keys()
+    for name, tensor in padded.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_step_loader_yields_the_plan_with_its_labels(rows, model_and_tokenizer, accelerator):
+    model, tokenizer = model_and_tokenizer
+    examples, _ = batching.tokenize(TASK, rows, "loader", model, tokenizer)
+    plan = batching.plan(len(rows), 16, seed=3, steps=5)
+    loader = batching.step_loader(examples, plan, accelerator, micro_batch_size=5, pad_token_id=0)
+    state = torch.random.get_rng_state()
+    for batch, micro_batches in zip(plan, loader, strict=True):
+        assert np.concatenate([part["ids"] for part in micro_batches]).tolist() == batch.tolist()
+        assert [len(part["ids"]) for part in micro_batches] == ([5, 5, 5, 1] if len(batch) == 16 else [5, 3])
+        for part in micro_batches:
+            assert part["labels"].tolist() == [rows[int(i)]["label"] for i in part["ids"]]
+            expected = tokenizer([rows[int(i)]["text"] for i in part["ids"]], padding=True, return_tensors="pt")
+            assert torch.equal(part["inputs"]["input_ids"], expected["input_ids"])
+            assert part["tokens"] == int(expected["attention_mask"].sum())
+            assert part["positions"] == expected["input_ids"].numel()
+    assert torch.equal(state, torch.random.get_rng_state())  # dropout must not depend on the loader
+
+
+# --------------------------------------------------------------------------------------------------------- tokenising
+
+
+def test_tokens_are_made_once_and_cached_by_content(rows, model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    examples, made = batching.tokenize(TASK, rows, "content-1", model, tokenizer)
+    assert made
+    assert examples["input_ids"][:] == tokenizer(rows["text"][:])["input_ids"]
+    assert not batching.tokenize(TASK, rows, "content-1", model, tokenizer)[1]
+    assert batching.tokenize(TASK, rows, "content-2", model, tokenizer)[1]
+    shorter = Task(name="", text=["text"], labels=TASK.labels, max_length=5)
+    cut, made = batching.tokenize(shorter, rows, "content-1", model, tokenizer)
+    assert made
+    assert max(cut["length"]) == 5
+
+
+def test_a_broken_tokenising_leaves_nothing_in_the_cache(rows, model_and_tokenizer, tmp_path, monkeypatch):
+    model, tokenizer = model_and_tokenizer
+    monkeypatch.setattr(splits, "cache_folder", lambda: tmp_path)
+    with pytest.raises(KeyError):
+        batching.tokenize(Task(name="", text=["nowhere"], labels=["a", "b"]), rows, "broken", model, tokenizer)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_max_length_beyond_the_positions_and_ids_beyond_the_vocabulary_are_refused(rows, model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    too_long = Task(name="", text=["text"], labels=TASK.labels, max_length=33)
+    with pytest.raises(BadInput, match=r"33 .* 32 positions"):
+        batching.tokenize(too_long, rows, "long", model, tokenizer)
+    model.set_input_embeddings(torch.nn.Embedding(8, 32))
+    with pytest.raises(BadInput, match="vocabulary ends at 7"):
+        batching.tokenize(TASK, rows, "ids", model, tokenizer)
+
+
+def test_positions_of_roberta_start_after_its_padding(model_and_tokenizer):
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    _, tokenizer = model_and_tokenizer
+    small = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "intermediate_size": 8,
+        "vocab_size": 9,
+    }
+    model = RobertaForSequenceClassification(RobertaConfig(max_position_embeddings=20, pad_token_id=1, **small)).eval()
+    limit = batching.longest_input(model, tokenizer)
+    assert limit == 18
+    model(input_ids=torch.full((1, limit), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, limit + 1), 5))
+
+
+# ------------------------------------------------------------------------------------------------------------- logits
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_logits_come_by_example_id_and_equal_the_model_on_each_alone(
+    rows, model_and_tokenizer, accelerator, batch_size
+):
+    model, tokenizer = model_and_tokenizer
+    examples, _ = batching.tokenize(TASK, rows, "logits", model, tokenizer)
+    model.train()
+    logits = batching.all_logits(model, examples, accelerator, batch_size, tokenizer.pad_token_id)
+    assert model.training  # as it was
+    model.eval()
+    with torch.no_grad():
+        alone = [model(**tokenizer(text, return_tensors="pt")).logits[0].numpy() for text in rows["text"]]
+    np.testing.assert_allclose(logits, np.stack(alone), atol=1e-5)
+
+
+def test_an_example_evaluated_twice_is_an_error(rows, model_and_tokenizer, accelerator, monkeypatch):
+    model, tokenizer = model_and_tokenizer
+    examples, _ = batching.tokenize(TASK, rows, "twice", model, tokenizer)
+    monkeypatch.setattr(batching, "gather_object", lambda parts: parts + parts[:1])
+    with pytest.raises(RuntimeError, match="exactly once"):
+        batching.all_logits(model, examples, accelerator, 8, tokenizer.pad_token_id)

@@ -1,0 +1,414 @@
+"""tasks.py: the shipped descriptions, mistakes in a user's own, the flags, and task.json."""
+
+import argparse
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+import common
+import tasks
+import train
+from reader import BadInput
+from tasks import Task
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = sorted((ROOT / "data").glob("*.yaml"))
+LEAST = {"files": {"train": "a.csv"}}  # the least that a description says
+
+
+def describe(folder, content=None, **keys):
+    """Write a description (YAML text, or keys) to my.yaml and return the file."""
+    file = folder / "my.yaml"
+    file.write_text(yaml.safe_dump({**LEAST, **keys}) if content is None else content, encoding="utf-8")
+    return file
+
+
+def refusal(function, *arguments):
+    """The BadInput that a call ends with: one line of reason, one of advice."""
+    with pytest.raises(BadInput) as caught:
+        function(*arguments)
+    assert "\n" not in caught.value.reason and "\n" not in caught.value.advice
+    assert caught.value.advice
+    return caught.value
+
+
+def arguments(*words):
+    """The data flags of the scripts, read from a command line."""
+    parser = argparse.ArgumentParser()
+    tasks.add_data_arguments(parser)
+    return parser.parse_args(map(str, words))
+
+
+def with_defaults(*words, **defaults):
+    """What train.py's parser makes of a command line under a task's `defaults`."""
+    parser = train.build_parser()
+    tasks.set_defaults(parser, Task("mine", defaults=defaults))
+    return parser.parse_args(words)
+
+
+# ------------------------------------------------------------------------------------------------- the shipped tasks
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_a_shipped_task_loads(file):
+    task = tasks.read_task(file.stem)
+    assert task == tasks.read_task(file) and task.name == file.stem
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    assert set(content) <= set(tasks.TYPES)
+    assert content["source"] and content["licence"]
+    if task.labels is not None:
+        tasks.check_task(task)  # raises where a metric does not fit the labels
+        assert task.number_of_outputs == (1 if content["labels"] == "regression" else len(content["labels"]))
+    assert 1 <= len(task.text or ["text"]) <= 2
+    for data in (task.files or {}).values():
+        assert Path(data).is_file()
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_the_defaults_of_a_shipped_task_are_flags_of_train(file):
+    defaults = yaml.safe_load(file.read_text(encoding="utf-8")).get("defaults", {})
+    parser = train.build_parser()
+    for name in defaults:
+        assert f"--{name} " in parser.format_help()
+    tasks.set_defaults(parser, tasks.read_task(file.stem))
+    args = vars(parser.parse_args([]))
+    for name, value in defaults.items():
+        assert args[name] == value and type(args[name]) in (type(value), float)
+
+
+def test_glue_tasks_as_published():
+    """Names, id order and metrics of the GLUE paper and of the data on the Hub (nyu-mll/glue)."""
+    mrpc, cola = tasks.read_task("mrpc"), tasks.read_task("cola")
+    sst2, stsb = tasks.read_task("sst2"), tasks.read_task("stsb")
+    assert mrpc.dataset == {"path": "nyu-mll/glue", "name": "mrpc"} and mrpc.text == ["sentence1", "sentence2"]
+    assert mrpc.labels == ["not_equivalent", "equivalent"] and set(mrpc.metrics) == {"f1", "accuracy"}
+    assert cola.text == ["sentence"] and cola.labels == ["unacceptable", "acceptable"]
+    assert cola.metrics[0] == "matthews_correlation"
+    assert sst2.text == ["sentence"] and sst2.labels == ["negative", "positive"] and sst2.metrics[0] == "accuracy"
+    assert stsb.is_regression and stsb.number_of_outputs == 1 and set(stsb.metrics) == {"pearson", "spearmanr"}
+
+
+# ------------------------------------------------------------------------------------------ a description of one's own
+
+
+def test_a_description_with_every_key(tmp_path):
+    task = tasks.read_task(
+        describe(
+            tmp_path,
+            text="first",
+            label="score",
+            labels=["low", "high"],
+            metrics=["accuracy"],
+            model={"model_type": "bert", "vocab": "words/vocab.txt"},
+            max_length=64,
+            files={"train": "a.csv", "validation": "sub/b.tsv.gz", "test": "/data/c.jsonl"},
+            split={"seed": 7},
+            defaults={"epochs": 1},
+            source="here",
+            licence="CC0",
+        )
+    )
+    assert task == Task(
+        name="my",
+        text=["first"],
+        label="score",
+        labels=["low", "high"],
+        metrics=["accuracy"],
+        model={"model_type": "bert", "vocab": str(tmp_path / "words/vocab.txt")},
+        max_length=64,
+        files={
+            "train": str(tmp_path / "a.csv"),
+            "validation": str(tmp_path / "sub/b.tsv.gz"),
+            "test": "/data/c.jsonl",
+        },
+        split={"seed": 7},
+        defaults={"epochs": 1},
+        source="here",
+        licence="CC0",
+    )
+
+
+def test_the_least_description(tmp_path):
+    task = tasks.read_task(describe(tmp_path))
+    assert (task.text, task.label, task.labels, task.max_length) == (None, "label", None, None)
+    assert task.metrics == ["f1_macro", "accuracy"] and task.files == {"train": str(tmp_path / "a.csv")}
+
+
+def test_files_are_relative_to_the_description_not_to_the_working_folder(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    describe(tmp_path / "here")
+    monkeypatch.chdir(tmp_path)
+    assert tasks.read_task("here/my.yaml").files == {"train": str(tmp_path / "here" / "a.csv")}
+
+
+def test_labels_that_are_numbers_are_names_too(tmp_path):
+    assert tasks.read_task(describe(tmp_path, labels=[1, 0, "two"])).labels == ["1", "0", "two"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("files: {train: a.csv}\nmetric: [f1]", ['unknown key "metric" (did you mean "metrics"?)']),
+        ("files: {train: a.csv}\nlables: [a, b]", ['unknown key "lables" (did you mean "labels"?)']),
+        ("files: {train: a.csv}\nzzz: 1", ['unknown key "zzz"']),
+        ("files: {train: a.csv}\nno: 1", ['unknown key "False"']),
+        ("files: {trian: a.csv}", ['unknown key "trian" in "files" (did you mean "train"?)']),
+        ("dataset: {path: a/b, nmae: c}", ['unknown key "nmae" in "dataset" (did you mean "name"?)']),
+        ("files: {train: a.csv}\nsplit: {validaton: 0.1}", ['"validaton" in "split" (did you mean "validation"?)']),
+        ("files: {train: a.csv}\nlabels: no", ['"labels" is False, a bool', "in quotes"]),
+        ("files: {train: a.csv}\nlabels: [yes, no]", ["the label True", "in quotes"]),
+        ("files: {train: a.csv}\nlabels: [low, 0.5]", ["the label 0.5"]),
+        ("files: {train: a.csv}\nlabels: regresion", ["'regresion'", "labels: regression"]),
+        ("files: {train: a.csv}\nlabels: [a, b, a]", ["['a', 'b', 'a']", "each of them once"]),
+        ("files: {train: a.csv}\nlabels: [1, '1']", ["each of them once"]),
+        ("files: {train: a.csv}\nlabels: [a]", ["two or more"]),
+        ("files: {train: a.csv}\nlabels: []", ["two or more"]),
+        ('files: {train: a.csv}\nmax_length: "128"', ["\"max_length\" is '128', a str", "a whole number"]),
+        ("files: {train: a.csv}\nmax_length: 12.5", ['"max_length" is 12.5, a float']),
+        ("files: {train: a.csv}\nmax_length: yes", ['"max_length" is True, a bool']),
+        ("files: {train: a.csv}\nmetrics: f1", ["\"metrics\" is 'f1', a str", "a list"]),
+        ("files: {train: a.csv}\nlabel: 1", ['"label" is 1, a int', "a word"]),
+        ("files: {train: a.csv}\nlabel:", ['"label" is None']),
+        ("files: a.csv", ["\"files\" is 'a.csv', a str", "a mapping"]),
+        ("dataset: nyu-mll/glue", ["\"dataset\" is 'nyu-mll/glue'"]),
+        ("dataset: {name: mrpc}", ['"dataset" has no path']),
+        ("files: {train: a.csv}\nmodel: {model_type: bert}", ['"model" has no vocab']),
+        ("labels: [a, b]", ["either `dataset`", "or `files`"]),
+        ("files: {train: a.csv}\ndataset: {path: a/b}", ["either `dataset`", "or `files`"]),
+        ("", ["is not a mapping"]),
+        ("- a\n- b", ["is not a mapping"]),
+        ("files: {train: a.csv", ["is not YAML", "line 1"]),
+    ],
+)
+def test_a_mistake_in_a_description(tmp_path, text, words):
+    file = describe(tmp_path, text)
+    error = refusal(tasks.read_task, file)
+    assert str(file) in error.reason
+    assert all(word in str(error) for word in words), str(error)
+
+
+def test_a_description_that_is_not_utf_8(tmp_path):
+    file = tmp_path / "my.yaml"
+    file.write_bytes("source: 中文".encode("gb18030"))
+    assert "is not YAML" in refusal(tasks.read_task, file).reason
+
+
+def test_a_description_that_is_not_there(tmp_path):
+    assert "cannot be read (No such file" in refusal(tasks.read_task, tmp_path / "none.yaml").reason
+
+
+def test_an_unknown_task_is_told_with_the_nearest_name():
+    error = refusal(tasks.read_task, "mprc")
+    assert 'no task is named "mprc" (did you mean "mrpc"?)' in error.reason
+    assert all(file.stem in error.advice for file in SHIPPED) and "--train_file" in error.advice
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        (Task("mine", labels=["a", "b", "c"], metrics=["f1"]), "f1 is for two labels"),
+        (Task("mine", labels=["a", "b"], metrics=["pearson"]), "pearson is for regression"),
+        (Task("mine", labels="regression"), "f1_macro is for classification"),
+        (Task("mine", labels=["a", "b"], metrics=["acuracy"]), "did you mean accuracy"),
+    ],
+)
+def test_metrics_that_do_not_fit(task, words):
+    error = refusal(tasks.check_task, task)
+    assert error.reason.startswith("task mine:") and words in str(error)
+
+
+# ----------------------------------------------------------------------------------------------- `defaults` of a task
+
+
+def test_defaults_give_way_to_the_command_line():
+    assert with_defaults(batch_size=8, epochs=1).batch_size == 8
+    args = with_defaults("--batch_size", "16", batch_size=8, epochs=1)
+    assert (args.batch_size, args.epochs) == (16, 1.0)
+
+
+def test_1e_5_is_a_number_though_yaml_reads_a_string(tmp_path):
+    task = tasks.read_task(describe(tmp_path, "files: {train: a.csv}\ndefaults: {learning_rate: 1e-5, epochs: 2}"))
+    assert task.defaults["learning_rate"] == "1e-5"  # YAML 1.1
+    args = with_defaults(**task.defaults)
+    assert args.learning_rate == 0.00001 and isinstance(args.learning_rate, float)
+    assert args.epochs == 2.0 and isinstance(args.epochs, float)
+
+
+def test_defaults_of_each_kind_of_flag():
+    args = with_defaults(eval_every=500, scheduler="cosine", adam_betas=[0.9, 0.98], gradient_checkpointing=True)
+    assert args.eval_every == "500" and args.scheduler == "cosine"
+    assert args.adam_betas == [0.9, 0.98] and args.gradient_checkpointing is True
+    assert with_defaults(final_test=False).final_test is False
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("learning_rte", 1, 'no flag (did you mean "learning_rate"?)'),
+        ("learning_rate", "fast", "'fast'"),
+        ("learning_rate", [1e-5, 2e-5], "no value for --learning_rate"),
+        ("learning_rate", None, "no value for --learning_rate"),
+        ("batch_size", 0, "0 in `defaults` is no value for --batch_size"),
+        ("batch_size", 32.5, "32.5"),
+        ("label_smoothing", 1.0, "no value for --label_smoothing"),
+        ("seed", True, "no value for --seed"),
+        ("scheduler", "liner", "Allowed: linear, cosine"),
+        ("mixed_precision", False, "Allowed: auto, no"),  # YAML 1.1 reads `no` so
+        ("adam_betas", 0.9, "no value for --adam_betas"),
+        ("adam_betas", [0.9, "x"], "no value for --adam_betas"),
+        ("final_test", "false", "no value for --final_test"),
+        ("final_test", 1, "no value for --final_test"),
+    ],
+)
+def test_a_mistake_in_the_defaults(name, value, words):
+    with pytest.raises(BadInput) as caught:
+        with_defaults(**{name: value})
+    assert "task mine" in caught.value.reason and name in caught.value.reason and words in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------------ the data flags
+
+
+def test_the_default_task():
+    assert tasks.task_of(arguments(), default="mrpc") == tasks.read_task("mrpc")
+    assert tasks.task_of(arguments("--task", "cola"), default="mrpc") == tasks.read_task("cola")
+
+
+def test_files_alone_are_a_task(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    task = tasks.task_of(arguments("--train_file", "my.reviews.csv.gz", "--test_file", "/x/t.tsv"), default="demo")
+    assert task == Task(
+        name="my",
+        metrics=["f1_macro", "accuracy"],
+        files={"train": str(tmp_path / "my.reviews.csv.gz"), "test": "/x/t.tsv"},
+    )
+    assert task.labels is None and task.label == "label" and task.text is None
+
+
+def test_files_replace_the_data_of_a_task_and_keep_its_keys(tmp_path):
+    mrpc = tasks.read_task("mrpc")
+    task = tasks.task_of(arguments("--task", "mrpc", "--train_file", tmp_path / "a.csv"))
+    assert task.dataset is None and task.files == {"train": str(tmp_path / "a.csv")}
+    for key in ("name", "text", "labels", "metrics", "model", "max_length", "defaults"):
+        assert getattr(task, key) == getattr(mrpc, key)
+
+
+def test_files_replace_the_data_of_a_saved_task_and_keep_its_keys(tmp_path):
+    saved = Task("old", text=["a", "b"], label="score", labels="regression", dataset={"path": "x/y"}, metrics=["mse"])
+    task = tasks.task_of(arguments("--test_file", tmp_path / "a.csv"), default=saved)
+    assert task.files == {"test": str(tmp_path / "a.csv")} and task.dataset is None
+    assert (task.text, task.label, task.labels, task.metrics) == (["a", "b"], "score", "regression", ["mse"])
+    assert tasks.task_of(arguments(), default=saved) == saved
+    assert tasks.task_of(arguments("--task", "cola"), default=saved) == tasks.read_task("cola")
+
+
+def test_flags_go_before_the_keys_of_the_task():
+    flags = ["--text_columns", "a,b", "--label_column", "y", "--metrics", "accuracy,f1", "--max_length", "17"]
+    task = tasks.task_of(arguments("--task", "sst2", *flags))
+    assert (task.text, task.label, task.metrics, task.max_length) == (["a", "b"], "y", ["accuracy", "f1"], 17)
+    assert task.labels == ["negative", "positive"]
+    assert tasks.task_of(arguments("--text_columns", "a"), default="mrpc").text == ["a"]
+
+
+def test_more_than_two_text_columns():
+    error = refusal(tasks.task_of, arguments("--task", "sst2", "--text_columns", "a,b,c"))
+    assert "a,b,c" in error.reason and "two for pairs" in error.advice
+
+
+def test_limits():
+    assert tasks.limits_of(arguments()) == {}
+    assert tasks.limits_of(arguments("--limit", "train=100", "--limit", "validation_matched=1")) == {
+        "train": 100,
+        "validation_matched": 1,
+    }
+
+
+@pytest.mark.parametrize("text", ["train", "100", "train=", "train=0", "train=-5", "train=1.5", "train=ten", "train:5"])
+def test_a_mistake_in_a_limit(text):
+    error = refusal(tasks.limits_of, arguments("--limit", text))
+    assert f"--limit {text}:" in error.reason and "--limit train=1000" in error.advice
+
+
+# ----------------------------------------------------------------------------------------------------------- task.json
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        Task(
+            "a", text=["x"], labels=["no", "是", "1"], files={"train": "/a.csv"}, split={"validation": 0.1, "seed": 3}
+        ),
+        Task("b", text=["x", "y"], labels="regression", metrics=["mse"], dataset={"path": "p/q", "revision": "0" * 40}),
+        Task("c", text=["x"], labels=["0", "1"], model={"model_type": "bert", "vocab": "/v"}, max_length=9, source="s"),
+    ],
+    ids=lambda task: task.name,
+)
+def test_a_task_comes_back_from_its_file(tmp_path, task):
+    tasks.save_task(task, {"train": "abc"}, tmp_path / "task.json")
+    assert tasks.saved_task(tmp_path) == (task, {"train": "abc"})
+    assert json.loads((tmp_path / "task.json").read_bytes())["labels"] == task.labels
+
+
+def test_a_model_folder_keeps_no_defaults_of_the_training(tmp_path):
+    tasks.save_task(Task("a", labels=["x", "y"], defaults={"epochs": 3}), {}, tmp_path / "task.json")
+    assert tasks.saved_task(tmp_path) == (Task("a", labels=["x", "y"]), {})
+
+
+def test_a_folder_without_task_json(tmp_path):
+    assert tasks.saved_task(tmp_path) == (None, {})
+
+
+def test_keys_of_a_later_version_are_passed_over(tmp_path):
+    (tmp_path / "task.json").write_text('{"name": "a", "key_to_come": 1, "fingerprints": {}}')
+    assert tasks.saved_task(tmp_path) == (Task("a"), {})
+
+
+# ------------------------------------------------------------------------------------------- files complete or absent
+
+
+def test_write_json(tmp_path):
+    tasks.write_json(tmp_path / "a.json", {"b": [1, None, 0.1], "a": "中"})
+    assert json.loads((tmp_path / "a.json").read_bytes()) == {"b": [1, None, 0.1], "a": "中"}
+    tasks.write_json(tmp_path / "a.json", 2)  # replaces
+    assert (tmp_path / "a.json").read_text() == "2\n"
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"score": float("nan")}, [np.inf], {"a": object()}, "a lone surrogate \ud800"],
+    ids=["nan", "infinity", "no JSON", "no UTF-8"],
+)
+def test_json_that_cannot_be_written_leaves_the_old_file_and_nothing_else(tmp_path, content):
+    tasks.write_json(tmp_path / "a.json", {"old": 1})
+    with pytest.raises((ValueError, TypeError)):
+        tasks.write_json(tmp_path / "a.json", content)
+    assert os.listdir(tmp_path) == ["a.json"]
+    assert json.loads((tmp_path / "a.json").read_text()) == {"old": 1}
+
+
+def test_a_write_that_is_cut_short_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    tasks.write_text(tmp_path / "a.txt", "old")
+    at_the_end = []
+
+    def full_disk(old, new):
+        at_the_end.append((Path(old).read_text(), Path(new).read_text()))
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "replace", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        tasks.write_text(tmp_path / "a.txt", "new")
+    assert at_the_end == [("new", "old")]  # written elsewhere, as a whole, before it takes the place
+    assert os.listdir(tmp_path) == ["a.txt"] and (tmp_path / "a.txt").read_text() == "old"
+
+
+def test_every_data_flag_has_help():
+    parser = common.argument_parser("a script", data=True)
+    flags = set(re.findall(r"--[a-z_]+", parser.format_help()))
+    assert {"--task", "--train_file", "--text_columns", "--limit", "--refresh"} <= flags
+    assert all(action.help for action in parser._actions)

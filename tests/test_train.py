@@ -1,0 +1,851 @@
+"""train.py: what a run writes, the same numbers however it is launched and cut, what it refuses and how it says so."""
+
+import csv
+import json
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ACCELERATE, TORCHRUN_2, bert_config, lines_of, make_rows, run_script, write_table
+from sklearn.metrics import accuracy_score, f1_score
+from sklearn.utils.class_weight import compute_class_weight
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizer,
+    pipeline,
+)
+
+import batching
+import hardware
+
+MODEL_FILES = {
+    *("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("task.json", "metrics.json", "README.md"),
+}
+RUN_FILES = {"metrics.jsonl", "results.json", "state.json", *(f"model/{name}" for name in MODEL_FILES)}
+
+
+def change_task(file, **changes):
+    """Change keys of a task's YAML; a value of None takes the key out."""
+    content = {**yaml.safe_load(file.read_text(encoding="utf-8")), **changes}
+    content = {key: value for key, value in content.items() if value is not None}
+    file.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return file
+
+
+def make_ratings(number, seed):
+    """(text, number) rows: above 0 for good things, below for bad ones, further from it with each "very"."""
+    signs = {"positive": 1, "negative": -1}
+    return [(text, f"{signs[label] * (1 + text.count('very') / 4):.2f}") for text, label in make_rows(number, seed)]
+
+
+def make_regression(task):
+    for name, number, seed in (("train", 200, 1), ("validation", 50, 2), ("test", 50, 3)):
+        write_table(task.parent / f"{name}.csv", make_ratings(number, seed))
+    return change_task(task, labels="regression", metrics=["pearson", "mse"])
+
+
+def files_under(folder):
+    return {str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def contents_of(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def read_results(run):
+    return json.loads((Path(run) / "results.json").read_text(encoding="utf-8"))
+
+
+def read_state(run):
+    return json.loads((Path(run) / "state.json").read_text(encoding="utf-8"))
+
+
+def values_of(run, key="loss"):
+    return [line[key] for line in lines_of(run)]
+
+
+def table_of(file):
+    """The columns text and label of a CSV file."""
+    with open(file, encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    return [row["text"] for row in rows], [row["label"] for row in rows]
+
+
+def weights_of(folder):
+    from safetensors.torch import load_file
+
+    return load_file(Path(folder) / "model.safetensors")
+
+
+@pytest.fixture
+def train(run_inside):
+    """Train in this process and return what was printed; the run must succeed."""
+
+    def run(task, *arguments, output=None):
+        where = [
+            "--threads",
+            1,
+            *(["--output_dir", output] if output else []),
+        ]  # 2 would wait for each other where tests share cores
+        code, printed, errors = run_inside("train.py", "--task", task, *where, *arguments, cwd=task.parent)
+        assert code == 0, printed + errors
+        return printed
+
+    return run
+
+
+@pytest.fixture
+def refused(run_inside):
+    """A mistake of the user's: exit code 2, two lines, no traceback, nothing written. Returns the two lines."""
+
+    def run(*arguments, cwd):
+        before = contents_of(cwd)
+        code, printed, errors = run_inside("train.py", *arguments, cwd=cwd)
+        assert code == 2, printed + errors
+        assert len(errors.splitlines()) == 2, errors
+        assert all(line.startswith("train.py: ") and len(line) > 20 for line in errors.splitlines()), errors
+        assert "Traceback" not in printed + errors
+        assert contents_of(cwd) == before
+        return errors
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory, vocabulary):
+    """A folder with the reviews task, trained by plain `python train.py`: (folder, the CompletedProcess)."""
+    folder = tmp_path_factory.mktemp("launched")
+    for name, number, seed in (("train", 200, 1), ("validation", 50, 2), ("test", 50, 3)):
+        write_table(folder / f"{name}.csv", make_rows(number, seed))
+    task = {
+        "files": {name: f"{name}.csv" for name in ("train", "validation", "test")},
+        "text": "text",
+        "label": "label",
+        "labels": ["negative", "positive"],
+        "metrics": ["accuracy", "f1"],
+        "model": bert_config(vocabulary),
+        "defaults": {"learning_rate": 0.003, "batch_size": 16, "epochs": 2, "mixed_precision": "no"},
+    }
+    (folder / "reviews.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
+    ended = run_script(
+        *("train.py", "--task", "reviews.yaml", "--log_every", 1, "--eval_every", 6, "--final_test"), cwd=folder
+    )
+    assert ended.returncode == 0, ended.stderr
+    return folder, ended
+
+
+@pytest.fixture
+def finished(launched, tmp_path):
+    """A copy of that folder, to change: the folder of the task, and its run."""
+    folder = tmp_path / "copy"
+    shutil.copytree(launched[0], folder)
+    (run,) = (folder / "runs").iterdir()
+    return folder, run
+
+
+def run_of(launched):
+    (run,) = (launched[0] / "runs").iterdir()
+    return run
+
+
+# ---------------------------------------------------------------------------------------------- what a run leaves
+
+
+def test_a_run_writes_its_files_and_nothing_else(launched):
+    folder, ended = launched
+    data = {"train.csv", "validation.csv", "test.csv", "reviews.yaml"}
+    assert files_under(folder) == data | {f"runs/reviews,eval_every=6/{name}" for name in RUN_FILES}
+    assert not (run_of(launched) / "checkpoints").exists()
+    assert read_state(run_of(launched))["status"] == "done"
+    assert ended.stderr == ""
+
+
+def test_files_of_a_model_have_the_mode_that_the_umask_asks_for(launched):
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in (run_of(launched) / "model").iterdir():
+        assert file.stat().st_mode & 0o777 == 0o666 & ~mask, file.name
+
+
+def test_results_hold_what_happened(launched, vocabulary):
+    run = run_of(launched)
+    results = read_results(run)
+    assert results["task"] == "reviews"
+    assert results["model"]["hidden_size"] == 32
+    assert (results["seed"], results["num_processes"], results["mixed_precision"]) == (42, 1, "no")
+    assert (results["steps"], results["epochs"], results["train_examples"]) == (26, 2.0, 400)
+    assert results["hardware"]["products"] == "float32" and results["hardware"]["gradient_scaler"] is False
+    assert results["settings"]["learning_rate"] == 0.003 and results["settings"]["batch_size"] == 16
+    assert results["versions"]["torch"].startswith(torch.__version__.partition("+")[0])
+    assert 0 < results["train_seconds"] < 300
+
+    texts, labels = table_of(launched[0] / "train.csv")
+    lengths = np.array([len(ids) for ids in BertTokenizer(str(vocabulary))(texts)["input_ids"]])
+    batches = batching.plan(200, 16, 42, 26)
+    tokens, positions = 2 * lengths.sum(), sum(len(batch) * lengths[batch].max() for batch in batches)
+    assert results["padding_fraction"] == pytest.approx(1 - tokens / positions, rel=1e-12)
+    assert results["train_tokens_per_second"] == pytest.approx(tokens / results["train_seconds"], rel=1e-9)
+    assert results["train_examples_per_second"] == pytest.approx(400 / results["train_seconds"], rel=1e-9)
+
+    most_frequent = Counter(labels).most_common(1)[0][0]
+    for split in ("validation", "test"):
+        truth = table_of(launched[0] / f"{split}.csv")[1]
+        baseline = accuracy_score(truth, [most_frequent] * len(truth))
+        assert results["majority_baseline"][split]["accuracy"] == pytest.approx(baseline)
+
+
+def test_metrics_hold_a_line_for_every_step_and_evaluation(launched):
+    lines = lines_of(run_of(launched))
+    assert [line["step"] for line in lines] == list(range(1, 27))
+    keys = {"type", "step", "epoch", "loss", "learning_rate", "grad_norm", "examples_per_second"}
+    assert all(set(line) == keys for line in lines)
+    assert [line["epoch"] for line in lines] == [round(step / 13, 4) for step in range(1, 27)]
+    lines = lines_of(run_of(launched), "eval")
+    assert [line["step"] for line in lines] == [6, 12, 18, 24, 26]
+    assert all(set(line) == {"type", "step", "epoch", "split", "loss", "scores"} for line in lines)
+    assert {line["split"] for line in lines} == {"validation"}  # the test split is scored once, at the end
+    assert all(list(line["scores"]) == ["accuracy", "f1"] for line in lines)
+
+
+def test_the_saved_model_is_the_best_one_and_its_scores_are_right(launched):
+    folder, _ = launched
+    results, evaluations = read_results(run_of(launched)), lines_of(run_of(launched), "eval")
+    scores = [line["scores"]["accuracy"] for line in evaluations]
+    best = evaluations[int(np.argmax(scores))]  # of equal ones, the first
+    assert results["best_step"] == best["step"] < 26
+    assert results["scores"]["validation"] == best["scores"]
+
+    model = AutoModelForSequenceClassification.from_pretrained(run_of(launched) / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(run_of(launched) / "model")
+    assert model.config.id2label == {0: "negative", 1: "positive"}
+    assert model.config.label2id == {"negative": 0, "positive": 1}
+    for split in ("validation", "test"):
+        texts, labels = table_of(folder / f"{split}.csv")
+        truth = torch.tensor([model.config.label2id[label] for label in labels])
+        with torch.no_grad():
+            logits = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits
+        predictions = logits.argmax(1)
+        assert results["scores"][split]["accuracy"] == pytest.approx(accuracy_score(truth, predictions))
+        assert results["scores"][split]["f1"] == pytest.approx(f1_score(truth, predictions))
+        assert results["scores"][split]["accuracy"] >= 0.9
+        if split == "validation":
+            loss = torch.nn.functional.cross_entropy(logits, truth).item()
+            assert best["loss"] == pytest.approx(loss, rel=1e-5)
+            assert all(line["loss"] != pytest.approx(loss, rel=1e-3) for line in evaluations if line is not best)
+
+
+def test_a_pipeline_of_transformers_loads_the_model_and_answers_with_label_names(launched):
+    classify = pipeline("text-classification", model=str(run_of(launched) / "model"))
+    texts, labels = table_of(launched[0] / "test.csv")
+    answers = [answer["label"] for answer in classify(texts)]
+    scores = read_results(run_of(launched))["scores"]["test"]
+    assert set(answers) == {"negative", "positive"}
+    assert accuracy_score(labels, answers) == pytest.approx(scores["accuracy"])
+
+
+def test_the_model_folder_describes_itself(launched):
+    folder, results = run_of(launched) / "model", read_results(run_of(launched))
+    task = json.loads((folder / "task.json").read_text())
+    assert (task["text"], task["labels"], task["max_length"]) == (["text"], ["negative", "positive"], 32)
+    assert task["metrics"] == ["accuracy", "f1"] and set(task["fingerprints"]) == {"train", "validation", "test"}
+    assert json.loads((folder / "metrics.json").read_text())["scores"] == results["scores"]
+    card = (folder / "README.md").read_text()
+    for split, scores in results["scores"].items():
+        assert f"| {split} | accuracy | {scores['accuracy']:.4f} | " in card
+
+
+def test_printed_scores_are_those_of_the_results(launched):
+    _, ended = launched
+    results = read_results(run_of(launched))
+    for split, scores in results["scores"].items():
+        assert f"{split}: accuracy {scores['accuracy']:.4f}, f1 {scores['f1']:.4f}" in ended.stdout
+    assert "step 6 | train loss" in ended.stdout and " | majority: accuracy 0." in ended.stdout
+
+
+# ------------------------------------------------------------------------------------------------- the same numbers
+
+
+def assert_same_training(run, other, splits=("validation",)):
+    """The losses of every step, the evaluations and the choice of the best are the same up to fp32's rounding."""
+    steps, losses = values_of(run, "step"), values_of(run)
+    assert values_of(other, "step") == steps and len(steps) == len(set(steps)) > 1
+    assert values_of(other) == pytest.approx(losses, rel=1e-5)
+    assert values_of(other, "learning_rate") == values_of(run, "learning_rate")
+    assert values_of(other, "grad_norm") == pytest.approx(values_of(run, "grad_norm"), rel=1e-4)
+    for line, other_line in zip(lines_of(run, "eval"), lines_of(other, "eval"), strict=True):
+        assert other_line["loss"] == pytest.approx(line["loss"], rel=1e-5)
+        assert other_line["scores"] == pytest.approx(line["scores"], rel=1e-6)
+    results, other_results = read_results(run), read_results(other)
+    for key in ("best_step", "majority_baseline", "train_examples"):
+        assert other_results[key] == results[key]
+    for split in splits:
+        assert other_results["scores"][split] == pytest.approx(results["scores"][split], rel=1e-6)
+
+
+def test_accelerate_launch_trains_as_python_does_and_uses_all_cores(launched, tmp_path):
+    folder, ended = launched
+    other = run_script(
+        *("train.py", "--task", "reviews.yaml", "--log_every", 1, "--eval_every", 6, "--output_dir", tmp_path / "run"),
+        cwd=folder,
+        launcher=ACCELERATE,
+    )
+    assert other.returncode == 0, other.stderr
+    assert_same_training(run_of(launched), tmp_path / "run")
+    # This launcher sets OMP_NUM_THREADS=1.
+    assert read_results(tmp_path / "run")["hardware"]["threads"] == hardware.available_cores()
+    assert f"({hardware.available_cores()} core" in other.stdout and "/ 1 process" in other.stdout
+    assert "tokens from the cache" in other.stdout and "tokenised" not in other.stdout
+
+
+def test_two_processes_train_as_one_does(launched, tmp_path):
+    other = run_script(
+        *("train.py", "--task", "reviews.yaml", "--log_every", 1, "--eval_every", 6, "--output_dir", tmp_path / "run"),
+        *("--final_test",),
+        cwd=launched[0],
+        launcher=TORCHRUN_2,
+    )
+    assert other.returncode == 0, other.stderr
+    assert_same_training(run_of(launched), tmp_path / "run", ("validation", "test"))
+    assert read_results(tmp_path / "run")["num_processes"] == 2
+    assert other.stdout.count("best at step") == 1  # one process speaks
+    assert files_under(tmp_path / "run") == RUN_FILES
+    here, there = read_results(run_of(launched)), read_results(tmp_path / "run")
+    assert there["train_tokens_per_second"] * there["train_seconds"] == pytest.approx(
+        here["train_tokens_per_second"] * here["train_seconds"]
+    )
+
+
+def test_two_processes_agree_on_uneven_batches_class_weights_and_label_smoothing(review_task, train):
+    rows = [row for row in make_rows(120, 5) if row[1] == "positive" or len(row[0]) % 3 == 0]
+    write_table(review_task.parent / "train.csv", rows)
+    flags = ["--batch_size", 7, "--class_weights", "balanced", "--label_smoothing", 0.1, "--log_every", 1]
+    flags += ["--max_steps", 16, "--weight_decay", 0.1]
+    train(review_task, *flags, output="whole")
+    ended = run_script(
+        *("train.py", "--task", review_task, *flags, "--micro_batch_size", 3, "--output_dir", "two"),
+        cwd=review_task.parent,
+        launcher=TORCHRUN_2,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert_same_training(review_task.parent / "whole", review_task.parent / "two")
+
+
+def test_more_processes_than_examples_in_a_step(review_task, train):
+    make_regression(review_task)
+    flags = ["--batch_size", 1, "--max_steps", 12, "--eval_every", 5, "--log_every", 1]
+    train(review_task, *flags, output="one")
+    ended = run_script(
+        *("train.py", "--task", review_task, *flags, "--output_dir", "two"),
+        cwd=review_task.parent,
+        launcher=TORCHRUN_2,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert_same_training(review_task.parent / "one", review_task.parent / "two")
+    results = read_results(review_task.parent / "two")
+    assert results["train_examples"] == 12 and results["padding_fraction"] == 0
+
+
+@pytest.mark.parametrize("kind", ["plain", "weighted", "regression"])
+def test_micro_batches_of_any_size_change_nothing(review_task, train, kind):
+    flags = ["--max_steps", 14, "--log_every", 1]
+    if kind == "weighted":
+        rows = [row for row in make_rows(200, 5) if row[1] == "positive" or len(row[0]) % 3 == 0]
+        write_table(review_task.parent / "train.csv", rows)
+        flags += ["--class_weights", "balanced", "--label_smoothing", 0.2, "--batch_size", 7]
+    elif kind == "regression":
+        make_regression(review_task)
+    train(review_task, *flags, output="whole")
+    for size in (3, 1) if kind == "plain" else (3,):
+        train(review_task, *flags, "--micro_batch_size", size, output=f"micro-{size}")
+        assert_same_training(review_task.parent / "whole", review_task.parent / f"micro-{size}")
+
+
+def plain_training(folder, vocabulary, steps, total_steps, loss_of, **settings):
+    """Losses, gradient norms and learning rates of a loop in plain torch, for the task's training rows."""
+    default = {"warmup": 0, "batch_size": 16, "seed": 42, "decay": 0.01, "clip": 1.0, "outputs": 2}
+    options = {**default, "betas": (0.9, 0.999), "epsilon": 1e-8, **settings}
+    values = {key: value for key, value in bert_config(vocabulary).items() if key not in ("vocab", "model_type")}
+    tokenizer = BertTokenizer(str(vocabulary))
+    texts, labels = table_of(folder / "train.csv")
+    torch.manual_seed(options["seed"])
+    config = BertConfig(vocab_size=len(tokenizer), num_labels=options["outputs"], **values)
+    model = BertForSequenceClassification(config).train()
+    undecayed = [p for name, p in model.named_parameters() if name.endswith("bias") or "LayerNorm" in name]
+    decayed = [p for name, p in model.named_parameters() if not (name.endswith("bias") or "LayerNorm" in name)]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": options["decay"]}, {"params": undecayed, "weight_decay": 0.0}],
+        betas=options["betas"],
+        eps=options["epsilon"],
+    )
+    history = {"loss": [], "grad_norm": [], "learning_rate": []}
+    for step, batch in enumerate(batching.plan(len(texts), options["batch_size"], options["seed"], steps)):
+        warmup = options["warmup"]
+        rate = 0.003 * (step / warmup if step < warmup else (total_steps - step) / (total_steps - warmup))
+        inputs = tokenizer([texts[i] for i in batch], padding=True, return_tensors="pt")
+        loss = loss_of(model(**inputs).logits, [labels[i] for i in batch], labels)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options["clip"])
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        for key, value in (("loss", loss.item()), ("grad_norm", norm.item()), ("learning_rate", rate)):
+            history[key].append(value)
+    return history
+
+
+def cross_entropy(logits, labels, all_labels):
+    return torch.nn.functional.cross_entropy(logits, torch.tensor([label == "positive" for label in labels]).long())
+
+
+def weighted_smoothed(logits, labels, all_labels):
+    """Label smoothing 0.2 (Szegedy 2016, eq. 7) with the weights that scikit-learn calls balanced."""
+    weights = compute_class_weight("balanced", classes=np.array(["negative", "positive"]), y=np.array(all_labels))
+    ids = torch.tensor([label == "positive" for label in labels]).long()
+    log_p = logits.log_softmax(-1)
+    losses = -(0.8 * log_p[range(len(ids)), ids] + 0.2 * log_p.mean(-1))
+    return (losses * torch.tensor(weights, dtype=torch.float32)[ids]).sum() / len(ids)
+
+
+def squared_error(logits, labels, all_labels):
+    return ((logits[:, 0] - torch.tensor([float(label) for label in labels])) ** 2).mean()
+
+
+@pytest.mark.parametrize("kind", ["defaults", "other settings", "weighted", "regression"])
+def test_losses_and_rates_are_those_of_a_loop_in_plain_torch(review_task, vocabulary, train, kind):
+    flags, settings, loss_of, total_steps = ["--warmup_ratio", 0.1], {"warmup": 3}, cross_entropy, 26
+    if kind == "other settings":
+        flags = ["--warmup_steps", 2, "--max_steps", 9, "--weight_decay", 0.5, "--max_grad_norm", 0.3, "--seed", 7]
+        flags += ["--adam_betas", 0.8, 0.99, "--adam_epsilon", 1e-3, "--batch_size", 48]
+        settings = {"warmup": 2, "decay": 0.5, "clip": 0.3, "seed": 7, "betas": (0.8, 0.99), "epsilon": 1e-3}
+        settings, total_steps = {**settings, "batch_size": 48}, 9
+    elif kind == "weighted":
+        write_table(review_task.parent / "train.csv", [r for r in make_rows(260, 5) if r[1] == "positive"][:130])
+        write_table(review_task.parent / "train.csv", make_rows(60, 6, ("positive",)) + make_rows(140, 7))
+        flags += ["--label_smoothing", 0.2, "--class_weights", "balanced"]
+        loss_of = weighted_smoothed
+    elif kind == "regression":
+        make_regression(review_task)
+        settings, loss_of = {**settings, "outputs": 1}, squared_error
+    train(review_task, *flags, "--log_every", 1, output="run")
+    expected = plain_training(review_task.parent, vocabulary, total_steps, total_steps, loss_of, **settings)
+    run = review_task.parent / "run"
+    assert values_of(run)[:5] == pytest.approx(expected["loss"][:5], rel=1e-6)
+    assert values_of(run) == pytest.approx(expected["loss"], rel=1e-4)
+    assert values_of(run, "grad_norm")[:5] == pytest.approx(expected["grad_norm"][:5], rel=1e-5)
+    assert values_of(run, "learning_rate") == pytest.approx(expected["learning_rate"], rel=1e-9, abs=1e-15)
+
+
+def test_lines_between_are_means_over_their_examples(review_task, train):
+    train(review_task, "--log_every", 1, "--epochs", 1, output="each")
+    train(review_task, "--log_every", 5, "--epochs", 1, output="some")
+    losses = values_of(review_task.parent / "each")
+    means = [np.mean(losses[:5]), np.mean(losses[5:10]), np.average(losses[10:], weights=[16, 16, 8])]
+    assert values_of(review_task.parent / "some", "step") == [5, 10, 13]
+    assert values_of(review_task.parent / "some") == pytest.approx(means, rel=1e-6)
+
+
+def test_the_seed_alone_decides_what_is_drawn_also_with_dropout(review_task, vocabulary, train):
+    change_task(review_task, model=bert_config(vocabulary, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.1))
+    flags = ["--max_steps", 8, "--log_every", 1]
+    train(review_task, *flags, output="first")
+    train(review_task, *flags, "--eval_every", 3, "--num_workers", 1, output="again")
+    train(review_task, *flags, "--seed", 43, output="other")
+    first, again, other = (values_of(review_task.parent / name) for name in ("first", "again", "other"))
+    assert first == again
+    assert all(abs(a - b) > 1e-4 for a, b in zip(first, other, strict=True))
+
+
+def test_gradient_checkpointing_changes_no_loss(review_task, vocabulary, train):
+    flags = ["--max_steps", 6, "--log_every", 1]
+    train(review_task, *flags, output="plain")
+    train(review_task, *flags, "--gradient_checkpointing", output="checkpointing")
+    assert_same_training(review_task.parent / "plain", review_task.parent / "checkpointing")
+
+
+def test_the_launchers_accumulation_is_ignored_and_said(review_task, train, monkeypatch):
+    flags = ["--max_steps", 6, "--log_every", 1]
+    printed = train(review_task, *flags, output="plain")
+    assert "gradient_accumulation_steps" not in printed
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    printed = train(review_task, *flags, output="accumulating")
+    assert "gradient_accumulation_steps=4 is ignored" in printed
+    assert_same_training(review_task.parent / "plain", review_task.parent / "accumulating")
+
+
+# --------------------------------------------------------------------------------------------- folders and finished runs
+
+
+def test_the_folder_is_named_after_the_task_and_the_settings_that_differ(review_task, train):
+    train(review_task, "--max_steps", 1)
+    train(review_task, "--max_steps", 1, "--learning_rate", "1e-3")
+    train(review_task, "--max_steps", 1, "--learning_rate", "3e-3", "--seed", 43, "--log_every", 1)
+    names = {path.name for path in (review_task.parent / "runs").iterdir()}
+    assert names == {
+        *("reviews,max_steps=1", "reviews,max_steps=1,learning_rate=0.001", "reviews,max_steps=1,seed=43"),
+    }
+
+
+def test_without_other_settings_the_folder_has_the_tasks_name(review_task, train):
+    change_task(review_task, defaults={"max_steps": 1, "learning_rate": 0.003})
+    train(review_task)
+    train(review_task, "--learning_rate", "0.001")
+    names = {path.name for path in (review_task.parent / "runs").iterdir()}
+    assert names == {"reviews", "reviews,learning_rate=0.001"}
+
+
+def test_a_file_without_a_task_names_the_run_and_its_model(reviews, tiny_bert, run_inside):
+    arguments = ["--train_file", "train.csv", "--model", tiny_bert, "--max_steps", 2, "--max_length", 24]
+    code, printed, errors = run_inside("train.py", *arguments, cwd=reviews)
+    assert code == 0, errors
+    run = reviews / "runs" / f"train,max_length=24,model={tiny_bert.name},max_steps=2"
+    results = read_results(run)
+    assert results["task"] == "train" and list(results["scores"]["validation"]) == ["f1_macro", "accuracy"]
+    assert "train: 180 examples" in printed and "validation: 20 examples" in printed
+    assert "newly initialised: classifier" in printed
+
+
+def test_a_finished_run_typed_again_prints_its_scores_and_trains_nothing(finished, run_inside):
+    folder, run = finished
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    code, printed, errors = run_inside("train.py", "--task", "reviews.yaml", "--eval_every", 6, cwd=folder)
+    assert (code, errors) == (0, "")
+    assert "already complete" in printed
+    scores = read_results(run)["scores"]["validation"]
+    assert f"validation: accuracy {scores['accuracy']:.4f}, f1 {scores['f1']:.4f}" in printed
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_other_settings_in_the_folder_of_a_run_are_refused_and_named(finished, refused):
+    folder, run = finished
+    flags = ["--task", "reviews.yaml", "--eval_every", 6, "--output_dir", run]
+    errors = refused(*flags, "--learning_rate", "0.001", "--seed", 1, cwd=folder)
+    assert "learning_rate: 0.003 before, 0.001 now" in errors and "seed: 42 before, 1 now" in errors
+    assert "batch_size" not in errors and "--overwrite" in errors
+
+
+def test_other_data_in_the_folder_of_a_run_are_refused(finished, refused):
+    folder, _ = finished
+    write_table(folder / "train.csv", [*make_rows(199, 1), ("the room was dull .", "negative")])
+    assert "data" in refused("--task", "reviews.yaml", "--eval_every", 6, cwd=folder)
+
+
+@pytest.mark.parametrize("status", ["running", "failed"])
+def test_an_unfinished_run_is_refused_with_advice(finished, refused, status):
+    folder, run = finished
+    state = {**read_state(run), "status": status, "reason": "the power went"}
+    (run / "state.json").write_text(json.dumps(state))
+    errors = refused("--task", "reviews.yaml", "--eval_every", 6, cwd=folder)
+    assert "did not finish" in errors and "the power went" in errors and "--overwrite" in errors
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]])
+def test_a_folder_that_holds_no_run_is_left_alone(review_task, refused, flags):
+    folder = review_task.parent / "precious"
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "weights.bin").write_text("years of work")
+    (folder / "results.json").write_text("{}")
+    errors = refused("--task", review_task, "--output_dir", folder, *flags, cwd=review_task.parent)
+    assert "holds no run" in errors
+
+
+@pytest.mark.parametrize("content", ['{"version": 4}', "[1, 2]", "not JSON"])
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]])
+def test_a_state_file_of_another_program_makes_no_run(review_task, refused, content, flags):
+    folder = review_task.parent / "terraform"
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "weights.bin").write_text("years of work")
+    (folder / "state.json").write_text(content)
+    refused("--task", review_task, "--output_dir", folder, *flags, cwd=review_task.parent)
+
+
+def test_an_output_folder_that_is_a_file_is_refused(review_task, refused):
+    (review_task.parent / "taken").write_text("a file")
+    assert "taken" in refused("--task", review_task, "--output_dir", "taken", cwd=review_task.parent)
+
+
+def test_an_empty_folder_is_used(review_task, train):
+    (review_task.parent / "empty").mkdir()
+    train(review_task, "--max_steps", 1, output="empty")
+    assert files_under(review_task.parent / "empty") == RUN_FILES
+
+
+def test_overwrite_starts_again_and_removes_what_the_run_left_alone(finished, run_inside):
+    folder, run = finished
+    (run / "notes.txt").write_text("mine")
+    (run / "evaluation-test").mkdir()
+    (run / "evaluation-test" / "evaluation.json").write_text("{}")
+    (run / "model" / "old.bin").write_text("of the run before")
+    (run / "checkpoints" / "step-00000003.tmp").mkdir(parents=True)
+    flags = ["--task", "reviews.yaml", "--output_dir", run, "--overwrite", "--max_steps", 3, "--log_every", 1]
+    code, _, errors = run_inside("train.py", *flags, cwd=folder)
+    assert code == 0, errors
+    assert files_under(run) == RUN_FILES | {"notes.txt", "evaluation-test/evaluation.json"}
+    assert not (run / "checkpoints").exists()
+    assert [line["step"] for line in lines_of(run)] == [1, 2, 3]
+    assert read_results(run)["steps"] == 3 and list(read_results(run)["scores"]) == ["validation"]
+
+
+# ----------------------------------------------------------------------------------------------- length of a training
+
+
+def test_max_steps_and_parts_of_an_epoch(review_task, train):
+    train(review_task, "--max_steps", 5, output="steps")
+    assert read_results(review_task.parent / "steps")["steps"] == 5
+    assert [line["step"] for line in lines_of(review_task.parent / "steps", "eval")] == [5]
+    train(review_task, "--epochs", 0.5, output="half")
+    results = read_results(review_task.parent / "half")
+    assert (results["steps"], results["train_examples"]) == (7, 7 * 16)
+    assert results["epochs"] == pytest.approx(7 / 13)
+
+
+def test_early_stopping_stops_and_says_so(review_task, train):
+    flags = ["--learning_rate", 0, "--eval_every", 2, "--early_stopping_patience", 3, "--log_every", 1]
+    printed = train(review_task, *flags, output="run")
+    assert "stopping early" in printed
+    results = read_results(review_task.parent / "run")
+    assert (results["steps"], results["best_step"], results["train_examples"]) == (8, 2, 128)
+    assert [line["step"] for line in lines_of(review_task.parent / "run", "eval")] == [2, 4, 6, 8]
+
+
+def test_a_metric_that_is_better_when_small_chooses_the_smallest(review_task, train):
+    make_regression(review_task)
+    flags = ["--metrics", "mse", "--eval_every", 2, "--learning_rate", 0.03, "--max_steps", 20]
+    train(review_task, *flags, output="run")
+    scores = {line["step"]: line["scores"]["mse"] for line in lines_of(review_task.parent / "run", "eval")}
+    results = read_results(review_task.parent / "run")
+    assert results["best_step"] == min(scores, key=scores.get) != 20
+    assert results["scores"]["validation"]["mse"] == min(scores.values())
+
+
+def test_final_test_needs_labels_and_a_test_split(review_task, refused):
+    write_table(review_task.parent / "test.csv", [(text,) for text, _ in make_rows(50, 3)], header=("text",))
+    errors = refused("--task", review_task, "--final_test", cwd=review_task.parent)
+    assert "50 of 50 examples of the test split have no label" in errors
+    files = {name: f"{name}.csv" for name in ("train", "validation")}
+    change_task(review_task, files=files)
+    assert "no test split" in refused("--task", review_task, "--final_test", cwd=review_task.parent)
+
+
+def test_without_final_test_the_test_split_is_not_scored(review_task, train):
+    train(review_task, "--max_steps", 1, output="run")
+    assert list(read_results(review_task.parent / "run")["scores"]) == ["validation"]
+
+
+# ------------------------------------------------------------------------------------------------ model and optimiser
+
+
+@pytest.mark.parametrize("part", ["encoder", "embeddings", "1"])
+def test_frozen_parts_keep_their_weights(review_task, tiny_bert, train, part):
+    train(review_task, "--model", tiny_bert, "--freeze", part, "--max_steps", 4, "--weight_decay", 0.1, output="run")
+    before, after = weights_of(tiny_bert), weights_of(review_task.parent / "run" / "model")
+    changed = {name for name in before if not torch.equal(before[name], after[f"bert.{name}"])}
+    frozen = {
+        "encoder": set(before),
+        "embeddings": {name for name in before if name.startswith("embeddings.")},
+        "1": {name for name in before if name.startswith(("embeddings.", "encoder.layer.0."))},
+    }[part]
+    assert frozen and changed == set(before) - frozen
+
+
+@pytest.mark.parametrize("part", ["nonsense", "3", "0", "-1"])
+def test_a_part_that_is_not_there_cannot_be_frozen(review_task, refused, part):
+    errors = refused("--task", review_task, f"--freeze={part}", cwd=review_task.parent)
+    assert f"--freeze {part}" in errors and "none, encoder, embeddings, 1, 2" in errors
+
+
+def test_a_head_for_other_labels_is_replaced_and_said(finished, run_inside):
+    folder, run = finished
+    flags = ["--task", "reviews.yaml", "--model", run / "model", "--log_every", 1, "--max_steps", 2]
+    code, printed, errors = run_inside("train.py", *flags, "--output_dir", "same", cwd=folder)
+    assert code == 0 and "newly initialised" not in printed, errors
+    for name, number, seed in (("train", 200, 1), ("validation", 50, 2)):
+        rows = [(text, {"positive": "joy", "negative": "anger"}[label]) for text, label in make_rows(number, seed)]
+        write_table(folder / f"{name}.csv", rows)
+    change_task(folder / "reviews.yaml", labels=["joy", "anger"], files={"train": "train.csv"})
+    code, printed, errors = run_inside("train.py", *flags, "--output_dir", "other", cwd=folder)
+    assert code == 0 and "newly initialised: classifier" in printed, errors
+    assert values_of(folder / "same")[0] < 0.2 < values_of(folder / "other")[0]  # ln 2: a head that knows nothing
+    config = json.loads((folder / "other" / "model" / "config.json").read_text())
+    assert config["id2label"] == {"0": "joy", "1": "anger"}
+
+
+def test_a_head_of_another_size_is_replaced_and_said(finished, run_inside):
+    folder, run = finished
+    rows = [(text, f"{label} {len(text) % 2}") for text, label in make_rows(60)]
+    write_table(folder / "four.csv", rows)
+    flags = ["--train_file", "four.csv", "--model", run / "model", "--max_steps", 1, "--output_dir", "four"]
+    code, printed, errors = run_inside("train.py", *flags, cwd=folder)
+    assert code == 0 and "newly initialised: classifier" in printed, errors
+    assert len(json.loads((folder / "four" / "model" / "config.json").read_text())["id2label"]) == 4
+
+
+def test_weights_that_are_not_finite_are_refused(review_task, tiny_bert, refused):
+    from safetensors.torch import save_file
+
+    shutil.copytree(tiny_bert, review_task.parent / "broken")
+    weights = weights_of(tiny_bert)
+    weights["encoder.layer.1.output.dense.weight"][3, 4] = float("nan")
+    save_file(weights, review_task.parent / "broken" / "model.safetensors", metadata={"format": "pt"})
+    errors = refused("--task", review_task, "--model", "broken", cwd=review_task.parent)
+    assert "encoder.layer.1.output.dense.weight" in errors and "NaN" in errors
+
+
+def test_more_tokens_than_positions_are_refused(review_task, tiny_bert, refused):
+    errors = refused("--task", review_task, "--model", tiny_bert, "--max_length", 33, cwd=review_task.parent)
+    assert "33" in errors and "32 positions" in errors
+
+
+def test_checkpoints_in_half_precision_are_trained_in_float32(review_task, tiny_bert, train):
+    from safetensors.torch import save_file
+
+    shutil.copytree(tiny_bert, review_task.parent / "half")
+    halves = {name: weight.half() for name, weight in weights_of(tiny_bert).items()}
+    save_file(halves, review_task.parent / "half" / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tiny_bert / "config.json").read_text())
+    (review_task.parent / "half" / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
+    train(review_task, "--model", "half", "--max_steps", 2, output="run")
+    assert {weight.dtype for weight in weights_of(review_task.parent / "run" / "model").values()} == {torch.float32}
+
+
+# -------------------------------------------------------------------------------------------------- what goes wrong
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_naming_step_and_examples(review_task, run_inside, refused):
+    flags = ["--task", review_task, "--learning_rate", 1e30, "--output_dir", "run"]
+    code, printed, errors = run_inside("train.py", *flags, cwd=review_task.parent)
+    assert code == 1 and "Traceback" not in errors, printed + errors
+    # The first step changes the weights, so that the second is the first to suffer; noted only at step 10.
+    assert "step 2: the loss is" in errors and "training examples" in errors and "--learning_rate" in errors
+    named = errors.partition("training examples, from 0: ")[2].partition("\n")[0]
+    assert {int(number) for number in named.split(", ")} <= set(batching.plan(200, 16, 42, 2)[1].tolist())
+    state = read_state(review_task.parent / "run")
+    assert state["status"] == "failed" and state["reason"].startswith("step 2: the loss is")
+    assert not (review_task.parent / "run" / "model").exists()
+    assert not (review_task.parent / "run" / "results.json").exists()
+    assert "did not finish" in refused(*flags, cwd=review_task.parent)
+
+
+def test_a_model_that_has_learnt_nothing_is_warned_of(review_task, train):
+    printed = train(review_task, "--learning_rate", 0, "--max_steps", 1, output="nothing")
+    assert "WARNING: ON VALIDATION THE MODEL" in printed
+    printed = train(review_task, "--log_every", 1, output="something")
+    assert "WARNING" not in printed
+
+
+MISTAKES = {
+    "an unknown flag": (["--learning_rat", "1"], "--learning_rat"),
+    "an abbreviated flag": (["--epoch", "1"], "--epoch"),
+    "no such task": (["--task", "mrcp"], 'did you mean "mrpc"'),
+    "no such task file": (["--task", "nosuch.yaml"], "nosuch.yaml"),
+    "no such file": (["--train_file", "trian.csv"], 'did you mean "train.csv"'),
+    "eval_every 0": (["--eval_every", "0"], "--eval_every 0"),
+    "eval_every a word": (["--eval_every", "often"], "--eval_every often"),
+    "fp16 on a CPU": (["--mixed_precision", "fp16"], "fp16 on a CPU"),
+    "epochs 0": (["--epochs", "0"], "--epochs 0"),
+    "epochs below 0": (["--epochs", "-1"], "--epochs -1"),
+    "epochs nan": (["--epochs", "nan"], "--epochs"),
+    "epochs inf": (["--epochs", "inf"], "--epochs"),
+    "batch size 0": (["--batch_size", "0"], "--batch_size"),
+    "no number": (["--seed", "x"], "--seed"),
+    "warm-up beyond the end": (["--warmup_ratio", "1.5"], "--warmup_ratio"),
+    "warm-up below 0": (["--warmup_steps", "-1"], "--warmup_steps"),
+    "learning rate below 0": (["--learning_rate", "-0.001"], "--learning_rate"),
+    "learning rate nan": (["--learning_rate", "nan"], "--learning_rate"),
+    "weight decay below 0": (["--weight_decay", "-1"], "--weight_decay"),
+    "betas beyond 1": (["--adam_betas", "0.9", "1.5"], "--adam_betas"),
+    "epsilon below 0": (["--adam_epsilon", "-1"], "--adam_epsilon"),
+    "clipping below 0": (["--max_grad_norm", "-1"], "--max_grad_norm"),
+    "workers below 0": (["--num_workers", "-1"], "--num_workers"),
+    "seed below 0": (["--seed", "-1"], "--seed"),
+    "max_length 0": (["--max_length", "0"], "--max_length"),
+    "max_length below 0": (["--max_length", "-5"], "--max_length"),
+    "max_length 1": (["--max_length", "1"], "--max_length"),
+    "a limit of nothing": (["--limit", "train=0"], "--limit"),
+    "an unknown metric": (["--metrics", "acuracy"], "accuracy"),
+    "a metric of regression": (["--metrics", "pearson"], "pearson"),
+    "no such text column": (["--text_columns", "txt"], 'did you mean "text"'),
+    "no such label column": (["--label_column", "lable"], 'did you mean "label"'),
+    "an unknown tracker": (["--trackers", "tensorbored"], "tensorbored"),
+    "no such model": (["--model", "nosuch/folder/here"], "nosuch/folder/here"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_two_lines_and_writes_nothing(review_task, refused, mistake):
+    flags, words = MISTAKES[mistake]
+    errors = refused("--task", review_task, "--max_steps", 1, *flags, cwd=review_task.parent)
+    assert words in errors
+
+
+@pytest.mark.parametrize(
+    "defaults", [{"batch_size": 0}, {"warmup_ratio": 2}, {"learning_rate": "fast"}, {"learning_rat": 1}]
+)
+def test_defaults_of_a_task_are_checked_like_flags(review_task, refused, defaults):
+    change_task(review_task, defaults=defaults)
+    errors = refused("--task", review_task, "--max_steps", 1, cwd=review_task.parent)
+    assert next(iter(defaults)) in errors
+
+
+def test_class_weights_are_not_for_regression(review_task, refused):
+    make_regression(review_task)
+    assert "regression" in refused("--task", review_task, "--class_weights", "balanced", cwd=review_task.parent)
+
+
+def test_a_tracker_that_is_not_installed_is_refused(review_task, refused):
+    from accelerate.utils import is_aim_available
+
+    if is_aim_available():
+        pytest.skip("aim is installed")
+    assert "aim" in refused("--task", review_task, "--max_steps", 1, "--trackers", "aim", cwd=review_task.parent)
+
+
+def test_tensorboard_gets_what_the_metrics_file_gets(review_task, train):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(review_task, "--trackers", "tensorboard", "--max_steps", 4, "--log_every", 1, output="run")
+    folder = review_task.parent / "run"
+    assert {name for name in files_under(folder) if not name.startswith("tensorboard/")} == RUN_FILES
+    events = reader.EventAccumulator(str(folder / "tensorboard")).Reload()
+    seen = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert seen == [(line["step"], pytest.approx(line["loss"], rel=1e-6)) for line in lines_of(folder)]
+    (score,) = events.Scalars("validation/accuracy")
+    assert (score.step, score.value) == (4, pytest.approx(lines_of(folder, "eval")[0]["scores"]["accuracy"]))
+
+
+def test_a_mistake_under_accelerate_launch_is_said_first_and_plainly(review_task):
+    before = files_under(review_task.parent)
+    ended = run_script("train.py", "--task", "nosuch", cwd=review_task.parent, launcher=ACCELERATE)
+    first, second = ended.stderr.splitlines()[:2]
+    assert ended.returncode == 1  # the launcher's
+    assert first == 'train.py: error: no task is named "nosuch"' and second.startswith("train.py: Tasks: ")
+    assert ended.stderr.count("Traceback") == 1  # the launcher's
+    assert files_under(review_task.parent) == before
+
+
+def test_a_mistake_under_torchrun_is_said_once(review_task):
+    before = files_under(review_task.parent)
+    ended = run_script(
+        "train.py", "--task", review_task, "--eval_every", 0, cwd=review_task.parent, launcher=TORCHRUN_2
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.count("--eval_every 0: neither epoch nor a number") == 1, ended.stderr
+    assert files_under(review_task.parent) == before
+
+
+def test_two_processes_that_accelerate_would_run_as_one_are_refused(review_task):
+    before = files_under(review_task.parent)
+    launcher = (*ACCELERATE, "--cpu", "--num_processes", "2")
+    ended = run_script("train.py", "--task", review_task, cwd=review_task.parent, launcher=launcher)
+    assert ended.returncode == 1
+    assert "asked for several processes, but started one" in ended.stderr and "multi_cpu.yaml" in ended.stderr
+    assert ended.stderr.count("Traceback") == 1  # the launcher's
+    assert files_under(review_task.parent) == before
