@@ -23,6 +23,7 @@ from splits import (
     load_splits,
     one_process_at_a_time,
 )
+from tasks import positive
 
 log = logging.getLogger("classifier")
 
@@ -46,13 +47,6 @@ def argument_parser(description, data=False):
     if data:
         tasks.add_data_arguments(parser)
     return parser
-
-
-def positive(text):
-    """A whole number above 0, as a type of argparse."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return int(text)
 
 
 def share(text):

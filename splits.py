@@ -259,6 +259,11 @@ def _raw_table(key, task, read_values, *source):
         while some := list(islice(values, 1000)):
             rows, texts, labels = zip(*some, strict=True)
             by_column = dict(zip(task.text, zip(*texts, strict=True), strict=True))
+            for row, label in zip(rows, labels, strict=True):
+                if isinstance(label, (list, dict)):
+                    raise BadInput(
+                        f"row {row}: the label is {label!r}", "Give each example one label, as a name or id."
+                    )
             labels = [None if label in (None, "") else str(label) for label in labels]
             yield {**{name: list(column) for name, column in by_column.items()}, "label": labels, "row": list(rows)}
 

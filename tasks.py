@@ -142,6 +142,13 @@ def _type_words(types):
 # ------------------------------------------------------------------------------------------- the flags of scripts
 
 
+def positive(text):
+    """A whole number above 0, as a type of argparse."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
+
+
 def add_data_arguments(parser):
     """Add the flags that say which data: the same in every script that reads a data set."""
     group = parser.add_argument_group("data")
@@ -152,7 +159,7 @@ def add_data_arguments(parser):
     group.add_argument("--label_column", metavar="NAME", help="the column of labels (default: label)")
     group.add_argument("--metrics", metavar="A[,B]", help="scores; the first one chooses the best checkpoint")
     group.add_argument(
-        "--max_length", type=int, metavar="TOKENS", help="longer texts are cut (default: the model's limit)"
+        "--max_length", type=positive, metavar="TOKENS", help="longer texts are cut (default: the model's limit)"
     )
     group.add_argument(
         "--limit", action="append", metavar="SPLIT=N", help="use N rows of a split, drawn seeded and stratified"

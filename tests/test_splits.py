@@ -789,3 +789,9 @@ def test_pins_are_plain_text(hub, empty_cache):
     hub_commit("org/model", "model")
     (file,) = empty_cache.iterdir()
     assert file.read_text() == COMMIT and "org--model" in file.name
+
+
+@pytest.mark.parametrize("label", [["a", "b"], {"name": "a"}])
+def test_a_label_that_is_a_list_or_an_object_is_refused(tmp_path, label):
+    error = refusal(files_task(tmp_path, suffix=".jsonl", train=[*AB, ("three", label)]))
+    assert "row 3" in error.reason

@@ -30,6 +30,10 @@ MODEL_FILES = {
     *("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"),
     *("task.json", "metrics.json", "README.md"),
 }
+# Threads that wait for each other cost seconds where other programs run; the batches are too small to gain by them.
+ONE_THREAD = ("--threads", 1)
+# With these the tiny model learns the reviews within two epochs.
+LEARNING = ("--learning_rate", 0.01, "--warmup_steps", 5)
 RUN_FILES = {"metrics.jsonl", "results.json", "state.json", *(f"model/{name}" for name in MODEL_FILES)}
 
 
@@ -91,12 +95,8 @@ def train(run_inside):
     """Train in this process and return what was printed; the run must succeed."""
 
     def run(task, *arguments, output=None):
-        where = [
-            "--threads",
-            1,
-            *(["--output_dir", output] if output else []),
-        ]  # 2 would wait for each other where tests share cores
-        code, printed, errors = run_inside("train.py", "--task", task, *where, *arguments, cwd=task.parent)
+        where = ["--output_dir", output] if output else []
+        code, printed, errors = run_inside("train.py", "--task", task, *ONE_THREAD, *where, *arguments, cwd=task.parent)
         assert code == 0, printed + errors
         return printed
 
@@ -109,15 +109,19 @@ def refused(run_inside):
 
     def run(*arguments, cwd):
         before = contents_of(cwd)
-        code, printed, errors = run_inside("train.py", *arguments, cwd=cwd)
+        code, printed, errors = run_inside("train.py", *ONE_THREAD, *arguments, cwd=cwd)
         assert code == 2, printed + errors
         assert len(errors.splitlines()) == 2, errors
-        assert all(line.startswith("train.py: ") and len(line) > 20 for line in errors.splitlines()), errors
+        assert all(line.startswith("train.py: ") and len(line) > 12 for line in errors.splitlines()), errors
         assert "Traceback" not in printed + errors
         assert contents_of(cwd) == before
         return errors
 
     return run
+
+
+# The command of the run that most tests look at. Other flags of it are no settings (--threads, --log_every, ...).
+TYPED = ("--task", "reviews.yaml", "--eval_every", 6, *LEARNING)
 
 
 @pytest.fixture(scope="module")
@@ -136,9 +140,7 @@ def launched(tmp_path_factory, vocabulary):
         "defaults": {"learning_rate": 0.003, "batch_size": 16, "epochs": 2, "mixed_precision": "no"},
     }
     (folder / "reviews.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
-    ended = run_script(
-        *("train.py", "--task", "reviews.yaml", "--log_every", 1, "--eval_every", 6, "--final_test"), cwd=folder
-    )
+    ended = run_script("train.py", *TYPED, *ONE_THREAD, "--log_every", 1, "--final_test", cwd=folder)
     assert ended.returncode == 0, ended.stderr
     return folder, ended
 
@@ -163,7 +165,9 @@ def run_of(launched):
 def test_a_run_writes_its_files_and_nothing_else(launched):
     folder, ended = launched
     data = {"train.csv", "validation.csv", "test.csv", "reviews.yaml"}
-    assert files_under(folder) == data | {f"runs/reviews,eval_every=6/{name}" for name in RUN_FILES}
+    assert files_under(folder) == data | {
+        f"runs/reviews,learning_rate=0.01,warmup_steps=5,eval_every=6/{name}" for name in RUN_FILES
+    }
     assert not (run_of(launched) / "checkpoints").exists()
     assert read_state(run_of(launched))["status"] == "done"
     assert ended.stderr == ""
@@ -184,7 +188,7 @@ def test_results_hold_what_happened(launched, vocabulary):
     assert (results["seed"], results["num_processes"], results["mixed_precision"]) == (42, 1, "no")
     assert (results["steps"], results["epochs"], results["train_examples"]) == (26, 2.0, 400)
     assert results["hardware"]["products"] == "float32" and results["hardware"]["gradient_scaler"] is False
-    assert results["settings"]["learning_rate"] == 0.003 and results["settings"]["batch_size"] == 16
+    assert results["settings"]["learning_rate"] == 0.01 and results["settings"]["batch_size"] == 16
     assert results["versions"]["torch"].startswith(torch.__version__.partition("+")[0])
     assert 0 < results["train_seconds"] < 300
 
@@ -283,32 +287,30 @@ def assert_same_training(run, other, splits=("validation",)):
     assert values_of(other, "grad_norm") == pytest.approx(values_of(run, "grad_norm"), rel=1e-4)
     for line, other_line in zip(lines_of(run, "eval"), lines_of(other, "eval"), strict=True):
         assert other_line["loss"] == pytest.approx(line["loss"], rel=1e-5)
-        assert other_line["scores"] == pytest.approx(line["scores"], rel=1e-6)
+        assert other_line["scores"] == pytest.approx(line["scores"], rel=1e-4)
     results, other_results = read_results(run), read_results(other)
-    for key in ("best_step", "majority_baseline", "train_examples"):
+    for key in ("best_step", "train_examples"):
         assert other_results[key] == results[key]
     for split in splits:
-        assert other_results["scores"][split] == pytest.approx(results["scores"][split], rel=1e-6)
+        assert other_results["scores"][split] == pytest.approx(results["scores"][split], rel=1e-4)
+        assert other_results["majority_baseline"][split] == results["majority_baseline"][split]
 
 
-def test_accelerate_launch_trains_as_python_does_and_uses_all_cores(launched, tmp_path):
-    folder, ended = launched
+def test_accelerate_launch_trains_as_python_does(launched, tmp_path):
+    folder, _ = launched
     other = run_script(
-        *("train.py", "--task", "reviews.yaml", "--log_every", 1, "--eval_every", 6, "--output_dir", tmp_path / "run"),
+        *("train.py", *TYPED, *ONE_THREAD, "--log_every", 1, "--output_dir", tmp_path / "run"),
         cwd=folder,
         launcher=ACCELERATE,
     )
     assert other.returncode == 0, other.stderr
     assert_same_training(run_of(launched), tmp_path / "run")
-    # This launcher sets OMP_NUM_THREADS=1.
-    assert read_results(tmp_path / "run")["hardware"]["threads"] == hardware.available_cores()
-    assert f"({hardware.available_cores()} core" in other.stdout and "/ 1 process" in other.stdout
     assert "tokens from the cache" in other.stdout and "tokenised" not in other.stdout
 
 
 def test_two_processes_train_as_one_does(launched, tmp_path):
     other = run_script(
-        *("train.py", "--task", "reviews.yaml", "--log_every", 1, "--eval_every", 6, "--output_dir", tmp_path / "run"),
+        *("train.py", *TYPED, *ONE_THREAD, "--log_every", 1, "--output_dir", tmp_path / "run"),
         *("--final_test",),
         cwd=launched[0],
         launcher=TORCHRUN_2,
@@ -331,7 +333,7 @@ def test_two_processes_agree_on_uneven_batches_class_weights_and_label_smoothing
     flags += ["--max_steps", 16, "--weight_decay", 0.1]
     train(review_task, *flags, output="whole")
     ended = run_script(
-        *("train.py", "--task", review_task, *flags, "--micro_batch_size", 3, "--output_dir", "two"),
+        *("train.py", "--task", review_task, *flags, *ONE_THREAD, "--micro_batch_size", 3, "--output_dir", "two"),
         cwd=review_task.parent,
         launcher=TORCHRUN_2,
     )
@@ -344,7 +346,7 @@ def test_more_processes_than_examples_in_a_step(review_task, train):
     flags = ["--batch_size", 1, "--max_steps", 12, "--eval_every", 5, "--log_every", 1]
     train(review_task, *flags, output="one")
     ended = run_script(
-        *("train.py", "--task", review_task, *flags, "--output_dir", "two"),
+        *("train.py", "--task", review_task, *flags, *ONE_THREAD, "--output_dir", "two"),
         cwd=review_task.parent,
         launcher=TORCHRUN_2,
     )
@@ -462,7 +464,7 @@ def test_the_seed_alone_decides_what_is_drawn_also_with_dropout(review_task, voc
     train(review_task, *flags, "--seed", 43, output="other")
     first, again, other = (values_of(review_task.parent / name) for name in ("first", "again", "other"))
     assert first == again
-    assert all(abs(a - b) > 1e-4 for a, b in zip(first, other, strict=True))
+    assert first[0] != pytest.approx(other[0], abs=1e-4)
 
 
 def test_gradient_checkpointing_changes_no_loss(review_task, vocabulary, train):
@@ -482,7 +484,7 @@ def test_the_launchers_accumulation_is_ignored_and_said(review_task, train, monk
     assert_same_training(review_task.parent / "plain", review_task.parent / "accumulating")
 
 
-# --------------------------------------------------------------------------------------------- folders and finished runs
+# ---------------------------------------------------------------------------------------- folders and finished runs
 
 
 def test_the_folder_is_named_after_the_task_and_the_settings_that_differ(review_task, train):
@@ -505,7 +507,7 @@ def test_without_other_settings_the_folder_has_the_tasks_name(review_task, train
 
 def test_a_file_without_a_task_names_the_run_and_its_model(reviews, tiny_bert, run_inside):
     arguments = ["--train_file", "train.csv", "--model", tiny_bert, "--max_steps", 2, "--max_length", 24]
-    code, printed, errors = run_inside("train.py", *arguments, cwd=reviews)
+    code, printed, errors = run_inside("train.py", *ONE_THREAD, *arguments, cwd=reviews)
     assert code == 0, errors
     run = reviews / "runs" / f"train,max_length=24,model={tiny_bert.name},max_steps=2"
     results = read_results(run)
@@ -517,7 +519,7 @@ def test_a_file_without_a_task_names_the_run_and_its_model(reviews, tiny_bert, r
 def test_a_finished_run_typed_again_prints_its_scores_and_trains_nothing(finished, run_inside):
     folder, run = finished
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    code, printed, errors = run_inside("train.py", "--task", "reviews.yaml", "--eval_every", 6, cwd=folder)
+    code, printed, errors = run_inside("train.py", *TYPED, *ONE_THREAD, cwd=folder)
     assert (code, errors) == (0, "")
     assert "already complete" in printed
     scores = read_results(run)["scores"]["validation"]
@@ -527,16 +529,15 @@ def test_a_finished_run_typed_again_prints_its_scores_and_trains_nothing(finishe
 
 def test_other_settings_in_the_folder_of_a_run_are_refused_and_named(finished, refused):
     folder, run = finished
-    flags = ["--task", "reviews.yaml", "--eval_every", 6, "--output_dir", run]
-    errors = refused(*flags, "--learning_rate", "0.001", "--seed", 1, cwd=folder)
-    assert "learning_rate: 0.003 before, 0.001 now" in errors and "seed: 42 before, 1 now" in errors
+    errors = refused(*TYPED, "--output_dir", run, "--learning_rate", "0.001", "--seed", 1, cwd=folder)
+    assert "learning_rate: 0.01 before, 0.001 now" in errors and "seed: 42 before, 1 now" in errors
     assert "batch_size" not in errors and "--overwrite" in errors
 
 
 def test_other_data_in_the_folder_of_a_run_are_refused(finished, refused):
     folder, _ = finished
     write_table(folder / "train.csv", [*make_rows(199, 1), ("the room was dull .", "negative")])
-    assert "data" in refused("--task", "reviews.yaml", "--eval_every", 6, cwd=folder)
+    assert "data" in refused(*TYPED, cwd=folder)
 
 
 @pytest.mark.parametrize("status", ["running", "failed"])
@@ -544,7 +545,7 @@ def test_an_unfinished_run_is_refused_with_advice(finished, refused, status):
     folder, run = finished
     state = {**read_state(run), "status": status, "reason": "the power went"}
     (run / "state.json").write_text(json.dumps(state))
-    errors = refused("--task", "reviews.yaml", "--eval_every", 6, cwd=folder)
+    errors = refused(*TYPED, cwd=folder)
     assert "did not finish" in errors and "the power went" in errors and "--overwrite" in errors
 
 
@@ -565,7 +566,7 @@ def test_a_state_file_of_another_program_makes_no_run(review_task, refused, cont
     (folder / "model").mkdir(parents=True)
     (folder / "model" / "weights.bin").write_text("years of work")
     (folder / "state.json").write_text(content)
-    refused("--task", review_task, "--output_dir", folder, *flags, cwd=review_task.parent)
+    refused("--task", review_task, "--max_steps", 1, "--output_dir", folder, *flags, cwd=review_task.parent)
 
 
 def test_an_output_folder_that_is_a_file_is_refused(review_task, refused):
@@ -587,7 +588,7 @@ def test_overwrite_starts_again_and_removes_what_the_run_left_alone(finished, ru
     (run / "model" / "old.bin").write_text("of the run before")
     (run / "checkpoints" / "step-00000003.tmp").mkdir(parents=True)
     flags = ["--task", "reviews.yaml", "--output_dir", run, "--overwrite", "--max_steps", 3, "--log_every", 1]
-    code, _, errors = run_inside("train.py", *flags, cwd=folder)
+    code, _, errors = run_inside("train.py", *ONE_THREAD, *flags, cwd=folder)
     assert code == 0, errors
     assert files_under(run) == RUN_FILES | {"notes.txt", "evaluation-test/evaluation.json"}
     assert not (run / "checkpoints").exists()
@@ -666,13 +667,13 @@ def test_a_part_that_is_not_there_cannot_be_frozen(review_task, refused, part):
 def test_a_head_for_other_labels_is_replaced_and_said(finished, run_inside):
     folder, run = finished
     flags = ["--task", "reviews.yaml", "--model", run / "model", "--log_every", 1, "--max_steps", 2]
-    code, printed, errors = run_inside("train.py", *flags, "--output_dir", "same", cwd=folder)
+    code, printed, errors = run_inside("train.py", *ONE_THREAD, *flags, "--output_dir", "same", cwd=folder)
     assert code == 0 and "newly initialised" not in printed, errors
     for name, number, seed in (("train", 200, 1), ("validation", 50, 2)):
         rows = [(text, {"positive": "joy", "negative": "anger"}[label]) for text, label in make_rows(number, seed)]
         write_table(folder / f"{name}.csv", rows)
     change_task(folder / "reviews.yaml", labels=["joy", "anger"], files={"train": "train.csv"})
-    code, printed, errors = run_inside("train.py", *flags, "--output_dir", "other", cwd=folder)
+    code, printed, errors = run_inside("train.py", *ONE_THREAD, *flags, "--output_dir", "other", cwd=folder)
     assert code == 0 and "newly initialised: classifier" in printed, errors
     assert values_of(folder / "same")[0] < 0.2 < values_of(folder / "other")[0]  # ln 2: a head that knows nothing
     config = json.loads((folder / "other" / "model" / "config.json").read_text())
@@ -684,7 +685,7 @@ def test_a_head_of_another_size_is_replaced_and_said(finished, run_inside):
     rows = [(text, f"{label} {len(text) % 2}") for text, label in make_rows(60)]
     write_table(folder / "four.csv", rows)
     flags = ["--train_file", "four.csv", "--model", run / "model", "--max_steps", 1, "--output_dir", "four"]
-    code, printed, errors = run_inside("train.py", *flags, cwd=folder)
+    code, printed, errors = run_inside("train.py", *ONE_THREAD, *flags, cwd=folder)
     assert code == 0 and "newly initialised: classifier" in printed, errors
     assert len(json.loads((folder / "four" / "model" / "config.json").read_text())["id2label"]) == 4
 
@@ -722,7 +723,7 @@ def test_checkpoints_in_half_precision_are_trained_in_float32(review_task, tiny_
 
 def test_a_loss_that_is_not_finite_ends_the_run_naming_step_and_examples(review_task, run_inside, refused):
     flags = ["--task", review_task, "--learning_rate", 1e30, "--output_dir", "run"]
-    code, printed, errors = run_inside("train.py", *flags, cwd=review_task.parent)
+    code, printed, errors = run_inside("train.py", *ONE_THREAD, *flags, cwd=review_task.parent)
     assert code == 1 and "Traceback" not in errors, printed + errors
     # The first step changes the weights, so that the second is the first to suffer; noted only at step 10.
     assert "step 2: the loss is" in errors and "training examples" in errors and "--learning_rate" in errors
@@ -738,7 +739,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_naming_step_and_examples(review_
 def test_a_model_that_has_learnt_nothing_is_warned_of(review_task, train):
     printed = train(review_task, "--learning_rate", 0, "--max_steps", 1, output="nothing")
     assert "WARNING: ON VALIDATION THE MODEL" in printed
-    printed = train(review_task, "--log_every", 1, output="something")
+    printed = train(review_task, *LEARNING, output="something")
     assert "WARNING" not in printed
 
 
@@ -821,14 +822,29 @@ def test_tensorboard_gets_what_the_metrics_file_gets(review_task, train):
     assert (score.step, score.value) == (4, pytest.approx(lines_of(folder, "eval")[0]["scores"]["accuracy"]))
 
 
-def test_a_mistake_under_accelerate_launch_is_said_first_and_plainly(review_task):
+def test_a_mistake_under_accelerate_launch_is_said_plainly_and_all_cores_are_used(review_task):
     before = files_under(review_task.parent)
-    ended = run_script("train.py", "--task", "nosuch", cwd=review_task.parent, launcher=ACCELERATE)
-    first, second = ended.stderr.splitlines()[:2]
+    ended = run_script(
+        "train.py", "--task", review_task, "--freeze", "nonsense", cwd=review_task.parent, launcher=ACCELERATE
+    )
+    ours, _, launchers = ended.stderr.partition("Traceback")
+    first, second = ours.splitlines()[-2:]
     assert ended.returncode == 1  # the launcher's
-    assert first == 'train.py: error: no task is named "nosuch"' and second.startswith("train.py: Tasks: ")
-    assert ended.stderr.count("Traceback") == 1  # the launcher's
+    assert first == "train.py: error: --freeze nonsense: no such part of this model"
+    assert second.startswith("train.py: Parts: ")
+    assert "train.py" in launchers and "Traceback" not in launchers
     assert files_under(review_task.parent) == before
+    # This launcher sets OMP_NUM_THREADS=1.
+    cores = hardware.available_cores()
+    assert f"cpu, 1 process, precision no (--mixed_precision), {cores} thread" in ended.stdout
+
+
+def test_the_threads_that_were_chosen_are_those_in_use(review_task, train):
+    torch.set_num_threads(2)
+    train(review_task, "--max_steps", 1, output="one")
+    assert read_results(review_task.parent / "one")["hardware"]["threads"] == 1
+    train(review_task, "--max_steps", 1, "--threads", 3, output="three")
+    assert read_results(review_task.parent / "three")["hardware"]["threads"] == 3
 
 
 def test_a_mistake_under_torchrun_is_said_once(review_task):
