@@ -305,7 +305,6 @@ def test_accelerate_launch_trains_as_python_does(launched, tmp_path):
     )
     assert other.returncode == 0, other.stderr
     assert_same_training(run_of(launched), tmp_path / "run")
-    assert "tokens from the cache" in other.stdout and "tokenised" not in other.stdout
 
 
 def test_two_processes_train_as_one_does(launched, tmp_path):
@@ -559,6 +558,7 @@ def test_a_folder_that_holds_no_run_is_left_alone(review_task, refused, flags):
     assert "holds no run" in errors
 
 
+# BUG: without --overwrite a traceback; with it the folder's files are deleted.
 @pytest.mark.parametrize("content", ['{"version": 4}', "[1, 2]", "not JSON"])
 @pytest.mark.parametrize("flags", [[], ["--overwrite"]])
 def test_a_state_file_of_another_program_makes_no_run(review_task, refused, content, flags):
@@ -569,9 +569,20 @@ def test_a_state_file_of_another_program_makes_no_run(review_task, refused, cont
     refused("--task", review_task, "--max_steps", 1, "--output_dir", folder, *flags, cwd=review_task.parent)
 
 
+# BUG: a traceback (NotADirectoryError).
 def test_an_output_folder_that_is_a_file_is_refused(review_task, refused):
     (review_task.parent / "taken").write_text("a file")
     assert "taken" in refused("--task", review_task, "--output_dir", "taken", cwd=review_task.parent)
+
+
+# BUG: a split's tokens are cached under a tokenizer state that differs between the first split and the later ones.
+def test_a_second_run_takes_all_tokens_from_the_cache(review_task, train):
+    write_table(review_task.parent / "train.csv", make_rows(200, 1234))  # rows that no other test has tokenised
+    write_table(review_task.parent / "validation.csv", make_rows(50, 1235))
+    change_task(review_task, files={"train": "train.csv", "validation": "validation.csv"})
+    assert train(review_task, "--max_steps", 1, output="first").count(" tokens, tokenised") == 2
+    printed = train(review_task, "--max_steps", 1, output="second")
+    assert printed.count("tokens from the cache") == 2 and "tokenised" not in printed
 
 
 def test_an_empty_folder_is_used(review_task, train):
@@ -675,7 +686,7 @@ def test_a_head_for_other_labels_is_replaced_and_said(finished, run_inside):
     change_task(folder / "reviews.yaml", labels=["joy", "anger"], files={"train": "train.csv"})
     code, printed, errors = run_inside("train.py", *ONE_THREAD, *flags, "--output_dir", "other", cwd=folder)
     assert code == 0 and "newly initialised: classifier" in printed, errors
-    assert values_of(folder / "same")[0] < 0.2 < values_of(folder / "other")[0]  # ln 2: a head that knows nothing
+    assert values_of(folder / "same")[0] < 0.5 < values_of(folder / "other")[0]  # ln 2: a head that knows nothing
     config = json.loads((folder / "other" / "model" / "config.json").read_text())
     assert config["id2label"] == {"0": "joy", "1": "anger"}
 
@@ -754,23 +765,9 @@ MISTAKES = {
     "fp16 on a CPU": (["--mixed_precision", "fp16"], "fp16 on a CPU"),
     "epochs 0": (["--epochs", "0"], "--epochs 0"),
     "epochs below 0": (["--epochs", "-1"], "--epochs -1"),
-    "epochs nan": (["--epochs", "nan"], "--epochs"),
-    "epochs inf": (["--epochs", "inf"], "--epochs"),
     "batch size 0": (["--batch_size", "0"], "--batch_size"),
     "no number": (["--seed", "x"], "--seed"),
     "warm-up beyond the end": (["--warmup_ratio", "1.5"], "--warmup_ratio"),
-    "warm-up below 0": (["--warmup_steps", "-1"], "--warmup_steps"),
-    "learning rate below 0": (["--learning_rate", "-0.001"], "--learning_rate"),
-    "learning rate nan": (["--learning_rate", "nan"], "--learning_rate"),
-    "weight decay below 0": (["--weight_decay", "-1"], "--weight_decay"),
-    "betas beyond 1": (["--adam_betas", "0.9", "1.5"], "--adam_betas"),
-    "epsilon below 0": (["--adam_epsilon", "-1"], "--adam_epsilon"),
-    "clipping below 0": (["--max_grad_norm", "-1"], "--max_grad_norm"),
-    "workers below 0": (["--num_workers", "-1"], "--num_workers"),
-    "seed below 0": (["--seed", "-1"], "--seed"),
-    "max_length 0": (["--max_length", "0"], "--max_length"),
-    "max_length below 0": (["--max_length", "-5"], "--max_length"),
-    "max_length 1": (["--max_length", "1"], "--max_length"),
     "a limit of nothing": (["--limit", "train=0"], "--limit"),
     "an unknown metric": (["--metrics", "acuracy"], "accuracy"),
     "a metric of regression": (["--metrics", "pearson"], "pearson"),
@@ -778,6 +775,22 @@ MISTAKES = {
     "no such label column": (["--label_column", "lable"], 'did you mean "label"'),
     "an unknown tracker": (["--trackers", "tensorbored"], "tensorbored"),
     "no such model": (["--model", "nosuch/folder/here"], "nosuch/folder/here"),
+    # BUG: a traceback.
+    "epochs nan": (["--epochs", "nan"], "--epochs"),
+    "epochs inf": (["--epochs", "inf"], "--epochs"),
+    "learning rate below 0": (["--learning_rate", "-0.001"], "--learning_rate"),
+    "learning rate nan": (["--learning_rate", "nan"], "--learning_rate"),
+    "betas beyond 1": (["--adam_betas", "0.9", "1.5"], "--adam_betas"),
+    "epsilon below 0": (["--adam_epsilon", "-1"], "--adam_epsilon"),
+    "workers below 0": (["--num_workers", "-1"], "--num_workers"),
+    "seed below 0": (["--seed", "-1"], "--seed"),
+    "max_length below 0": (["--max_length", "-5"], "--max_length"),
+    # BUG: accepted.
+    "warm-up below 0": (["--warmup_steps", "-1"], "--warmup_steps"),
+    "weight decay below 0": (["--weight_decay", "-1"], "--weight_decay"),
+    "clipping below 0": (["--max_grad_norm", "-1"], "--max_grad_norm"),
+    "max_length 0": (["--max_length", "0"], "--max_length"),
+    "max_length 1": (["--max_length", "1"], "--max_length"),
 }
 
 
@@ -802,6 +815,7 @@ def test_class_weights_are_not_for_regression(review_task, refused):
     assert "regression" in refused("--task", review_task, "--class_weights", "balanced", cwd=review_task.parent)
 
 
+# BUG: trains on, and logs to no tracker.
 def test_a_tracker_that_is_not_installed_is_refused(review_task, refused):
     from accelerate.utils import is_aim_available
 
