@@ -42,6 +42,9 @@ def tokenize(task, rows, fingerprint, model, tokenizer):
             f"max_length {task.max_length} is more than the model's {limit} positions", f"--max_length {limit}"
         )
     max_length = task.max_length or limit
+    specials = tokenizer.num_special_tokens_to_add(pair=len(task.text) == 2)
+    if max_length <= specials:
+        raise BadInput(f"max_length {max_length} leaves no room for text beside {specials} special tokens", "Raise it.")
     columns = [name for name in ("input_ids", "token_type_ids") if name in tokenizer.model_input_names]
     label_type = pa.float64() if task.is_regression else pa.int64()
     schema = pa.schema(
@@ -57,6 +60,9 @@ def tokenize(task, rows, fingerprint, model, tokenizer):
             yield {**{name: encoded[name] for name in columns}, "length": lengths, "label": some["label"]}
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend:  # its last call is part of its state, and would be part of the key
+        backend.no_truncation()
+        backend.no_padding()
     vocabulary = backend.to_str() if backend else sorted(tokenizer.get_vocab().items())
     # The labels' order is part of the key: `label` holds ids.
     key = digest(

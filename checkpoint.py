@@ -19,15 +19,17 @@ def look_at(folder, settings, fingerprints, overwrite=False):
     Raises BadInput where the folder holds something else: a run with other settings or other data (the differences are
     named), an unfinished run, or files that are no run's. Nothing is written, so that all processes see the same.
     """
+    check_output(folder)
     if not folder.exists() or not any(folder.iterdir()):
         return None
-    state_file = folder / "state.json"
-    if not state_file.exists():
-        raise BadInput(f"{folder}: is not empty, and holds no run", "Choose another --output_dir.")
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        settings_before, data_before = state["settings"], state["data"]
+    except (OSError, ValueError, KeyError, TypeError):  # no such file, or another program's
+        raise BadInput(f"{folder}: is not empty, and holds no run", "Choose another --output_dir.") from None
     if overwrite:
         return None
-    state = json.loads(state_file.read_text(encoding="utf-8"))
-    before = {**state["settings"], "data": state["data"]}
+    before = {**settings_before, "data": data_before}
     now = {**settings, "data": fingerprints}
     different = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
     if different:
@@ -44,6 +46,13 @@ def look_at(folder, settings, fingerprints, overwrite=False):
             "Start it again with --overwrite, or choose another --output_dir. Resuming is not possible yet.",
         )
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def check_output(folder):
+    """Raise BadInput where a file stands in the place of a folder that is to be written."""
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise BadInput(f"{path}: is a file, not a folder", "Choose another --output_dir.")
 
 
 def begin(folder, settings, fingerprints):

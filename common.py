@@ -1,6 +1,7 @@
 """What two or more scripts need, in the order data meets it: arguments, processes, tokens, model, losses, scores."""
 
 import argparse
+import csv
 import gc
 import inspect
 import logging
@@ -23,7 +24,7 @@ from splits import (
     load_splits,
     one_process_at_a_time,
 )
-from tasks import positive
+from tasks import amount, count, positive, share  # noqa: F401 - the types of flags, for the scripts
 
 log = logging.getLogger("classifier")
 
@@ -47,13 +48,6 @@ def argument_parser(description, data=False):
     if data:
         tasks.add_data_arguments(parser)
     return parser
-
-
-def share(text):
-    """A number from 0 to below 1, as a type of argparse."""
-    if not 0 <= float(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not from 0 to below 1")
-    return float(text)
 
 
 def parse_arguments(parser, default=None):
@@ -159,8 +153,8 @@ def start(args, stream=None, **accelerator_options):
             f"the launcher started {started} processes, but each believes it is one of {accelerator.num_processes}",
             "Launch with: accelerate launch --config_file accelerate_configs/multi_cpu.yaml (or multi_gpu.yaml).",
         )
-    count = f"{started} process{'es' if started > 1 else ''}"
-    log.info(f"{accelerator.device.type}, {count}, precision {precision_words}, {threads_words}")
+    processes = f"{started} process{'es' if started > 1 else ''}"
+    log.info(f"{accelerator.device.type}, {processes}, precision {precision_words}, {threads_words}")
     accumulation = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if accumulation != "1":
         log.info(
@@ -308,6 +302,13 @@ def probabilities(logits):
     """Return softmax(logits) over the last axis, in float64: (examples, labels)."""
     shifted = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
     return shifted / shifted.sum(axis=-1, keepdims=True)
+
+
+def csv_row_writer(stream):
+    """Return a function that writes a row as CSV. Before Python 3.13 csv leaves a lone carriage return unquoted."""
+    plain = csv.writer(stream, lineterminator="\n")
+    quoted = csv.writer(stream, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    return lambda row: (quoted if any("\r" in str(field) for field in row) else plain).writerow(row)
 
 
 def prediction_columns(task):

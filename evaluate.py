@@ -8,7 +8,6 @@
 Writes RUN/evaluation-SPLIT/ (--output_dir): evaluation.json, and predictions.csv with a row for every example.
 """
 
-import csv
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,11 +33,11 @@ def write_predictions(path, task, rows, logits):
     """Write predictions.csv: the texts, the label and the prediction of every example."""
     temporary = path.with_suffix(".tmp")
     with open(temporary, "w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow([*task.text, "label", *common.prediction_columns(task)])
+        write_row = common.csv_row_writer(file)
+        write_row([*task.text, "label", *common.prediction_columns(task)])
         for row, prediction in zip(rows, common.prediction_rows(task, logits), strict=True):
             label = row["label"] if task.is_regression else task.labels[row["label"]]
-            table.writerow([*(row[column] for column in task.text), label, *prediction])
+            write_row([*(row[column] for column in task.text), label, *prediction])
     temporary.replace(path)
 
 
@@ -51,43 +50,43 @@ def main():
     if args.task or args.train_file or args.validation_file or args.test_file:
         fingerprints = {}  # other data than the model was trained on, by request
     task = tasks.task_of(args, default=task)
+    split, name = args.split, args.split
     if args.file:
-        args.split = Path(args.file).name.split(".")[0]
-        task, fingerprints = replace(task, dataset=None, files={args.split: args.file}), {}
-    output = Path(args.output_dir or Path(folder).parent / f"evaluation-{args.split}")
+        split, name = "file", Path(args.file).name.split(".")[0]
+        task, fingerprints = replace(task, dataset=None, files={split: args.file}), {}
+    output = Path(args.output_dir or Path(folder if Path(folder).is_dir() else "").parent / f"evaluation-{name}")
+    checkpoint.check_output(output)
 
     accelerator = common.start(args)
     model, tokenizer, facts = common.load_model(folder, refresh=args.refresh)
     task = common.with_labels_of(model, facts, task)
     task, splits, now = common.load_data(task, args)
-    common.check_splits(task, splits, [args.split])
-    if fingerprints.get(args.split, now[args.split]) != now[args.split] and not args.limit:
+    common.check_splits(task, splits, [split])
+    if fingerprints.get(split, now[split]) != now[split] and not args.limit:
         raise BadInput(
-            f"the {args.split} split is not the one of the training: its data or the rule that made it have changed",
+            f"the {split} split is not the one of the training: its data or the rule that made it have changed",
             "Score the data as they are now with --file, or bring back the old ones.",
         )
-    rows = splits[args.split]
-    task, examples = batching.tokenize_splits(task, {args.split: rows}, now, model, tokenizer)
+    rows = splits[split]
+    task, examples = batching.tokenize_splits(task, {split: rows}, now, model, tokenizer)
     model = accelerator.prepare_model(model, evaluation_mode=True)
-    logits = batching.all_logits(model, examples[args.split], accelerator, args.eval_batch_size, tokenizer.pad_token_id)
+    logits = batching.all_logits(model, examples[split], accelerator, args.eval_batch_size, tokenizer.pad_token_id)
     result = common.evaluate(task, logits, rows["label"])
 
-    log.info(f"{args.split}: {common.score_words(result['scores'])}, loss {result['loss']:.4f}, {len(rows)} examples")
+    log.info(f"{name}: {common.score_words(result['scores'])}, loss {result['loss']:.4f}, {len(rows)} examples")
     if accelerator.is_main_process:
+        evaluation = {
+            "model": facts["model"],
+            "split": name,
+            "examples": len(rows),
+            "fingerprint": now[split],
+            "mixed_precision": accelerator.mixed_precision,
+            "loss": result["loss"],
+            "scores": result["scores"],
+        }
         output.mkdir(parents=True, exist_ok=True)
         write_predictions(output / "predictions.csv", task, rows, logits)
-        tasks.write_json(
-            output / "evaluation.json",
-            {
-                "model": facts["model"],
-                "split": args.split,
-                "examples": len(rows),
-                "fingerprint": now[args.split],
-                "mixed_precision": accelerator.mixed_precision,
-                "loss": result["loss"],
-                "scores": result["scores"],
-            },
-        )
+        tasks.write_json(output / "evaluation.json", evaluation)
     log.info(f"written: {output}/evaluation.json, predictions.csv")
     common.finish(accelerator, model)
 

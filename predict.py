@@ -9,7 +9,7 @@ Adds the columns predicted_label, probability and probability_NAME (regression: 
 Writes to --output alone; without it, to standard output. The format follows the name: .csv, .tsv or .jsonl.
 """
 
-import csv
+import gzip
 import json
 import os
 import sys
@@ -40,7 +40,7 @@ def build_parser():
     )
     group.add_argument("--output", metavar="FILE", help="(default: standard output)")
     group.add_argument(
-        "--top_k", type=int, metavar="K", help="the K likeliest labels only, likeliest first (with --text)"
+        "--top_k", type=common.positive, metavar="K", help="the K likeliest labels only, likeliest first (with --text)"
     )
     common.add_machine_arguments(parser)
     return parser
@@ -87,23 +87,23 @@ def predict(model, tokenizer, accelerator, max_length, texts, batch_size):
 
 def write_rows(stream, kind, rows, new_columns):
     """Write (row, prediction) pairs as CSV (quoted), TSV (unquoted) or JSONL, each as soon as it comes."""
-    table = None
+    write_row = common.csv_row_writer(stream) if kind == "csv" else lambda fields: print(*fields, sep="\t", file=stream)
+    header = None
     for row, values in rows:
         if kind == "jsonl":
             stream.write(json.dumps({**row, **dict(zip(new_columns, values, strict=True))}, ensure_ascii=False) + "\n")
             continue
-        fields = [*row.values(), *values]
-        if kind == "tsv":
-            for position, header in enumerate([*row, *new_columns]):
-                if any(mark in str(fields[position]) for mark in "\t\r\n"):
-                    raise BadInput(
-                        f'the column "{header}" holds a tab or a line break', "Name the output .csv or .jsonl."
-                    )
-        if table is None:
-            plain = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "quotechar": None} if kind == "tsv" else {}
-            table = csv.writer(stream, lineterminator="\n", **plain)
-            table.writerow([*row, *new_columns])
-        table.writerow(fields)
+        if header is None:
+            header = list(row)
+            write_row([*header, *new_columns])
+        if row.keys() != set(header):
+            raise BadInput(
+                f"the rows have other columns: {', '.join(row)}; {', '.join(header)}", "Name the output .jsonl."
+            )
+        fields = [row[column] for column in header]
+        if kind == "tsv" and any(mark in str(field) for field in fields for mark in "\t\r\n"):
+            raise BadInput("a field holds a tab or a line break, which TSV cannot", "Name the output .csv or .jsonl.")
+        write_row([*fields, *values])
 
 
 def main():
@@ -144,20 +144,30 @@ def main():
                 f"the model reads {len(task.text)} text(s): {', '.join(task.text)}; {len(texts)} given",
                 "Give --text and --text_pair for a pair, --text alone else.",
             )
-        show(task, next(predicted([(1, dict(zip(task.text, texts, strict=True)))]))[1], args.top_k)
-        return
-    rows = read_lines(sys.stdin, task.text) if args.input == "-" else read_rows(args.input)
-    if args.output is None:
-        write_rows(sys.stdout, "tsv" if args.input == "-" else table_format(args.input), predicted(rows), new_columns)
-        return
-    kind = table_format(args.output)
-    temporary = Path(f"{args.output}.{os.getpid()}.tmp")  # complete or absent
+        rows, kind = [(1, dict(zip(task.text, texts, strict=True)))], None
+    elif args.input == "-":
+        rows, kind = read_lines(sys.stdin, task.text), "tsv"
+    else:
+        rows, kind = read_rows(args.input), table_format(args.input)
+    if args.output:
+        write_file(args.output, predicted(rows), new_columns)
+    elif args.text is not None:
+        show(task, next(predicted(rows))[1], args.top_k)
+    else:
+        write_rows(sys.stdout, kind, predicted(rows), new_columns)
+
+
+def write_file(path, rows, new_columns):
+    """Write rows to a table file; complete or absent."""
+    kind = table_format(path)
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8", newline="") as stream:
-            write_rows(stream, kind, predicted(rows), new_columns)
-        os.replace(temporary, args.output)
+        open_file = gzip.open if path.endswith(".gz") else open
+        with open_file(temporary, "wt", encoding="utf-8", newline="") as stream:
+            write_rows(stream, kind, rows, new_columns)
+        os.replace(temporary, path)
     except OSError as error:
-        raise BadInput(f"{args.output}: cannot be written ({error.strerror})", "Choose another --output.") from None
+        raise BadInput(f"{path}: cannot be written ({error.strerror})", "Choose another --output.") from None
     finally:
         temporary.unlink(missing_ok=True)
 

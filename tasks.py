@@ -149,6 +149,27 @@ def positive(text):
     return int(text)
 
 
+def count(text):
+    """A whole number from 0, as a type of argparse."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0")
+    return int(text)
+
+
+def amount(text):
+    """A finite number from 0, as a type of argparse."""
+    if not 0 <= float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0")
+    return float(text)
+
+
+def share(text):
+    """A number from 0 to below 1, as a type of argparse."""
+    if not 0 <= float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to below 1")
+    return float(text)
+
+
 def add_data_arguments(parser):
     """Add the flags that say which data: the same in every script that reads a data set."""
     group = parser.add_argument_group("data")

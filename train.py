@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-from accelerate.utils import gather_object, is_tensorboard_available, send_to_device, set_seed
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import gather_object, send_to_device, set_seed
 from torch.nn import ModuleList
 from transformers import get_scheduler
 
@@ -36,7 +36,7 @@ BOOKKEEPING = {
 
 def build_parser():
     parser = common.argument_parser(__doc__, data=True)
-    positive, share = common.positive, common.share
+    amount, count, positive, share = common.amount, common.count, common.positive, common.share
 
     model = parser.add_argument_group("model")
     model.add_argument("--model", metavar="ID|DIR", help="a pretrained encoder (default: the task's)")
@@ -46,21 +46,23 @@ def build_parser():
     model.add_argument("--gradient_checkpointing", action="store_true", help="compute twice, keep less in memory")
 
     steps = parser.add_argument_group("steps")
-    steps.add_argument("--epochs", type=float, default=3, help="passes over the training data (default: %(default)s)")
+    steps.add_argument("--epochs", type=amount, default=3, help="passes over the training data (default: %(default)s)")
     steps.add_argument("--max_steps", type=positive, help="stop after this many optimiser steps (overrides --epochs)")
     steps.add_argument(
         "--batch_size", type=positive, default=32, help="examples per step, of all processes (default: %(default)s)"
     )
     steps.add_argument("--micro_batch_size", type=positive, help="examples in memory at a time (default: the share)")
-    steps.add_argument("--seed", type=int, default=42, help="of new weights, order, dropout (default: %(default)s)")
-    steps.add_argument("--num_workers", type=int, default=0, help="processes that load batches (default: %(default)s)")
+    steps.add_argument("--seed", type=count, default=42, help="of new weights, order, dropout (default: %(default)s)")
+    steps.add_argument(
+        "--num_workers", type=count, default=0, help="processes that load batches (default: %(default)s)"
+    )
 
     optimiser = parser.add_argument_group("optimiser")
-    optimiser.add_argument("--learning_rate", type=float, default=2e-5, help="at its peak (default: %(default)s)")
-    optimiser.add_argument("--weight_decay", type=float, default=0.01, help="of matrices (default: %(default)s)")
-    optimiser.add_argument("--adam_betas", type=float, nargs=2, default=[0.9, 0.999], metavar="B", help="of AdamW")
-    optimiser.add_argument("--adam_epsilon", type=float, default=1e-8, help="of AdamW (default: %(default)s)")
-    optimiser.add_argument("--max_grad_norm", type=float, default=1.0, help="0: no clipping (default: %(default)s)")
+    optimiser.add_argument("--learning_rate", type=amount, default=2e-5, help="at its peak (default: %(default)s)")
+    optimiser.add_argument("--weight_decay", type=amount, default=0.01, help="of matrices (default: %(default)s)")
+    optimiser.add_argument("--adam_betas", type=share, nargs=2, default=[0.9, 0.999], metavar="B", help="of AdamW")
+    optimiser.add_argument("--adam_epsilon", type=amount, default=1e-8, help="of AdamW (default: %(default)s)")
+    optimiser.add_argument("--max_grad_norm", type=amount, default=1.0, help="0: no clipping (default: %(default)s)")
     optimiser.add_argument(
         "--scheduler",
         default="linear",
@@ -68,7 +70,7 @@ def build_parser():
         help="the course of the learning rate (default: %(default)s)",
     )
     optimiser.add_argument("--warmup_ratio", type=share, default=0.0, help="share of the steps (default: %(default)s)")
-    optimiser.add_argument("--warmup_steps", type=int, help="number of steps (overrides --warmup_ratio)")
+    optimiser.add_argument("--warmup_steps", type=count, help="number of steps (overrides --warmup_ratio)")
 
     loss = parser.add_argument_group("loss")
     loss.add_argument("--label_smoothing", type=share, default=0.0, help="(default: %(default)s)")
@@ -100,7 +102,7 @@ def parse_arguments():
     args, task = common.parse_arguments(parser, default="demo")
     if args.eval_every != "epoch" and not (args.eval_every.isdecimal() and int(args.eval_every)):
         raise BadInput(f"--eval_every {args.eval_every}: neither epoch nor a number of steps", "Write epoch, or 500.")
-    if args.epochs <= 0:
+    if args.epochs == 0:
         raise BadInput(f"--epochs {args.epochs}: nothing to train", "Give a number above 0, such as 3 or 0.5.")
     if task.is_regression and (args.label_smoothing or args.class_weights != "none"):
         raise BadInput("--label_smoothing and --class_weights are for classes, this task is regression", "Drop them.")
@@ -128,8 +130,8 @@ def tracker_names(args):
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
             raise BadInput(f"--trackers {name}: unknown", f"Known: {', '.join(LOGGER_TYPE_TO_CLASS)}.")
-        if name == "tensorboard" and not is_tensorboard_available():
-            raise BadInput("--trackers tensorboard: the package is not installed", "pip install tensorboard")
+        if name not in [tracker.value for tracker in get_available_trackers()]:
+            raise BadInput(f"--trackers {name}: the package is not installed", f"pip install {name}")
     return names or None
 
 
