@@ -44,7 +44,9 @@ def tokenize(task, rows, fingerprint, model, tokenizer):
     max_length = task.max_length or limit
     specials = tokenizer.num_special_tokens_to_add(pair=len(task.text) == 2)
     if max_length <= specials:
-        raise BadInput(f"max_length {max_length} leaves no room for text beside {specials} special tokens", "Raise it.")
+        raise BadInput(
+            f"--max_length {max_length} leaves no room beside {specials} special tokens", "Give a larger one."
+        )
     columns = [name for name in ("input_ids", "token_type_ids") if name in tokenizer.model_input_names]
     label_type = pa.float64() if task.is_regression else pa.int64()
     schema = pa.schema(

@@ -232,7 +232,7 @@ def main():
     # Model and optimiser are prepared; the schedule is not: accelerate would step it once per process.
     freeze(model, args.freeze)
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     optimizer = build_optimizer(model, args)
     warmup_steps = math.ceil(args.warmup_ratio * total_steps) if args.warmup_steps is None else args.warmup_steps
     scheduler = get_scheduler(args.scheduler, optimizer, warmup_steps, total_steps)

@@ -165,7 +165,6 @@ def test_a_file_is_scored_instead_of_a_split(copy, evaluate):
     assert evaluation["scores"]["accuracy"] == pytest.approx(accuracy)
 
 
-# BUG: a tenth of the rows is taken away, for a validation split that nobody asked for.
 def test_a_file_named_train_is_scored_whole(copy, evaluate):
     evaluate("--model", "run", "--file", "train.csv", cwd=copy)
     assert read_json(copy / "run/evaluation-train/evaluation.json")["examples"] == 200
@@ -301,6 +300,5 @@ def test_the_folder_of_a_run_that_failed_holds_no_model(copy, refused):
     assert "holds no model" in refused("--model", "run", cwd=copy)
 
 
-# BUG: a traceback (FileExistsError), after all the work.
 def test_an_output_folder_that_is_a_file_is_refused(copy, refused):
     assert "reviews.yaml" in refused("--model", "run", "--output_dir", "reviews.yaml", cwd=copy)

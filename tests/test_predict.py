@@ -109,13 +109,11 @@ def test_one_text_gets_every_label_likeliest_first(predict, expected):
     assert len(predict("--text", text, "--top_k", 7).splitlines()) == 2
 
 
-# BUG: K = 0 prints nothing, K = -1 drops the least likely label.
 @pytest.mark.parametrize("number", [0, -1])
 def test_top_k_is_a_number_above_0(refused, number):
     assert "--top_k" in refused("--text", "the room was good .", f"--top_k={number}")
 
 
-# BUG: the file is not written, and nothing is said.
 def test_the_answer_to_one_text_goes_to_the_output_that_was_asked_for(predict, tmp_path):
     predict("--text", "the room was good .", "--output", "answer.csv")
     assert (tmp_path / "answer.csv").exists()
@@ -136,7 +134,7 @@ def test_a_csv_keeps_its_columns_and_rows_and_gets_the_probabilities_of_a_pipeli
     assert {row["predicted_label"] for row in found} == {"negative", "positive"}
 
 
-# BUG: a lone carriage return is written without quotes (csv.writer before Python 3.13), and divides the row.
+# csv.writer leaves it without quotes before Python 3.13.
 def test_a_carriage_return_in_a_field_stays_in_its_field(predict, tmp_path):
     write_table(tmp_path / "in.csv", [], header=("id", "text"))
     (tmp_path / "in.csv").write_bytes(b'id,text\n"1\r2","the room\rwas good ."\n')
@@ -181,7 +179,6 @@ def test_jsonl_keeps_the_types_of_its_values(predict, expected, tmp_path):
     assert_probabilities(found, expected([row["text"] for row in rows]))
 
 
-# BUG: values are written in the order of each row, under the header of the first.
 def test_values_of_jsonl_stand_under_their_own_columns_in_a_csv(predict, tmp_path):
     lines = ['{"id": "1", "text": "the room was good ."}', '{"text": "the film was bad .", "id": "2"}']
     (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
@@ -190,7 +187,6 @@ def test_values_of_jsonl_stand_under_their_own_columns_in_a_csv(predict, tmp_pat
     assert [(row["id"], row["text"]) for row in found] == [("1", "the room was good ."), ("2", "the film was bad .")]
 
 
-# BUG: a row with fewer keys than the first is written as a ragged row, and exit code 0.
 def test_rows_of_jsonl_with_other_keys_make_no_ragged_csv(run_inside, trained, tmp_path):
     lines = ['{"id": "1", "text": "the room was good ."}', '{"text": "the film was bad ."}']
     (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
@@ -203,7 +199,6 @@ def test_rows_of_jsonl_with_other_keys_make_no_ragged_csv(run_inside, trained, t
         assert code == 2 and not (tmp_path / "out.csv").exists()
 
 
-# BUG: plain text under the name of a gzip file, which the next script refuses to read.
 def test_an_output_named_gz_is_compressed_or_refused(run_inside, trained, tmp_path):
     write_table(tmp_path / "in.csv", make_rows(3))
     flags = ["--input", "in.csv", "--output", "out.csv.gz"]

@@ -558,7 +558,6 @@ def test_a_folder_that_holds_no_run_is_left_alone(review_task, refused, flags):
     assert "holds no run" in errors
 
 
-# BUG: without --overwrite a traceback; with it the folder's files are deleted.
 @pytest.mark.parametrize("content", ['{"version": 4}', "[1, 2]", "not JSON"])
 @pytest.mark.parametrize("flags", [[], ["--overwrite"]])
 def test_a_state_file_of_another_program_makes_no_run(review_task, refused, content, flags):
@@ -569,13 +568,12 @@ def test_a_state_file_of_another_program_makes_no_run(review_task, refused, cont
     refused("--task", review_task, "--max_steps", 1, "--output_dir", folder, *flags, cwd=review_task.parent)
 
 
-# BUG: a traceback (NotADirectoryError).
 def test_an_output_folder_that_is_a_file_is_refused(review_task, refused):
     (review_task.parent / "taken").write_text("a file")
     assert "taken" in refused("--task", review_task, "--output_dir", "taken", cwd=review_task.parent)
 
 
-# BUG: a split's tokens are cached under a tokenizer state that differs between the first split and the later ones.
+# A tokenizer changes its own state when it cuts the first texts: no part of the key of the cache may depend on it.
 def test_a_second_run_takes_all_tokens_from_the_cache(review_task, train):
     write_table(review_task.parent / "train.csv", make_rows(200, 1234))  # rows that no other test has tokenised
     write_table(review_task.parent / "validation.csv", make_rows(50, 1235))
@@ -764,7 +762,7 @@ MISTAKES = {
     "eval_every a word": (["--eval_every", "often"], "--eval_every often"),
     "fp16 on a CPU": (["--mixed_precision", "fp16"], "fp16 on a CPU"),
     "epochs 0": (["--epochs", "0"], "--epochs 0"),
-    "epochs below 0": (["--epochs", "-1"], "--epochs -1"),
+    "epochs below 0": (["--epochs", "-1"], "--epochs"),
     "batch size 0": (["--batch_size", "0"], "--batch_size"),
     "no number": (["--seed", "x"], "--seed"),
     "warm-up beyond the end": (["--warmup_ratio", "1.5"], "--warmup_ratio"),
@@ -775,7 +773,6 @@ MISTAKES = {
     "no such label column": (["--label_column", "lable"], 'did you mean "label"'),
     "an unknown tracker": (["--trackers", "tensorbored"], "tensorbored"),
     "no such model": (["--model", "nosuch/folder/here"], "nosuch/folder/here"),
-    # BUG: a traceback.
     "epochs nan": (["--epochs", "nan"], "--epochs"),
     "epochs inf": (["--epochs", "inf"], "--epochs"),
     "learning rate below 0": (["--learning_rate", "-0.001"], "--learning_rate"),
@@ -785,12 +782,11 @@ MISTAKES = {
     "workers below 0": (["--num_workers", "-1"], "--num_workers"),
     "seed below 0": (["--seed", "-1"], "--seed"),
     "max_length below 0": (["--max_length", "-5"], "--max_length"),
-    # BUG: accepted.
     "warm-up below 0": (["--warmup_steps", "-1"], "--warmup_steps"),
     "weight decay below 0": (["--weight_decay", "-1"], "--weight_decay"),
     "clipping below 0": (["--max_grad_norm", "-1"], "--max_grad_norm"),
     "max_length 0": (["--max_length", "0"], "--max_length"),
-    "max_length 1": (["--max_length", "1"], "--max_length"),
+    "max_length 1": (["--max_length", "1"], "max_length 1"),
 }
 
 
@@ -815,7 +811,6 @@ def test_class_weights_are_not_for_regression(review_task, refused):
     assert "regression" in refused("--task", review_task, "--class_weights", "balanced", cwd=review_task.parent)
 
 
-# BUG: trains on, and logs to no tracker.
 def test_a_tracker_that_is_not_installed_is_refused(review_task, refused):
     from accelerate.utils import is_aim_available
 
