@@ -45,6 +45,8 @@ def look_at(folder, settings, fingerprints, overwrite=False):
             f"{folder}: holds a run that did not finish ({state['status']}: {state['reason'] or 'no reason noted'})",
             "Start it again with --overwrite, or choose another --output_dir. Resuming is not possible yet.",
         )
+    if not (folder / "model").is_dir() or not (folder / "results.json").is_file():
+        raise BadInput(f"{folder}: held a finished run, but its model or results are gone", "Train again: --overwrite.")
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 
@@ -115,7 +117,7 @@ def write_model(folder, model, tokenizer, task, fingerprints, majority, results,
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     save_task(task, fingerprints, temporary / "task.json")
-    scores = {name: results[name] for name in ("scores", "majority_baseline", "best_step")}
+    scores = {name: results[name] for name in ("scores", "majority_baseline", "best_step", "mixed_precision")}
     write_json(temporary / "metrics.json", {**scores, "majority": majority})
     write_text(temporary / "README.md", card)
     mask = os.umask(0)
@@ -126,6 +128,12 @@ def write_model(folder, model, tokenizer, task, fingerprints, majority, results,
     os.replace(temporary, folder / "model")
     shutil.rmtree(folder / "checkpoints")
     write_state(folder, "done")
+
+
+def trained_precision(folder):
+    """Return the mixed precision that the scores of a saved model were computed in, or "auto" where it is not known."""
+    path = Path(folder) / "metrics.json"
+    return json.loads(path.read_text(encoding="utf-8"))["mixed_precision"] if path.is_file() else "auto"
 
 
 def model_folder(path):

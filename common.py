@@ -18,12 +18,7 @@ import hardware
 import metrics
 import tasks
 from reader import BadInput
-from splits import (
-    UNLABELLED,
-    hub_commit,
-    load_splits,
-    one_process_at_a_time,
-)
+from splits import UNLABELLED, hub_commit, load_splits, one_process_at_a_time
 from tasks import amount, count, positive, share  # noqa: F401 - the types of flags, for the scripts
 
 log = logging.getLogger("classifier")
@@ -225,6 +220,8 @@ def load_model(name, task=None, refresh=False):
         head |= {"num_labels": len(names), "problem_type": "single_label_classification"}
 
     if isinstance(name, dict):
+        if not Path(name["vocab"]).is_file():
+            raise BadInput(f"{name['vocab']}: no such vocabulary file", "Mend `vocab` in the task's `model`.")
         tokenizer = BertTokenizer(name["vocab"])
         values = {key: value for key, value in name.items() if key != "vocab"}
         config = AutoConfig.for_model(**{"vocab_size": len(tokenizer), **values}, **head)
@@ -348,10 +345,13 @@ def evaluate(task, logits, labels):
     """Return {"loss", "scores", "predictions"} of logits (examples, outputs) for labels (examples,).
 
     `loss` is the mean over the examples, `scores` the task's metrics, `predictions` label ids or values.
+    Raises FloatingPointError for logits that are not finite.
     """
     import torch
 
-    labels = np.asarray(labels)
+    labels, broken = np.asarray(labels), (~np.isfinite(logits)).any(axis=1)
+    if broken.any():
+        raise FloatingPointError(f"{broken.sum()} of {len(labels)} examples have logits that are not finite")
     predictions = logits[:, 0] if task.is_regression else logits.argmax(axis=1)
     loss = example_losses(task, torch.from_numpy(logits), torch.from_numpy(labels)).mean().item()
     return {"loss": loss, "scores": metrics.compute(task.metrics, predictions, labels), "predictions": predictions}

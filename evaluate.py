@@ -57,6 +57,9 @@ def main():
     output = Path(args.output_dir or Path(folder if Path(folder).is_dir() else "").parent / f"evaluation-{name}")
     checkpoint.check_output(output)
 
+    trained_precision = checkpoint.trained_precision(folder)
+    if args.mixed_precision == "auto" and trained_precision != "fp16":  # fp16 is not to be had everywhere
+        args.mixed_precision = trained_precision
     accelerator = common.start(args)
     model, tokenizer, facts = common.load_model(folder, refresh=args.refresh)
     task = common.with_labels_of(model, facts, task)

@@ -206,9 +206,12 @@ def main():
     # The data, and the folder: is this run there already, or something else?
     task, splits, fingerprints = common.load_data(task, args)
     common.check_splits(task, splits, ["train", *(["test"] if args.final_test else [])])
+    splits = {name: rows for name, rows in splits.items() if args.final_test or not name.startswith("test")}
     finished = checkpoint.look_at(folder, settings, fingerprints, args.overwrite)
     if finished:
         log.info(f"{folder}: already complete (--overwrite trains again)\n{report.summary(finished)}")
+        if args.final_test and "test" not in finished["scores"]:
+            log.info(f"its test split was not scored: evaluate.py --model {folder} --split test")
         return common.finish(accelerator)
 
     # Model and tokens. The same seed gives every process the same new head.
@@ -301,7 +304,7 @@ def main():
         # The best model: tested once, written once.
         accelerator.wait_for_everyone()
         checkpoint.load_best(folder, best_step, plain_model)
-        for name in [name for name in splits if name.startswith("test") and args.final_test]:
+        for name in [name for name in splits if name.startswith("test")]:
             logits = batching.all_logits(plain_model, examples[name], accelerator, args.eval_batch_size, padding)
             best_evaluations[name] = common.evaluate(task, logits, labels_of[name])
             baselines[name] = common.majority_scores(task, majority, labels_of[name])

@@ -21,6 +21,7 @@ DATA = {"train": "abc"}
 @pytest.fixture
 def finished(tmp_path):
     checkpoint.begin(tmp_path / "run", SETTINGS, DATA)
+    (tmp_path / "run" / "model").mkdir()
     (tmp_path / "run" / "results.json").write_text('{"steps": 7}')
     checkpoint.write_state(tmp_path / "run", "done")
     return tmp_path / "run"
@@ -59,7 +60,6 @@ def test_files_that_are_no_run_are_never_touched(tmp_path):
 
 
 def test_begin_removes_what_a_run_left_and_nothing_else(finished):
-    (finished / "model").mkdir()
     (finished / "notes.txt").write_text("mine")
     checkpoint.begin(finished, SETTINGS, DATA)
     assert sorted(file.name for file in finished.iterdir()) == ["notes.txt", "state.json"]
@@ -100,6 +100,12 @@ def test_the_best_weights_replace_those_before_and_come_back_as_they_were(tmp_pa
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items() if "bert" in name)
 
 
+def test_a_finished_run_without_its_model_is_refused(finished):
+    (finished / "model").rmdir()
+    with pytest.raises(BadInput, match="are gone"):
+        checkpoint.look_at(finished, SETTINGS, DATA)
+
+
 def test_a_failed_save_keeps_the_weights_before(tmp_path, model, monkeypatch):
     checkpoint.save_best(tmp_path, 10, model)
     monkeypatch.setattr(model, "save_pretrained", lambda folder: (_ for _ in ()).throw(OSError("disk full")))
@@ -112,7 +118,7 @@ def test_a_failed_save_keeps_the_weights_before(tmp_path, model, monkeypatch):
 def test_the_model_folder_is_whole_readable_and_the_last_thing_written(tmp_path, model, vocabulary):
     checkpoint.begin(tmp_path, SETTINGS, DATA)
     checkpoint.save_best(tmp_path, 10, model)
-    results = {"scores": {}, "majority_baseline": {}, "best_step": 10}
+    results = {"scores": {}, "majority_baseline": {}, "best_step": 10, "mixed_precision": "no"}
     mask = os.umask(0o027)
     try:
         checkpoint.write_model(tmp_path, model, BertTokenizer(str(vocabulary)), TASK, DATA, 1, results, "a card")
@@ -126,6 +132,8 @@ def test_the_model_folder_is_whole_readable_and_the_last_thing_written(tmp_path,
     assert set(files.values()) == {0o640}  # safetensors alone would leave 0600, which the group cannot read
     assert sorted(f.name for f in tmp_path.iterdir()) == ["model", "results.json", "state.json"]
     assert json.loads((tmp_path / "state.json").read_text())["status"] == "done"
+    assert checkpoint.trained_precision(tmp_path / "model") == "no"
+    assert checkpoint.trained_precision(tmp_path) == "auto"
 
 
 def test_a_model_is_found_in_its_run(tmp_path, tiny_bert):

@@ -104,6 +104,11 @@ def test_a_mapping_is_trained_from_scratch_with_its_own_vocabulary(vocabulary):
     assert tokenizer.tokenize("The ROOM was") == ["the", "room", "was"]
 
 
+def test_a_vocabulary_that_is_not_there_is_bad_input(tmp_path):
+    with pytest.raises(BadInput, match="no such vocabulary file"):
+        common.load_model(bert_config(tmp_path / "nowhere.txt"), TWO)
+
+
 def save_classifier(folder, tiny_bert, labels):
     model, tokenizer, _ = common.load_model(str(tiny_bert), Task(name="", text=["text"], labels=labels))
     model.save_pretrained(folder)
@@ -199,6 +204,11 @@ def test_evaluation_takes_the_argmax_and_the_majority_is_that_of_the_training_la
     assert common.majority_scores(task, 1, [0, 1, 0, 0]) == {"accuracy": 0.25, "f1": pytest.approx(0.4)}
     assert common.majority(NUMBER, np.array([1.0, 2.0, 6.0])) == 3.0
     assert common.majority_scores(NUMBER, 3.0, [1.0, 2.0]) == {"pearson": None}
+
+
+def test_logits_that_are_not_finite_are_an_error():
+    with pytest.raises(FloatingPointError, match="1 of 2 examples"):
+        common.evaluate(TWO, np.array([[0.0, np.nan], [0.0, 1.0]], dtype=np.float32), [0, 1])
 
 
 def test_predictions_carry_probabilities_that_sum_to_one():
