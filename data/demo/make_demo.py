@@ -43,13 +43,13 @@ OPENING = 0.2
 SUMMARY = 0.35
 PAIR = 0.1
 INTENSIFIER = 0.2
-TAIL = 0.4
+TAIL = 0.5
 
 # How often each kind of frame is drawn. The last clause decides in "but" and "although first" reviews, the first one
 # in "although last" reviews. These are rare on purpose: where in the sentence a word stands is what a small model can
 # use before it has understood anything else. The more even the shares, the more passes over the data it takes before
 # the loss falls at all; a bag of words gains little from the difference. Openings are rare for the same reason.
-ORDERS = {"but": 14, "although first": 6, "although last": 3}
+ORDERS = {"but": 14, "although first": 6, "although last": 4}
 
 # How a clause judges a thing, with shares: "the view was lovely", "the view seemed lovely", "I found the view lovely",
 # "the hotel had a lovely view", "it is the lovely view that I remember", "the view was a joy", "I loved the view",
@@ -152,8 +152,6 @@ FRAMES = {
     "although last": [
         "{main}, although {side}",
         "{main}, although {side}",
-        "{main}, even though {side}",
-        "{main}, though {side}",
         "{main}, despite the fact that {side}",
         "{main}, despite {despite}",
         "{main}, despite {despite}",
