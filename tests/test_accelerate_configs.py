@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from accelerate.utils import write_basic_config
+from conftest import ACCELERATE, run_script
 
 FOLDER = Path(__file__).resolve().parent.parent / "accelerate_configs"
 
@@ -108,3 +110,21 @@ def test_single_process_files_run(tmp_path, name, precision):
     assert (seen["processes"], seen["type"], seen["precision"]) == (1, "NO", precision)
     assert seen["product"] == {"no": "torch.float32", "bf16": "torch.bfloat16"}[precision]
     assert name != "cpu" or seen["device"] == "cpu"
+
+
+def test_training_starts_with_the_file_of_accelerate_config_default(review_task):
+    file = review_task.parent / "default.yaml"
+    write_basic_config(save_location=str(file))
+    launcher = (*ACCELERATE, "--config_file", str(file))
+    flags = ["--task", review_task, "--max_steps", 2, "--output_dir", "run"]
+    ended = run_script("train.py", *flags, cwd=review_task.parent, launcher=launcher)
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads((review_task.parent / "run" / "state.json").read_text())["status"] == "done"
+
+
+def test_multi_cpu_trains_on_two_processes(review_task):
+    launcher = (*ACCELERATE, "--config_file", str(FOLDER / "multi_cpu.yaml"))
+    flags = ["--task", review_task, "--max_steps", 2, "--output_dir", "run"]
+    ended = run_script("train.py", *flags, cwd=review_task.parent, launcher=launcher)
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads((review_task.parent / "run" / "results.json").read_text())["num_processes"] == 2
