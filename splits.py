@@ -85,7 +85,7 @@ def load_splits(task, limits=None, refresh=False):
         task, raw = _file_splits(task)
     task = _with_labels(task, raw)
     check_task(task)
-    splits = {name: _with_label_ids(task, name, rows, key) for name, (rows, key) in raw.items()}
+    splits = {name: _with_label_ids(task, name, rows) for name, (rows, _) in raw.items()}
     splits = make_missing_splits(task, splits)
     for name, number in (limits or {}).items():
         if name not in splits:
@@ -94,29 +94,26 @@ def load_splits(task, limits=None, refresh=False):
             labels = np.array(splits[name]["label"])
             chosen, _ = stratified(labels, number, seed=0, classes=not task.is_regression, keep=0)
             splits[name] = splits[name].select(chosen)
-    fingerprints = {
-        name: digest(
-            raw[name][1] if name in raw else [raw["train"][1], task.split], len(rows), (limits or {}).get(name)
-        )
-        for name, rows in splits.items()
-    }
+    fingerprints = {}
+    for name, rows in splits.items():
+        source = raw[name if name in raw else "train"][1]
+        # The rule of the made splits belongs to train, too: it says which rows were taken out.
+        fingerprints[name] = digest(source, name, task.split, len(rows), (limits or {}).get(name))
     return task, splits, fingerprints
 
 
 def _file_splits(task):
     raw = {}
     for name, file in task.files.items():
-        hasher = hashlib.sha256()
         try:
             with open(file, "rb") as stream:
-                while block := stream.read(1 << 20):
-                    hasher.update(block)
+                content = hashlib.file_digest(stream, "sha256").hexdigest()
         except OSError:
             next(iter(read_rows(file)))  # raises BadInput with the reason
         if not task.text:
             _, first = next(iter(read_rows(file)))
             task = replace(task, text=[_only_text_column(first, task.label, file)])
-        key = digest("rows", hasher.hexdigest(), table_format(file), task.text, task.label)
+        key = digest("rows", content, table_format(file), task.text, task.label)
         raw[name] = (_raw_table(key, task, _file_values, name, file), key)
     return task, raw
 
@@ -329,7 +326,7 @@ def label_ids(task, values):
     return np.array([ids[value] for value in values], dtype=np.int64)
 
 
-def _with_label_ids(task, split, rows, key):
+def _with_label_ids(task, split, rows):
     """Replace the column of label strings by one of ids; check that train and validation have a label in each row."""
     import pyarrow as pa
 

@@ -795,3 +795,15 @@ def test_pins_are_plain_text(hub, empty_cache):
 def test_a_label_that_is_a_list_or_an_object_is_refused(tmp_path, label):
     error = refusal(files_task(tmp_path, suffix=".jsonl", train=[*AB, ("three", label)]))
     assert "row 3" in error.reason
+
+
+def test_another_rule_for_made_splits_changes_the_fingerprint_of_every_split_it_touches(tmp_path):
+    """Tokens are cached by fingerprint: the same one for other rows would train on the wrong texts."""
+    rows = make_rows(40)
+    found = [
+        load_splits(files_task(tmp_path, train=rows, task={"split": {"validation": 0.2, "seed": seed}}))
+        for seed in (1, 2)
+    ]
+    for name in ("train", "validation"):
+        assert found[0][1][name]["text"][:] != found[1][1][name]["text"][:]
+        assert found[0][2][name] != found[1][2][name]
