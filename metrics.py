@@ -144,7 +144,7 @@ def why_undefined(name: str, predictions: np.ndarray, references: np.ndarray) ->
         return "class 1 is neither predicted nor present, 0/0"
     if name in REGRESSION:
         for side, values in (("predictions", predictions), ("references", references)):
-            if not (np.abs(values) < LARGEST).all():  # NaN is not below anything
+            if not (np.abs(values.astype(np.float64)) < LARGEST).all():  # NaN is not below anything
                 return f"the {side} hold NaN, infinity or values beyond {LARGEST:g}"
             if name != "mse" and len(values) < 2:
                 return "one row has no correlation"

@@ -223,7 +223,9 @@ def test_regression(reviews, vocabulary, run_inside, evaluate, refused):
     task = {"text": "text", "label": "score", "labels": "regression", "metrics": ["pearson", "mse"]}
     task |= {"files": {"train": "train.csv", "validation": "validation.csv"}, "model": bert_config(vocabulary)}
     (reviews / "lengths.yaml").write_text(yaml.safe_dump(task))
-    flags = ["--task", "lengths.yaml", "--max_steps", 12, "--learning_rate", 0.003, "--output_dir", "run", *SAME]
+    # In bf16 so young a model rounds all its predictions to one value.
+    flags = ["--max_steps", 12, "--learning_rate", 0.003, "--mixed_precision", "no", "--output_dir", "run", *SAME]
+    flags = ["--task", "lengths.yaml", *flags]
     code, _, errors = run_inside("train.py", *flags, cwd=reviews)
     assert code == 0, errors
     evaluate("--model", "run", cwd=reviews)
