@@ -1,147 +1,152 @@
-"""The rows of a task's splits, from the Hub or from files, with label ids; missing splits are made.
-
-Rows lie in a cache of memory-mapped Arrow files named by their content, so that a second run reads nothing again, and a
-large data set needs no memory.
-"""
+"""The rows of a task's splits, from the Hub or from files, with label ids; missing splits are made."""
 
 import hashlib
 import json
-import os
-import re
-from dataclasses import replace
+import logging
+from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 
-from reader import BadInput, nearest, read_rows, table_format
-from tasks import SPLIT_NAMES, check_task, write_json, write_text
+from cache import array_of, cache_folder, cached_table, digest, download_file
+from hub import download, hub_commit
+from labels import label_words, with_label_ids, with_label_names
+from reader import BadInput, BadRow, nearest, place, read_rows, table_format
+from tasks import SPLIT_NAMES, is_url, with_metrics, write_json
 
-UNLABELLED = -1  # the label id of an example without a label (the Hub's GLUE test sets); NaN in regression
-
-# --------------------------------------------------------------------------------------------------- the Arrow cache
-
-
-def cache_folder():
-    from datasets import config
-
-    folder = Path(config.HF_DATASETS_CACHE) / "text-classification-scripts"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def digest(*parts):
-    """A name for content: 32 hexadecimal digits of the SHA-256 of `parts`, which must be JSON values."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def cached_table(key, schema, make_columns):
-    """Return (Dataset, made): the table named `key` from the cache, made first where it is not there.
-
-    make_columns() yields the columns of some rows at a time, as dicts of lists. The file is complete or absent: it is
-    written under a temporary name and renamed.
-    """
-    import pyarrow as pa
-    from datasets import Dataset
-
-    path = cache_folder() / f"{key}.arrow"
-    made = not path.exists()
-    if made:
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-                for columns in make_columns():
-                    writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=schema))
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    return Dataset.from_file(str(path)), made
-
-
-def one_process_at_a_time():
-    """A lock for preparing data: one process of a machine downloads and tokenises, the others wait and read its cache.
-
-    A file lock, not a barrier: a process that waits at a barrier dies of the collective's timeout when the data are
-    large.
-    """
-    from filelock import FileLock
-
-    return FileLock(cache_folder() / "prepare.lock")
-
+log = logging.getLogger("classifier")
 
 # --------------------------------------------------------------------------------------------------- rows of a split
 
 
-def load_splits(task, limits=None, refresh=False):
-    """Read the task's data and return (task, splits, fingerprints).
+@dataclass
+class Source:
+    """The rows of one split as they were found, with label strings, and what had to be left out."""
 
-    The task comes back with what was left open filled in: text columns, labels, the commit on the Hub. Each split is a
-    Dataset with the text columns, `label` (an id; a float in regression; -1 or NaN where there is none) and `row` (the
-    line in its file, or the row on the Hub). `limits` maps splits to a number of rows, drawn seeded and stratified.
+    rows: object  # a Dataset with the text columns, `label`, `group` (or None), `row` and `hash`
+    key: str  # a digest of the content and of how it is read
+    where: str  # a file, or a data set of the Hub
+    is_file: bool
+    bad_rows: list  # [row, what is wrong with it]
+
+    def place(self, row):
+        return place(self.where, row) if self.is_file else f"{self.where}, row {row}"
+
+    def check_rows(self, rows):
+        """Raise BadInput where no row is left."""
+        if not len(rows):
+            example = f" (the first: {self.bad_rows[0][1]})" if self.bad_rows else ""
+            raise BadInput(f"{self.where}: every row is bad{example}", "Look at the data; nothing is left to use.")
+
+
+def load_splits(task, refresh=False):
+    """Read the task's data and return (task, splits, fingerprints, bad_rows).
+
+    The task comes back with what was left open filled in: text columns, labels, metrics, the commit on the Hub. Each
+    split is a Dataset with the text columns, `label`, `row` (the line in its file, or the row on the Hub) and `hash`
+    (16 bytes of the texts). A label is an id, a float in regression, a 0 or 1 for each label in multi-label; -1 (NaN in
+    regression) where there is none. `bad_rows` are dicts of split, file, row and reason of the rows left out.
     """
-    if task.dataset:
-        task, raw = _hub_splits(task, refresh)
-    else:
-        task, raw = _file_splits(task)
-    task = _with_labels(task, raw)
-    check_task(task)
-    splits = {name: _with_label_ids(task, name, rows) for name, (rows, _) in raw.items()}
+    task, sources = _hub_splits(task, refresh) if task.dataset else _file_splits(task, refresh)
+    task = with_metrics(with_label_names(task, sources))
+    splits = {name: with_label_ids(task, name, source) for name, source in sources.items()}
     splits = make_missing_splits(task, splits)
-    for name, number in (limits or {}).items():
+    for name, number in task.limit.items():
         if name not in splits:
             raise BadInput(f'--limit names the split "{name}"', f"Splits: {', '.join(splits)}.")
         if number < len(splits[name]):
-            labels = np.array(splits[name]["label"])
-            chosen, _ = stratified(labels, number, seed=0, classes=not task.is_regression, keep=0)
+            chosen, _ = stratified(array_of(splits[name], "label"), number, seed=0, keep=0)
             splits[name] = splits[name].select(chosen)
     fingerprints = {}
     for name, rows in splits.items():
-        source = raw[name if name in raw else "train"][1]
-        # The rule of the made splits belongs to train, too: it says which rows were taken out.
-        fingerprints[name] = digest(source, name, task.split, len(rows), (limits or {}).get(name))
-    return task, splits, fingerprints
+        key = sources[name if name in sources else "train"].key
+        # Which rows they are says it all: made splits, limits, labels that order a draw, bad rows left out.
+        fingerprints[name] = digest(key, name, hashlib.sha256(array_of(rows, "row").tobytes()).hexdigest())
+    bad_rows = [
+        {"split": name, "file": source.where, "row": row, "reason": reason}
+        for name, source in sources.items()
+        for row, reason in sorted(source.bad_rows)
+    ]
+    return task, splits, fingerprints, bad_rows
 
 
-def _file_splits(task):
-    raw = {}
+def _file_splits(task, refresh):
+    sources = {}
     for name, file in task.files.items():
+        path = download_file(file, refresh) if is_url(file) else file
+        options = {name: getattr(task, name) for name in ("columns", "quoting", "encoding", "delimiter")}
         try:
-            with open(file, "rb") as stream:
+            with open(path.partition("::")[0], "rb") as stream:
                 content = hashlib.file_digest(stream, "sha256").hexdigest()
+            if not task.text:
+                _, first = next(read_rows(path, **options, on_bad_row=lambda bad_row: None), (0, {}))
+                task = replace(task, text=[_only_text_column(first, task, path)])
         except OSError:
-            next(iter(read_rows(file)))  # raises BadInput with the reason
-        if not task.text:
-            _, first = next(iter(read_rows(file)))
-            task = replace(task, text=[_only_text_column(first, task.label, file)])
-        key = digest("rows", content, table_format(file), task.text, task.label)
-        raw[name] = (_raw_table(key, task, _file_values, name, file), key)
-    return task, raw
+            try:
+                next(read_rows(path))  # raises BadInput with the reason
+            except BadInput as error:
+                advice = f"{error.advice} The task's data come from {task.source}." if task.source else error.advice
+                raise BadInput(error.reason, advice) from None
+        member, labels = path.partition("::")[2], [task.label, task.problem, task.separator]
+        key = digest("rows", content, member, table_format(path), task.text, labels, options)
+        table = digest(key, task.split.get("group"), task.on_bad_row, name.startswith("test"))
+        sources[name] = _source(key, table, task, path, True, _file_values(task, name, path, options))
+    return task, sources
 
 
-def _file_values(task, split, file):
-    # A test file may be without labels: it can still be predicted.
-    needed = task.text if split.startswith("test") else [*task.text, task.label]
-    for line, row in read_rows(file):
-        for column in needed:
-            if column not in row:
-                option = "--label_column" if column == task.label else "--text_columns"
-                raise BadInput(
-                    f'{file}, line {line}: no column "{column}"{nearest(column, row)}',
-                    f"Columns: {', '.join(row)}. Name the right one with {option}.",
-                )
-        texts = [row[column] for column in task.text]
-        for column, text in zip(task.text, texts, strict=True):
-            if not isinstance(text, str):
-                raise BadInput(
-                    f'{file}, line {line}: the column "{column}" holds {text!r}, not text', "Put the text in quotes."
-                )
-        yield line, texts, row.get(task.label)
+def _file_values(task, split, file, options):
+    """Return a function of on_bad_row that yields (row, texts, label, group) of a file, checked."""
+
+    def values(on_bad_row):
+        # A test file may be without labels: it can still be predicted.
+        group = task.split.get("group") if split == "train" else None
+        needed = [*task.text, *([] if split.startswith("test") else [task.label]), *([group] if group else [])]
+        is_json = table_format(file).startswith("json")
+        kinds = {}  # of labels: true beside "positive" would make a class of its own
+        for line, row in read_rows(file, **options, on_bad_row=on_bad_row):
+            absent = next((column for column in needed if column not in row), None)
+            if absent:
+                what, advice = _missing_column(absent, row, task)
+                if not is_json:
+                    raise BadInput(f"{place(file, line)}: {what}", advice)
+                on_bad_row(BadRow(file, line, what, f"{advice} Mend this row,"))
+                continue
+            texts, flaw = [row[column] for column in task.text], None
+            for column, text in zip(task.text, texts, strict=True):
+                if not isinstance(text, str) or not text.strip():
+                    flaw = f'column "{column}" {"is empty" if text in (None, "") else f"holds {text!r}, not text"}'
+            label = None
+            try:
+                label = label_words(task, row.get(task.label))
+            except ValueError as error:
+                flaw = flaw or f'column "{task.label}" {error}'
+            if label is None and not split.startswith("test"):
+                flaw = flaw or f'column "{task.label}" holds no label'
+            if flaw:
+                on_bad_row(BadRow(file, line, flaw))
+                continue
+            if label is not None and not (task.is_multi_label or task.is_regression):
+                value = row[task.label]
+                kind = {bool: "true or false", str: "a string"}.get(type(value), "a number")
+                kinds.setdefault(kind, f"{place(file, line)} holds {value!r}, {kind}")
+                if len(kinds) > 1:
+                    raise BadInput(f'the column "{task.label}": {"; ".join(kinds.values())}', "Write all labels alike.")
+            yield line, texts, label, row.get(group)
+
+    return values
 
 
-def _only_text_column(row, label, where):
-    """The column `text`, or the only one besides the label that holds text."""
-    columns = [name for name, value in row.items() if name != label and isinstance(value, str)]
-    if "text" in columns:
+def _missing_column(column, row, task):
+    option = {task.label: "--label_column", task.split.get("group"): "--group_column"}.get(column, "--text_columns")
+    advice = f"Columns: {', '.join(row)}. Name the right one with {option}."
+    return f'no column "{column}"{nearest(column, row)}', advice
+
+
+def _only_text_column(row, task, where):
+    """The column `text`, or the only one besides the label and the group that holds text."""
+    others = (task.label, task.split.get("group"))
+    columns = [name for name, value in row.items() if name not in others and isinstance(value, str)]
+    if "text" in row and "text" not in others:
         return "text"
     if len(columns) != 1:
         raise BadInput(
@@ -159,210 +164,142 @@ def _hub_splits(task, refresh):
     listing = cache_folder() / f"{source}.json"
     downloaded = None
     if not listing.exists():
-        downloaded = _download(path, name, commit)
-        splits = {split: len(rows) for split, rows in downloaded.items() if split.startswith(SPLIT_NAMES)}
-        write_json(listing, {"splits": splits, "columns": next(iter(downloaded.values())).column_names})
+        downloaded = download(path, name, commit)
+        features = next(iter(downloaded.values())).features
+        write_json(
+            listing,
+            {
+                "splits": list(downloaded),
+                "columns": {column: getattr(feature, "dtype", "list") for column, feature in features.items()},
+                "names": {column: _class_names(feature) for column, feature in features.items()},
+            },
+        )
     content = json.loads(listing.read_text())
+    columns = content["columns"]
     if not task.text:
-        task = replace(task, text=[_only_text_column(dict.fromkeys(content["columns"], ""), task.label, path)])
-    for column in [*task.text, task.label]:
-        if column not in content["columns"]:
+        types = {column: "" if kind == "string" else None for column, kind in columns.items()}
+        task = replace(task, text=[_only_text_column(types, task, path)])
+    group = task.split.get("group")
+    for column in [*task.text, task.label, *([group] if group else [])]:
+        if column not in columns:
+            what, advice = _missing_column(column, columns, task)
+            raise BadInput(f"{path}: {what}", advice)
+        if column in task.text and columns[column] not in ("string", "large_string"):
+            raise BadInput(f'{path}: the column "{column}" holds {columns[column]}, not text', "Name another one.")
+    if task.labels is None:
+        task = replace(task, labels=content["names"].get(task.label))
+    wanted = task.splits or {split: split for split in content["splits"] if split.startswith(SPLIT_NAMES)}
+    unused = [split for split in content["splits"] if split not in wanted.values()]
+    if not task.splits and unused:
+        log.info(f"{path}: not used: {', '.join(unused)} (`splits: {{validation: {unused[0]}}}` in a YAML would)")
+    sources = {}
+    for split, theirs in wanted.items():
+        if theirs not in content["splits"]:
             raise BadInput(
-                f'{path}: no column "{column}"{nearest(column, content["columns"])}',
-                f"Columns: {', '.join(content['columns'])}.",
+                f'{path}: has no split "{theirs}"{nearest(theirs, content["splits"])}',
+                f"Splits: {', '.join(content['splits'])}.",
             )
-    raw = {}
-    for split in content["splits"]:
-        key = digest("rows", source, split, task.text, task.label)
-        if downloaded is None and not (cache_folder() / f"{key}.arrow").exists():
-            downloaded = _download(path, name, commit)
-        raw[split] = (_raw_table(key, task, _hub_values, downloaded and downloaded[split]), key)
-    return task, raw
+        key = digest("rows", source, split, theirs, task.text, task.label, task.problem, task.separator)
+        table = digest(key, group)
+        if downloaded is None and not (cache_folder() / f"{table}.arrow").exists():
+            downloaded = download(path, name, commit)
+        values = _hub_values(task, downloaded and downloaded[theirs])
+        sources[split] = _source(key, table, task, path, False, values)
+    return task, sources
 
 
 def _hub_values(task, rows):
-    names = getattr(rows.features[task.label], "names", None)  # of a ClassLabel
-    for number, row in enumerate(rows):
-        label = row[task.label]
-        if names and label is not None:
-            label = names[label] if label >= 0 else None
-        yield number, [row[column] for column in task.text], label
+    """Return a function that yields (row, texts, label, group) of a Hub data set's split.
 
-
-def _download(path, name, commit):
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
-
-    try:
-        return load_dataset(path, name, revision=commit)
-    except (DatasetNotFoundError, FileNotFoundError, ValueError) as error:
-        raise BadInput(
-            f"{path}{f' ({name})' if name else ''}: {' '.join(str(error).split())[:300]}",
-            "Check `dataset: {path, name}` of the task.",
-        ) from None
-    except OSError as error:  # ConnectionError is one
-        raise unreachable_hub(path, error) from None
-
-
-def hub_commit(repository, kind, revision=None, refresh=False):
-    """Return the commit of a Hub repository: the one it had when it was first used here; `refresh` asks the Hub again.
-
-    kind is "model" or "dataset"; a revision that is a commit needs no asking.
-    Raises BadInput where the Hub is out of reach or has no such repository.
+    Rules that a user's own file must keep are counted here: others have published scores on these very rows.
     """
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, HTTPError, RepositoryNotFoundError
 
-    if revision and re.fullmatch("[0-9a-f]{40}", revision):
-        return revision
-    pin = cache_folder() / f"{kind}s--{repository}--{revision or 'main'}.commit".replace("/", "--")
-    if pin.exists() and not refresh:
-        return pin.read_text()
-    try:
-        commit = HfApi().repo_info(repository, repo_type=kind, revision=revision, timeout=30).sha
-    except (RepositoryNotFoundError, GatedRepoError, HFValidationError):
-        raise BadInput(
-            f'the Hub has no {kind} "{repository}" that you may read',
-            f"Check the name, log in with `hf auth login`, or give a {'folder' if kind == 'model' else 'file'}.",
-        ) from None
-    except (OSError, HTTPError) as error:  # HTTPError is of the library underneath: a refused connection, a time-out
-        # Somebody may have downloaded it with another tool, for a cluster's compute nodes without a network.
-        known = Path(constants.HF_HUB_CACHE, f"{kind}s--{repository.replace('/', '--')}", "refs", revision or "main")
-        if not known.exists():
-            raise unreachable_hub(repository, error) from None
-        commit = known.read_text().strip()
-    write_text(pin, commit)
-    return commit
+    def values(on_bad_row):
+        names, empty = _class_names(rows.features[task.label]), 0
 
+        def named(label):
+            return None if label is None or label < 0 else names[label]
 
-def unreachable_hub(repository, error):
-    from huggingface_hub import constants
+        for number, row in enumerate(rows):
+            label = row[task.label]
+            if names:
+                label = [named(one) for one in label] if isinstance(label, list) else named(label)
+            try:
+                label = label_words(task, label)
+            except ValueError as error:
+                raise BadInput(
+                    f'{task.dataset["path"]}, row {number}: column "{task.label}" {error}',
+                    "Name another column of labels with --label_column.",
+                ) from None
+            texts = [row[column] or "" for column in task.text]
+            empty += not all(text.strip() for text in texts)
+            yield number, texts, label, row.get(task.split.get("group"))
+        if empty:
+            log.warning(f"{task.dataset['path']}: {empty} of {len(rows)} rows have an empty text")
 
-    words = " ".join(str(error).split())[:200]
-    return BadInput(
-        f"cannot download {repository} from {constants.ENDPOINT} ({words})",
-        "Check the network or set HF_ENDPOINT to a mirror, give local files (--train_file, --model FOLDER), "
-        "or try `--task demo`, which needs no network.",
-    )
+    return values
 
 
-def _raw_table(key, task, read_values, *source):
+def _class_names(feature):
+    """Return the names of a Hub column of ClassLabel, or of lists of it; None for others."""
+    return getattr(getattr(feature, "feature", feature), "names", None)
+
+
+def _source(key, table, task, where, is_file, read_values):
+    """Return a Source; its table and the list of its bad rows come from the cache (as `table`), or are read now."""
     import pyarrow as pa
 
-    schema = pa.schema([*((column, pa.string()) for column in task.text), ("label", pa.string()), ("row", pa.int64())])
+    clash = next((column for column in task.text if column in ("label", "group", "row", "hash")), None)
+    if clash or len(set(task.text)) < len(task.text):
+        raise BadInput(
+            f"{where}: a text column cannot be {f'named {clash!r}' if clash else 'given twice'}",
+            "Rename this column in the data." if clash else "Name two different ones with --text_columns.",
+        )
+    label_type = pa.list_(pa.string()) if task.is_multi_label else pa.string()
+    schema = pa.schema(
+        [(column, pa.string()) for column in task.text]
+        + [("label", label_type), ("group", pa.string()), ("row", pa.int64()), ("hash", pa.binary())]
+    )
+    left_out = cache_folder() / f"{table}.bad_rows.json"
 
     def columns():
-        values = iter(read_values(task, *source))
+        bad_rows = []
+
+        def skip(bad_row):
+            if task.on_bad_row != "skip":
+                raise bad_row
+            bad_rows.append([bad_row.line, bad_row.flaw])
+
+        values = iter(read_values(skip))
         while some := list(islice(values, 1000)):
-            rows, texts, labels = zip(*some, strict=True)
-            by_column = dict(zip(task.text, zip(*texts, strict=True), strict=True))
-            for row, label in zip(rows, labels, strict=True):
-                if isinstance(label, (list, dict)):
-                    raise BadInput(
-                        f"row {row}: the label is {label!r}", "Give each example one label, as a name or id."
-                    )
-            labels = [None if label in (None, "") else str(label) for label in labels]
-            yield {**{name: list(column) for name, column in by_column.items()}, "label": labels, "row": list(rows)}
+            rows, texts, labels, groups = zip(*some, strict=True)
+            hashes = [hashlib.blake2b("\x1f".join(each).encode(), digest_size=16).digest() for each in texts]
+            yield {
+                **dict(zip(task.text, map(list, zip(*texts, strict=True)), strict=True)),
+                "label": list(labels),
+                "group": [None if group is None else str(group) for group in groups],
+                "row": list(rows),
+                "hash": hashes,
+            }
+        write_json(left_out, bad_rows)
 
-    return cached_table(key, schema, columns)[0]
-
-
-# ------------------------------------------------------------------------------------------------------------ labels
-
-
-def _with_labels(task, raw):
-    """Fill in the label names from the train split where the task has none: numbers by value, others by name."""
-    if task.labels is not None:
-        return task
-    if "train" not in raw:
-        raise BadInput(f"task {task.name}: has no train split to take the labels from", "Give --train_file.")
-    names = [name for name in raw["train"][0].data.column("label").unique().to_pylist() if name is not None]
-    if any(_is_number(name) and not _is_whole(name) for name in names):
-        decimal = next(name for name in names if _is_number(name) and not _is_whole(name))
-        raise BadInput(
-            f'the label column "{task.label}" holds decimals such as {decimal}',
-            f"To predict a number, write a YAML for --task with: files, text, label: {task.label}, labels: regression, "
-            "metrics: [pearson, spearmanr].",
-        )
-    if len(names) < 2:
-        raise BadInput(
-            f'the label column "{task.label}" of the train split has {len(names)} value(s): {", ".join(names)}',
-            "A classifier needs two or more; is it the right column (--label_column)?",
-        )
-    return replace(
-        task, labels=sorted(names, key=lambda name: (0, int(name), name) if _is_whole(name) else (1, 0, name))
-    )
-
-
-def _is_number(text):
-    try:
-        return bool(np.isfinite(float(text)))
-    except ValueError:
-        return False
-
-
-def _is_whole(text):
-    return text.removeprefix("-").isdecimal()
-
-
-def label_ids(task, values):
-    """Return the label ids of strings, as an array: by name, else as an id; floats in regression.
-
-    Where a name is a number itself ("1" to "5"), there are names only. None, and an id of -1, mean unlabelled. Raises
-    KeyError with the first value that is none of these.
-    """
-    if task.is_regression:
-        try:
-            numbers = np.array([np.nan if value is None else float(value) for value in values])
-        except ValueError:
-            raise KeyError(next(value for value in values if value is not None and not _is_number(value))) from None
-        if np.isinf(numbers).any():
-            raise KeyError(values[int(np.isinf(numbers).argmax())])
-        return numbers
-    ids = {name: position for position, name in enumerate(task.labels)}
-    if not any(_is_whole(name) for name in task.labels):
-        ids |= {str(position): position for position in range(len(task.labels))}
-    ids = {None: UNLABELLED, str(UNLABELLED): UNLABELLED} | ids
-    return np.array([ids[value] for value in values], dtype=np.int64)
-
-
-def _with_label_ids(task, split, rows):
-    """Replace the column of label strings by one of ids; check that train and validation have a label in each row."""
-    import pyarrow as pa
-
-    strings = rows.data.column("label").to_pylist()
-    try:
-        ids = label_ids(task, strings)
-    except KeyError as error:
-        row = rows[strings.index(error.args[0])]["row"]
-        allowed = "a number" if task.is_regression else f"one of: {', '.join(task.labels[:20])}"
-        raise BadInput(
-            f"{split} split, row {row}: the label is {error.args[0]!r}"
-            + ("" if task.is_regression else nearest(error.args[0], task.labels)),
-            f"Each label must be {allowed}.",
-        ) from None
-    if task.is_regression and split.startswith("test") and (ids == UNLABELLED).all():
-        ids = np.full(len(ids), np.nan)  # GLUE's STS-B: -1.0 in every row
-    missing = np.flatnonzero(np.isnan(ids) if task.is_regression else ids == UNLABELLED)
-    if len(missing) and not split.startswith("test"):
-        raise BadInput(
-            f"{split} split, row {rows[int(missing[0])]['row']}: no label ({len(missing)} such rows)",
-            "Give each row a label, or take it out.",
-        )
-    column = pa.array(ids, type=pa.float64() if task.is_regression else pa.int64())
-    return rows.remove_columns("label").add_column("label", column)
+    rows, _ = cached_table(table, schema, columns)
+    source = Source(rows, key, where, is_file, json.loads(left_out.read_text(encoding="utf-8")))
+    source.check_rows(rows)
+    return source
 
 
 # ------------------------------------------------------------------------------------------------------ made splits
 
 
-def stratified(labels, number, seed, classes=True, keep=1):
+def stratified(labels, number, seed, keep=1):
     """Draw `number` of the rows so that each class keeps its share; return (drawn, rest), sorted row numbers.
 
     The shares are rounded by largest remainder, so that they add up. A class keeps at least `keep` rows in the rest.
-    With classes=False the rows are drawn at random (regression).
+    Where labels are not ids (regression, multi-label) the rows are drawn at random.
     """
     generator = np.random.default_rng(seed)
+    classes = labels.ndim == 1 and labels.dtype.kind == "i"
     groups = [np.flatnonzero(labels == value) for value in np.unique(labels)] if classes else [np.arange(len(labels))]
     groups = [generator.permutation(group) for group in groups]
     exact = np.array([len(group) * number / len(labels) for group in groups])
@@ -374,23 +311,59 @@ def stratified(labels, number, seed, classes=True, keep=1):
     return drawn, np.setdiff1d(np.arange(len(labels)), drawn)
 
 
+def draw_groups(groups, number, seed):
+    """Draw whole groups, shuffled by the seed, that come nearest to `number` rows; return (drawn, rest) as stratified.
+
+    groups: (rows,), the value of the group column in each row. One group at least stays on either side.
+    """
+    names, codes, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    order = np.random.default_rng(seed).permutation(len(names))
+    totals = np.cumsum(sizes[order])[:-1]  # the last group stays
+    if not len(totals):
+        return np.array([], dtype=int), np.arange(len(groups))
+    is_drawn = np.isin(codes, order[: np.abs(totals - number).argmin() + 1])
+    return np.flatnonzero(is_drawn), np.flatnonzero(~is_drawn)
+
+
 def make_missing_splits(task, splits):
-    """Take the splits that are missing out of train: by the task's fractions, else 10 % for validation."""
+    """Take the splits that are missing out of train: by the task's ranges and fractions, else 10 % for validation."""
     if "train" not in splits:
         return splits
-    fractions = {name: share for name, share in task.split.items() if name != "seed" and name not in splits}
-    if "validation" not in fractions and not any(name.startswith("validation") for name in splits):
-        fractions["validation"] = 0.1
-    number_of_rows = len(splits["train"])
-    for name, share in fractions.items():
-        if not isinstance(share, float) or not 0 < share < 1:
-            raise BadInput(f"task {task.name}: `split` has {name}: {share!r}", "Write a fraction such as 0.1.")
-        labels = np.array(splits["train"]["label"])
-        number = max(1, round(share * number_of_rows))
-        drawn, rest = stratified(labels, number, task.split.get("seed", 42), classes=not task.is_regression)
-        if number >= len(labels) or not len(drawn):
+    rules = {name: rule for name, rule in task.split.items() if name in SPLIT_NAMES and name not in splits}
+    if "validation" not in rules and not any(name.startswith("validation") for name in splits):
+        rules["validation"] = 0.1
+    train, splits = splits["train"], dict(splits)
+    number_of_rows, seed, group = len(train), task.split.get("seed", 42), task.split.get("group")
+    ranges = {name: rule for name, rule in rules.items() if isinstance(rule, list)}
+    if isinstance(task.split.get("train"), list):
+        ranges["train"] = task.split["train"]
+    taken = np.zeros(number_of_rows, dtype=bool)
+    for name, (start, end) in ranges.items():
+        if end > number_of_rows:
             raise BadInput(
-                f"too few rows ({number_of_rows}) to make a {name} split", f"Give --{name}_file, or more rows."
+                f"task {task.name}: `split` has {name}: [{start}, {end}], the file {number_of_rows} rows",
+                "Give the whole file, or mend `split` in a YAML of your own.",
             )
-        splits = {**splits, name: splits["train"].select(drawn), "train": splits["train"].select(rest)}
+        splits[name] = train.select(range(start, end))
+        taken[start:end] = True
+    if ranges and "train" not in ranges:
+        splits["train"] = train.select(np.flatnonzero(~taken))
+    for name, fraction in rules.items():
+        if name in ranges:
+            continue
+        train = splits["train"]
+        number = max(1, round(fraction * number_of_rows))
+        if group:
+            # Rows without a group stay together: they may belong to any.
+            groups = np.array([value or "" for value in array_of(train, "group").tolist()])
+            drawn, rest = draw_groups(groups, number, seed)
+        else:
+            drawn, rest = stratified(array_of(train, "label"), number, seed)
+        if not len(rest) or not len(drawn) or number >= len(train):
+            what = f"groups of {group}" if group else "rows"
+            raise BadInput(
+                f"too few {what} (in {number_of_rows} rows) to make a {name} split",
+                f"Give --{name}_file, or more rows.",
+            )
+        splits[name], splits["train"] = train.select(drawn), train.select(rest)
     return splits

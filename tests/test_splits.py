@@ -1,212 +1,138 @@
-"""splits.py: labels, text columns, made splits against scikit-learn's, the cache, and the Hub without a network."""
+"""splits.py: rows of files in every format and of the Hub, bad rows, made splits, fingerprints."""
 
-import gzip
+import logging
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
-import huggingface_hub
 import numpy as np
 import pytest
-from conftest import make_rows, write_table
+from conftest import make_rows
+from data_help import (
+    AB,
+    COMMIT,
+    FILES,
+    LATER,
+    FakeHub,
+    files_task,
+    first_row,
+    hub_table,
+    hub_task,
+    put_table,
+    refusal,
+    served,
+    text_task,
+    use_cache,
+)
 from sklearn.model_selection import train_test_split
 
 import splits
-from reader import BadInput
-from splits import hub_commit, load_splits, make_missing_splits, stratified
+from reader import LONGEST_FIELD
+from splits import draw_groups, load_splits, make_missing_splits, stratified
 from tasks import Task
-
-COMMIT, LATER = "1" * 40, "2" * 40
 
 
 @pytest.fixture(autouse=True)
 def empty_cache(tmp_path, monkeypatch):
-    """A cache folder of its own for each test."""
-    folder = tmp_path / "the cache"
-    folder.mkdir()
-    monkeypatch.setattr(splits, "cache_folder", lambda: folder)
-    return folder
+    """A cache of its own for each test; the folder of this project in it."""
+    return use_cache(monkeypatch, tmp_path / "the cache")
 
 
-def files_task(folder, header=("text", "label"), name="mine", suffix=".csv", **tables):
-    """A task on tables written to files; keys of the task go in as `task`, a dict."""
-    keys = tables.pop("task", {})
-    files = {split: str(write_table(folder / f"{split}{suffix}", rows, header)) for split, rows in tables.items()}
-    return Task(name=name, files=files, **keys)
+@pytest.fixture
+def hub(monkeypatch):
+    return FakeHub(monkeypatch)
 
 
-def refusal(task, **options):
-    """The BadInput of loading a task: one line of reason, one of advice."""
-    with pytest.raises(BadInput) as caught:
-        load_splits(task, **options)
-    assert "\n" not in caught.value.reason and "\n" not in caught.value.advice
-    assert caught.value.advice
-    return caught.value
+def alternating(number):
+    return [(f"text {at}", "ab"[at % 2]) for at in range(number)]
 
 
-AB = [("one", "a"), ("two", "b")]
+def sizes(found):
+    return {name: len(rows) for name, rows in found.items()}
 
 
-# ------------------------------------------------------------------------------------------------------------- labels
+# ------------------------------------------------------------------------------------------------------------ formats
+
+LOOK_LIKE_VALUES = ["None", "NA", "null", "nan", "00456", "1e5", "True", "-0", " padded ", "1_000", "中, 文"]
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
-def test_rows_keep_their_text_label_id_and_line(tmp_path, suffix):
-    rows = [("good, very", "pos"), ("bad", "neg"), ("00456", "pos"), ("None", "neg")]
-    task, found, _ = load_splits(files_task(tmp_path, suffix=suffix, train=rows, validation=rows[:2]))
-    assert (task.labels, task.text) == (["neg", "pos"], ["text"])
-    first = 1 if suffix == ".jsonl" else 2
-    assert found["train"].to_dict() == {
-        "text": ["good, very", "bad", "00456", "None"],
-        "label": [1, 0, 1, 0],
-        "row": [first, first + 1, first + 2, first + 3],
-    }
-    assert found["validation"]["label"][:] == [1, 0]
+@pytest.mark.parametrize("name", FILES)
+def test_text_stays_text_in_every_format(tmp_path, name):
+    rows = [(text, "pos" if len(text) > 3 else "neg") for text in LOOK_LIKE_VALUES]
+    file = put_table(tmp_path, name, rows)
+    task, found, _, bad_rows = load_splits(Task("mine", files={"train": file, "validation": file}))
+    assert (task.labels, task.text, bad_rows) == (["neg", "pos"], ["text"], [])
+    for split in ("train", "validation"):
+        assert found[split]["text"][:] == LOOK_LIKE_VALUES
+        assert found[split]["label"][:] == [int(len(text) > 3) for text in LOOK_LIKE_VALUES]
+        assert found[split]["row"][:] == list(range(first_row(name), first_row(name) + 11))
+
+
+def test_the_hash_of_a_row_is_that_of_its_texts(tmp_path):
+    rows = [("a", "b", "x"), ("a", "b", "y"), ("ab", "c", "x"), ("a", "bc", "x")]
+    task = files_task(tmp_path, ("one", "two", "label"), train=rows, validation=rows, task={"text": ["one", "two"]})
+    hashes = load_splits(task)[1]["train"]["hash"][:]
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 3 and {len(value) for value in hashes} == {16}
+    # printf 'a\x1fb' | b2sum -l 128
+    assert hashes[0].hex() == "065ab5741cdfad44687cf119c1eb4ec9"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_of_a_web_server(tmp_path, name):
+    (tmp_path / "web").mkdir()
+    put_table(tmp_path / "web", name, AB * 10)
+    with served(tmp_path / "web") as (server, asked):
+        task = Task("mine", files={"train": f"{server}/{name}"})
+        first = load_splits(task)
+        assert sizes(first[1]) == {"train": 18, "validation": 2} and first[0].labels == ["a", "b"]
+        assert len(asked) == 1
+    again = load_splits(task)  # the server is down
+    assert again[2] == first[2] and again[1]["train"].to_dict() == first[1]["train"].to_dict()
+    assert "cannot be downloaded" in refusal(task, refresh=True).reason
+
+
+def test_a_refresh_downloads_a_newer_file(tmp_path):
+    (tmp_path / "web").mkdir()
+    put_table(tmp_path / "web", "a.csv", AB * 10)
+    with served(tmp_path / "web") as (server, _):
+        task = Task("mine", files={"train": f"{server}/a.csv"})
+        first = load_splits(task)
+        put_table(tmp_path / "web", "a.csv", AB * 20)
+        assert load_splits(task)[2] == first[2]
+        _, found, newer, _ = load_splits(task, refresh=True)
+        assert sizes(found) == {"train": 36, "validation": 4} and newer["train"] != first[2]["train"]
+        assert load_splits(task)[2] == newer
+        assert "404" in refusal(Task("mine", files={"train": f"{server}/b.csv"})).reason
 
 
 @pytest.mark.parametrize(
-    ("labels", "order"),
+    ("name", "content", "keys"),
     [
-        (["10", "2", "1"], ["1", "2", "10"]),
-        (["1", "-1", "0"], ["-1", "0", "1"]),
-        (["b10", "b2", "B"], ["B", "b10", "b2"]),
-        (["x", "10", "9"], ["9", "10", "x"]),
-        (["True", "False"], ["False", "True"]),
-        (["nan", "None", "inf"], ["None", "inf", "nan"]),
-        (["07", "7", "6"], ["6", "07", "7"]),
+        ("a.csv", 'one;"two";b\n"x;y";z;a\n', {"columns": ["text", "other", "label"], "delimiter": ";"}),
+        ("a.tsv", 'one\ttwo\tb\n"x;y"\tz\ta\n', {"columns": ["text", "other", "label"], "quoting": True}),
+        ("a.csv", "text|other|label\none|two|b\nx;y|z|a\n", {"delimiter": "|", "quoting": False}),
+        ("a.tsv", "text,other,label\none,two,b\nx;y,z,a\n", {"delimiter": ","}),
+        ("a.csv", "text,other,label\none,two,b\nx;y,z,a\n".encode("utf-16"), {"encoding": "utf-16"}),
     ],
+    ids=["headerless ;", "headerless quoted tsv", "unquoted |", "tsv with commas", "utf-16"],
 )
-def test_the_order_of_labels(tmp_path, labels, order):
-    rows = [(f"text {number}", label) for number, label in enumerate(labels)]
-    task, found, _ = load_splits(files_task(tmp_path, train=rows, validation=rows))
-    assert task.labels == order
-    assert [order[number] for number in found["train"]["label"]] == labels
+def test_how_a_table_is_written(tmp_path, name, content, keys):
+    task = text_task(tmp_path, content, name, text=["text"], **keys)
+    task.files["validation"] = task.files["train"]
+    _, found, _, _ = load_splits(task)
+    assert found["train"]["text"][:] == ["one", "x;y"] and found["train"]["label"][:] == [1, 0]
 
 
-@pytest.mark.parametrize(
-    ("names", "values", "ids"),
-    [
-        (["neg", "pos"], ["pos", "neg"], [1, 0]),
-        (["pos", "neg"], ["pos", "neg"], [0, 1]),  # the order of the task, not of the alphabet
-        (["neg", "pos"], ["1", "0"], [1, 0]),  # ids
-        (["neg", "pos"], ["1", "neg"], [1, 0]),
-        (["1", "0"], ["1", "0"], [0, 1]),  # names, though they look like ids
-        (["1", "2", "3"], ["1", "3"], [0, 2]),
-        (["-1", "1"], ["-1", "1"], [0, 1]),
-    ],
-)
-def test_labels_by_name_and_by_id(tmp_path, names, values, ids):
-    rows = [("text", value) for value in values]
-    _, found, _ = load_splits(files_task(tmp_path, train=rows, validation=rows, task={"labels": names}))
-    assert found["train"]["label"][:] == ids
-
-
-def test_numbers_and_booleans_of_json_are_labels(tmp_path):
-    for values, names in (([1, 0, 1], ["0", "1"]), ([True, False], ["False", "True"])):
-        rows = [("text", value) for value in values]
-        task, found, _ = load_splits(files_task(tmp_path, suffix=".jsonl", train=rows, validation=rows))
-        assert task.labels == names and found["train"]["label"][:] == [int(value) for value in values]
-
-
-@pytest.mark.parametrize("decimal", ["0.5", "1.0", "-2.25", "1e-3"])
-def test_decimals_are_refused_with_the_way_to_regression(tmp_path, decimal):
-    task = files_task(tmp_path, ("text", "score"), train=[("a", "1"), ("b", decimal)], task={"label": "score"})
-    error = refusal(task)
-    assert f'"score" holds decimals such as {decimal}' in error.reason
-    assert "label: score, labels: regression, metrics: [pearson, spearmanr]" in error.advice
-
-
-@pytest.mark.parametrize("rows", [[("a", "x"), ("b", "x")], [("a", ""), ("b", "")]])
-def test_fewer_than_two_classes_are_refused(tmp_path, rows):
-    error = refusal(files_task(tmp_path, train=rows))
-    assert '"label" of the train split' in error.reason and "--label_column" in error.advice
-
-
-def test_labels_cannot_be_found_without_a_train_split(tmp_path):
-    assert "no train split" in refusal(files_task(tmp_path, test=AB)).reason
-
-
-@pytest.mark.parametrize("split", ["train", "validation", "test"])
-def test_an_unknown_label_is_told_with_its_row_and_the_nearest_name(tmp_path, split):
-    good = [("a", "positive"), ("b", "negative")]
-    tables = {"train": good, "validation": good, "test": good}
-    tables[split] = [*good, ("c", "postive")]
-    error = refusal(files_task(tmp_path, **tables, task={"labels": ["negative", "positive"]}))
-    assert f"{split} split, row 4: the label is 'postive' (did you mean \"positive\"?)" in error.reason
-    assert "negative, positive" in error.advice
-
-
-@pytest.mark.parametrize("value", ["0", "4", "2"])
-def test_a_number_that_is_no_label_of_numbered_classes_is_no_id(tmp_path, value):
-    """With the classes 1, 3 and 5 found in train, a 0 or a 2 of another split is a mistake, not the class 1 or 5."""
-    rows = [("a", "1"), ("b", "3"), ("c", "5")]
-    error = refusal(files_task(tmp_path, train=rows, validation=[("d", value)]))
-    assert f"validation split, row 2: the label is '{value}'" in error.reason
-
-
-@pytest.mark.parametrize("value", ["2", "-2", "1.0"])
-def test_an_id_out_of_range(tmp_path, value):
-    task = files_task(tmp_path, train=[("a", "1"), ("b", value)], task={"labels": ["neg", "pos"]})
-    assert f"row 3: the label is '{value}'" in refusal(task).reason
-
-
-@pytest.mark.parametrize("split", ["train", "validation"])
-@pytest.mark.parametrize("value", ["", "-1"])
-def test_a_missing_label_is_refused_where_labels_are_needed(tmp_path, split, value):
-    tables = {"train": AB, "validation": AB, split: [*AB, ("c", value), ("d", value)]}
-    error = refusal(files_task(tmp_path, **tables, task={"labels": ["a", "b"]}))
-    assert f"{split} split, row 4: no label (2 such rows)" in error.reason
-
-
-def test_a_null_label_of_json_is_a_missing_one(tmp_path):
-    task = files_task(tmp_path, suffix=".jsonl", train=[*AB, ("c", None)])
-    assert "row 3: no label (1 such rows)" in refusal(task).reason
-
-
-def test_a_test_split_may_lack_labels(tmp_path):
-    task = files_task(tmp_path, train=AB, validation=AB, test=[("c", "b"), ("d", ""), ("e", "-1")])
-    assert load_splits(task)[1]["test"]["label"][:] == [1, -1, -1]
-    write_table(tmp_path / "test.csv", [("c",), ("d",)], ("text",))  # without the column
-    found = load_splits(task)[1]["test"]
-    assert found["label"][:] == [-1, -1] and found["text"][:] == ["c", "d"]
-
-
-def test_regression_labels_are_floats(tmp_path):
-    values = ["0.1", "1e-5", "-3", "4.999999999"]
-    tables = {"train": [("t", value) for value in values], "validation": [("t", "2")], "test": [("t", ""), ("u", "1")]}
-    keys = {"labels": "regression", "metrics": ["pearson"]}
-    task, found, _ = load_splits(files_task(tmp_path, **tables, task=keys))
-    assert found["train"]["label"][:] == [0.1, 1e-5, -3.0, 4.999999999]
-    assert str(found["train"].features["label"].dtype) == "float64"
-    assert np.isnan(found["test"]["label"][0]) and found["test"]["label"][1] == 1.0
-    assert task.is_regression
-
-
-@pytest.mark.parametrize(
-    ("value", "words"),
-    [("good", "the label is 'good'"), ("inf", "the label is 'inf'"), ("1,5", "the label is '1,5'"), ("", "no label")],
-)
-def test_a_regression_label_that_is_no_number(tmp_path, value, words):
-    keys = {"labels": "regression", "metrics": ["pearson"]}
-    error = refusal(files_task(tmp_path, train=[("a", "1"), ("b", value)], task=keys))
-    assert f"train split, row 3: {words}" in error.reason
-
-
-def test_minus_one_is_a_number_in_regression_unless_the_whole_test_split_has_it(tmp_path):
-    rows, keys = [("a", "-1"), ("b", "2")], {"labels": "regression", "metrics": ["pearson"]}
-    _, found, _ = load_splits(files_task(tmp_path, train=rows, validation=rows[:1], test=rows, task=keys))
-    assert found["validation"]["label"][:] == [-1.0] and found["test"]["label"][:] == [-1.0, 2.0]
-    write_table(tmp_path / "test.csv", [("a", "-1.0"), ("b", "-1.0")])  # as in GLUE's STS-B
-    _, found, _ = load_splits(files_task(tmp_path, train=rows, validation=rows, task=keys))
-    task = Task("mine", files={"train": str(tmp_path / "train.csv"), "test": str(tmp_path / "test.csv")}, **keys)
-    assert np.isnan(load_splits(task)[1]["test"]["label"][:]).all()
-
-
-def test_metrics_are_checked_once_the_labels_are_known(tmp_path):
-    rows = [("a", "x"), ("b", "y"), ("c", "z")]
-    error = refusal(files_task(tmp_path, train=rows, validation=rows, task={"metrics": ["f1"]}))
-    assert "f1 is for two labels, this task has 3" in error.reason
+def test_the_encoding_is_that_of_the_task(tmp_path):
+    content = "text,label\n很好,好\n很差,差\n"
+    tasks = [text_task(tmp_path, content.encode(code), f"{code}.csv", encoding=code) for code in ("utf-8", "gb18030")]
+    for task in tasks:
+        task.files["validation"] = task.files["train"]
+        found = load_splits(task)
+        assert found[0].labels == ["好", "差"] and found[1]["train"]["text"][:] == ["很好", "很差"]
+    assert "--encoding gb18030" in refusal(Task("mine", files=tasks[1].files)).advice
 
 
 # ------------------------------------------------------------------------------------------------------- text columns
@@ -222,14 +148,14 @@ def test_metrics_are_checked_once_the_labels_are_known(tmp_path):
 )
 def test_the_text_column_is_text_or_the_only_other_one(tmp_path, header, expected):
     rows = [[{"label": label}.get(name, f"{name} {label}") for name in header] for label in "ab"]
-    task, found, _ = load_splits(files_task(tmp_path, header, train=rows, validation=rows))
+    task, found, _, _ = load_splits(files_task(tmp_path, header, train=rows, validation=rows))
     assert task.text == [expected] and found["train"][expected][:] == [f"{expected} a", f"{expected} b"]
 
 
 def test_a_column_of_json_numbers_is_not_text(tmp_path):
     rows = [(1, "one", "a"), (2, "two", "b")]
     header = ("id", "review", "label")
-    task, _, _ = load_splits(files_task(tmp_path, header, suffix=".jsonl", train=rows, validation=rows))
+    task, _, _, _ = load_splits(files_task(tmp_path, header, suffix=".jsonl", train=rows, validation=rows))
     assert task.text == ["review"]
 
 
@@ -241,12 +167,36 @@ def test_a_text_column_that_cannot_be_told(tmp_path, header, words):
     assert words in error.reason and "--text_columns" in error.advice
 
 
+@pytest.mark.parametrize("column", ["label", "group", "row", "hash"])
+def test_a_text_column_must_not_take_the_name_of_a_column_of_ours(tmp_path, column):
+    """A text column called label would otherwise be overwritten by the labels."""
+    task = files_task(tmp_path, (column, "class"), train=AB, task={"text": [column], "label": "class"})
+    assert f"a text column cannot be named '{column}'" in refusal(task).reason
+
+
+def test_the_same_text_column_twice(tmp_path):
+    assert "given twice" in refusal(files_task(tmp_path, train=AB, task={"text": ["text", "text"]})).reason
+
+
+def test_the_column_of_groups_is_no_text(tmp_path):
+    rows = [(f"author {at % 5}", f"text {at}", "ab"[at % 2]) for at in range(20)]
+    task = files_task(tmp_path, ("author", "review", "label"), train=rows, task={"split": {"group": "author"}})
+    assert load_splits(task)[0].text == ["review"]
+
+
+def test_the_first_row_may_lack_its_text(tmp_path):
+    rows = [(None, "a"), *AB]
+    keys = {"on_bad_row": "skip"}
+    task, found, _, bad_rows = load_splits(files_task(tmp_path, suffix=".jsonl", train=rows, validation=AB, task=keys))
+    assert task.text == ["text"] and found["train"]["text"][:] == ["one", "two"] and bad_rows[0]["row"] == 1
+
+
 def test_pairs(tmp_path):
     rows = [("q1", "a1", "yes"), ("q2", "a2", "no")]
     task = files_task(tmp_path, ("question", "answer", "label"), train=rows, validation=rows)
     task = Task("mine", files=task.files, text=["answer", "question"])
-    _, found, _ = load_splits(task)
-    assert found["train"].column_names == ["answer", "question", "row", "label"]
+    _, found, _, _ = load_splits(task)
+    assert found["train"].column_names == ["answer", "question", "group", "row", "hash", "label"]
     assert found["train"]["answer"][:] == ["a1", "a2"] and found["train"]["question"][:] == ["q1", "q2"]
 
 
@@ -274,9 +224,101 @@ def test_a_json_row_that_lacks_the_column_or_holds_no_text(tmp_path):
 
 
 def test_a_file_that_is_not_there(tmp_path):
-    write_table(tmp_path / "train.csv", AB)
+    put_table(tmp_path, "train.csv", AB)
     error = refusal(Task("mine", files={"train": str(tmp_path / "tran.csv")}))
     assert "no such file" in error.reason and "train.csv" in error.reason
+
+
+# ----------------------------------------------------------------------------------------------------------- bad rows
+
+
+TOO_LONG = "x" * (LONGEST_FIELD + 1)
+# (a row as it stands in the file, what is said of it)
+FLAWED_CSV = [
+    (b"one,a,more\n", "3 fields, but the header has 2 columns (text, label)"),
+    (b"one\n", "1 fields, but the header has 2 columns (text, label)"),
+    (b",a\n", 'column "text" is empty'),
+    (b"  ,a\n", "column \"text\" holds '  ', not text"),
+    (b"one,\n", 'column "label" holds no label'),
+    (b"one,c\n", "column \"label\" holds 'c', no label"),
+    (b"one,-1\n", 'column "label" holds no label'),
+    (b"o\0ne,a\n", 'column "text": the field holds a NUL character'),
+    (b"caf\xe9 one,a\n", 'column "text": byte 0xe9 is not UTF-8'),
+    (TOO_LONG.encode() + b",a\n", f"a field has more than {LONGEST_FIELD:,} characters"),
+]
+FLAWED_JSON = [
+    (b'{"text": null, "label": "a"}\n', 'column "text" is empty'),
+    (b'{"text": 3, "label": "a"}\n', 'column "text" holds 3, not text'),
+    (b'{"label": "a"}\n', 'no column "text"'),
+    (b'{"text": "one"}\n', 'no column "label"'),
+    (b'{"text": "one", "label": null}\n', 'column "label" holds no label'),
+    (b'{"text": "one", "label": NaN}\n', 'column "label" holds nan, not a label'),
+    (b'{"text": "one", "label": ["a"]}\n', "not one label"),
+    (b'{"text": "one", "label": "false"}\n', "holds 'false', no label"),
+    (b'{"text": "o\\u0000ne", "label": "a"}\n', "NUL"),
+    (b'{"text": "caf\xe9", "label": "a"}\n', "is not UTF-8"),
+    (b'{"text": "one", "label"\n', "is not JSON"),
+    (b'["one", "a"]\n', "is not a JSON object"),
+    (b'{"text": "' + TOO_LONG.encode() + b'", "label": "a"}\n', f"more than {LONGEST_FIELD:,} characters"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "good", "flawed"),
+    [
+        ("train.csv", b"text,label\n", b"good %d,%s\n", FLAWED_CSV),
+        ("train.jsonl", b"", b'{"text": "good %d", "label": "%s"}\n', FLAWED_JSON),
+    ],
+    ids=["csv", "jsonl"],
+)
+def test_exactly_the_flawed_rows_are_left_out(tmp_path, monkeypatch, name, header, good, flawed):
+    content, line, kept, left_out = header, len(header) > 0, [], []
+    for at, (row, words) in enumerate(flawed):  # before each flawed row stands a good one
+        content += good % (at, b"ab"[at % 2 :][:1]) + row
+        line += 2
+        kept.append((line - 1, f"good {at}", at % 2))
+        left_out.append((line, words))
+    keys = {"text": ["text"], "labels": ["a", "b"], "split": {"validation": [0, 1]}}
+    task = text_task(tmp_path, content, name, **keys, on_bad_row="skip")
+    for time in ("read", "from the cache"):
+        if time == "from the cache":
+            monkeypatch.setattr(splits, "read_rows", lambda *file, **options: pytest.fail("the file is read"))
+        _, found, _, bad_rows = load_splits(task)
+        rows = [*found["validation"], *found["train"]]
+        assert [(row["row"], row["text"], row["label"]) for row in rows] == kept
+        assert [bad_row["row"] for bad_row in bad_rows] == [line for line, _ in left_out]
+        assert {(bad_row["split"], bad_row["file"]) for bad_row in bad_rows} == {("train", task.files["train"])}
+        for bad_row, (_, words) in zip(bad_rows, left_out, strict=True):
+            assert words in bad_row["reason"] and set(bad_row) == {"split", "file", "row", "reason"}
+    monkeypatch.undo()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "the cache")
+    assert f"line {left_out[0][0]}" in refusal(replace(task, on_bad_row="fail")).reason  # the cache knows the rule
+
+
+@pytest.mark.parametrize("row", [row for row, _ in FLAWED_CSV[:-1]], ids=str)
+def test_a_file_of_bad_rows_only(tmp_path, row):
+    content = b"text,label\n" + row * 3
+    for labels in (["a", "b"], None):
+        if labels or row not in (b"one,c\n", b"one,-1\n"):
+            task = text_task(tmp_path, content, text=["text"], labels=labels, on_bad_row="skip")
+            assert "every row" in refusal(task).reason and "bad" in refusal(task).reason
+
+
+def test_bad_rows_of_each_split(tmp_path):
+    tables = {"train": [*AB * 5, ("", "a")], "validation": [("", "b"), *AB], "test": [*AB, ("c", "x"), ("d", "")]}
+    task = files_task(tmp_path, **tables, task={"on_bad_row": "skip", "labels": ["a", "b"]})
+    _, found, _, bad_rows = load_splits(task)
+    assert sizes(found) == {"train": 10, "validation": 2, "test": 2}
+    told = [(bad_row["split"], Path(bad_row["file"]).name, bad_row["row"]) for bad_row in bad_rows]
+    assert told == [("train", "train.csv", 12), ("validation", "validation.csv", 2)] + [
+        ("test", "test.csv", line) for line in (4, 5)
+    ]
+
+
+def test_a_test_file_without_any_label_keeps_its_rows(tmp_path):
+    task = files_task(tmp_path, train=AB, validation=AB, test=[("c", ""), ("d", "")], task={"on_bad_row": "skip"})
+    _, found, _, bad_rows = load_splits(task)
+    assert found["test"]["label"][:] == [-1, -1] and bad_rows == []
 
 
 # -------------------------------------------------------------------------------------------------------- made splits
@@ -331,14 +373,14 @@ def test_a_class_with_one_row_stays_in_the_rest():
 
 def test_numbers_are_drawn_whatever_their_values():
     labels = np.random.default_rng(0).normal(size=50)
-    drawn, rest = stratified(labels, 10, seed=0, classes=False)
+    drawn, rest = stratified(labels, 10, seed=0)
     assert len(drawn) == 10 and sorted([*drawn, *rest]) == list(range(50))
 
 
 def test_a_tenth_of_train_becomes_the_validation_split(tmp_path):
     rows = [(f"text {number}", "a" if number % 4 else "b") for number in range(200)]
     task = files_task(tmp_path, train=rows, test=AB)
-    _, found, _ = load_splits(task)
+    _, found, _, _ = load_splits(task)
     assert list(found) == ["train", "test", "validation"] and len(found["test"]) == 2
     assert Counter(found["validation"]["label"]) == {0: 15, 1: 5}
     assert Counter(found["train"]["label"]) == {0: 135, 1: 45}
@@ -346,14 +388,16 @@ def test_a_tenth_of_train_becomes_the_validation_split(tmp_path):
     for split in ("train", "validation"):
         for row in found[split]:
             assert (row["text"], "ab"[row["label"]]) == rows[row["row"] - 2]
-    _, again, _ = load_splits(task)
+    _, again, _, _ = load_splits(task)
     assert all(again[split].to_dict() == found[split].to_dict() for split in found)
 
 
 def test_splits_that_are_there_are_left_alone(tmp_path):
-    _, found, _ = load_splits(files_task(tmp_path, train=AB * 20, validation=AB, task={"split": {"validation": 0.5}}))
+    _, found, _, _ = load_splits(
+        files_task(tmp_path, train=AB * 20, validation=AB, task={"split": {"validation": 0.5}})
+    )
     assert {split: len(rows) for split, rows in found.items()} == {"train": 40, "validation": 2}
-    _, found, _ = load_splits(files_task(tmp_path, test=AB, task={"labels": ["a", "b"]}))
+    _, found, _, _ = load_splits(files_task(tmp_path, test=AB, task={"labels": ["a", "b"]}))
     assert list(found) == ["test"]
 
 
@@ -367,8 +411,8 @@ def test_splits_that_are_there_are_left_alone(tmp_path):
     ],
 )
 def test_fractions_are_of_all_rows(tmp_path, split, sizes):
-    rows = [(f"text {number}", "ab"[number % 2]) for number in range(100)]
-    _, found, _ = load_splits(files_task(tmp_path, train=rows, task={"split": split}))
+    rows = alternating(100)
+    _, found, _, _ = load_splits(files_task(tmp_path, train=rows, task={"split": split}))
     assert {name: len(table) for name, table in found.items()} == sizes
     assert sorted(row for table in found.values() for row in table["row"]) == list(range(2, 102))
     for table in found.values():
@@ -376,7 +420,7 @@ def test_fractions_are_of_all_rows(tmp_path, split, sizes):
 
 
 def test_the_seed_of_the_task_draws_another_split(tmp_path):
-    rows = [(f"text {number}", "ab"[number % 2]) for number in range(100)]
+    rows = alternating(100)
     drawn = [
         load_splits(files_task(tmp_path, train=rows, task={"split": split}))[1]["validation"]["row"][:]
         for split in ({}, {"seed": 42}, {"seed": 43})
@@ -384,25 +428,127 @@ def test_the_seed_of_the_task_draws_another_split(tmp_path):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-@pytest.mark.parametrize("share", [0, 1, 1.0, -0.1, 10, "1e-1", None])
-def test_a_fraction_that_is_none(tmp_path, share):
-    error = refusal(files_task(tmp_path, train=AB * 20, task={"split": {"validation": share}}))
-    assert f"`split` has validation: {share!r}" in error.reason and "0.1" in error.advice
-
-
 @pytest.mark.parametrize("split", [{}, {"validation": 0.5, "test": 0.5}, {"validation": 0.9, "test": 0.9}])
 def test_too_few_rows_for_a_split(tmp_path, split):
     rows = AB if not split else AB * 20
     error = refusal(files_task(tmp_path, train=rows, task={"split": split}))
-    assert f"too few rows ({len(rows)})" in error.reason and "_file" in error.advice
+    assert f"too few rows (in {len(rows)} rows)" in error.reason and "_file" in error.advice
 
 
 def test_a_made_split_in_regression(tmp_path):
     rows = [(f"text {number}", str(number / 7)) for number in range(30)]
     keys = {"labels": "regression", "metrics": ["pearson"]}
-    _, found, _ = load_splits(files_task(tmp_path, train=rows, task=keys))
+    _, found, _, _ = load_splits(files_task(tmp_path, train=rows, task=keys))
     assert (len(found["train"]), len(found["validation"])) == (27, 3)
     assert set(found["train"]["label"]) | set(found["validation"]["label"]) == {number / 7 for number in range(30)}
+
+
+def test_a_class_with_one_row_does_not_break_a_split(tmp_path):
+    rows = [*alternating(40), ("rare", "c")]
+    task, found, _, _ = load_splits(files_task(tmp_path, train=rows, task={"split": {"validation": 0.2, "test": 0.2}}))
+    assert task.labels == ["a", "b", "c"] and sizes(found) == {"train": 25, "validation": 8, "test": 8}
+    assert Counter(found["train"]["label"]) == {0: 12, 1: 12, 2: 1}
+
+
+@pytest.mark.parametrize("problem", [None, "multi_label"])
+def test_a_draw_of_a_tenth_is_as_large_as_that_of_scikit_learn(tmp_path, problem):
+    rows = [(f"text {at}", "a" if at % 10 < 7 else "b") for at in range(230)]
+    _, found, _, _ = load_splits(files_task(tmp_path, train=rows, task={"problem": problem}))
+    labels = [label for _, label in rows]
+    train, validation = train_test_split(labels, test_size=23, random_state=0, stratify=labels)
+    assert sizes(found) == {"train": len(train), "validation": len(validation)}
+    if not problem:
+        for name, theirs in (("train", train), ("validation", validation)):
+            assert Counter("ab"[label] for label in found[name]["label"]) == Counter(theirs)
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [
+        ({"validation": [10, 14], "test": [0, 3]}, {"train": [*range(3, 10), *range(14, 20)]}),
+        ({"train": [0, 5], "validation": [5, 7], "test": [7, 20]}, {"train": range(5), "validation": [5, 6]}),
+        ({"train": [2, 20], "validation": [0, 1]}, {"train": range(2, 20), "validation": [0]}),
+    ],
+)
+def test_ranges_of_rows(tmp_path, split, expected):
+    rows = alternating(20)
+    _, found, _, _ = load_splits(files_task(tmp_path, train=rows, task={"split": split}))
+    ranges = {name: range(*bounds) for name, bounds in split.items()} | expected
+    assert {name: [row - 2 for row in table["row"]] for name, table in found.items()} == {
+        name: list(numbers) for name, numbers in ranges.items()
+    }
+
+
+def test_a_range_and_a_fraction(tmp_path):
+    split = {"test": [0, 10], "validation": 0.2}
+    _, found, _, _ = load_splits(files_task(tmp_path, train=alternating(50), task={"split": split}))
+    assert sizes(found) == {"train": 30, "test": 10, "validation": 10} and found["test"]["row"][:] == list(range(2, 12))
+    split = {"train": [10, 50]}
+    _, found, _, _ = load_splits(files_task(tmp_path, train=alternating(50), task={"split": split}))
+    assert sizes(found) == {"train": 35, "validation": 5} and min(found["validation"]["row"]) >= 12
+
+
+@pytest.mark.parametrize("name", ["train", "validation", "test"])
+def test_a_range_past_the_end(tmp_path, name):
+    error = refusal(files_task(tmp_path, train=alternating(20), task={"split": {name: [15, 21]}}))
+    assert f"`split` has {name}: [15, 21], the file 20 rows" in error.reason
+
+
+@pytest.mark.parametrize("seed", [0, 1, 42])
+@pytest.mark.parametrize("fraction", [0.1, 0.3, 0.5])
+def test_a_group_is_on_one_side_only(tmp_path, seed, fraction):
+    sizes_of_groups = np.random.default_rng(5).integers(1, 8, size=60)
+    groups = np.random.default_rng(6).permutation(np.repeat(np.arange(60), sizes_of_groups))
+    rows = [(f"text {at}", "ab"[at % 2], f"author {group}") for at, group in enumerate(groups)]
+    keys = {"text": ["text"], "split": {"validation": fraction, "seed": seed, "group": "author"}}
+    task = files_task(tmp_path, ("text", "label", "author"), train=rows, task=keys)
+    _, found, _, _ = load_splits(task)
+    sides = [set(found[name]["group"]) for name in ("train", "validation")]
+    assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 60
+    assert sum(map(len, found.values())) == len(rows)
+    assert abs(len(found["validation"]) - fraction * len(rows)) <= 4  # half of the largest group
+    assert load_splits(task)[1]["validation"]["row"][:] == found["validation"]["row"][:]
+    other = replace(task, split={**task.split, "seed": seed + 1})
+    assert load_splits(other)[1]["validation"]["row"][:] != found["validation"]["row"][:]
+
+
+def test_groups_are_drawn_as_a_whole():
+    groups = np.array(["x", "y", "x", "z", "x", "y"])
+    draws = {tuple(draw_groups(groups, 1, seed)[0].tolist()) for seed in range(20)}
+    assert draws == {(3,), (1, 5), (0, 2, 4)}  # one group, whichever comes first
+    drawn, rest = draw_groups(groups, 6, seed=0)
+    assert len(drawn) < 6 and sorted([*drawn, *rest]) == list(range(6))  # one stays
+
+
+@pytest.mark.parametrize(
+    ("groups", "keys", "words"),
+    [
+        (["x"] * 20, {"group": "author"}, "too few groups of author (in 20 rows) to make a validation split"),
+        (["x"] * 10 + ["y"] * 10, {"group": "author", "test": 0.1, "validation": 0.1}, "too few groups of author"),
+        (["x"] * 20, {"group": "auhtor"}, 'no column "auhtor" (did you mean "author"?)'),
+    ],
+)
+def test_groups_that_make_no_split(tmp_path, groups, keys, words):
+    rows = [(text, label, group) for (text, label), group in zip(alternating(20), groups, strict=True)]
+    task = files_task(tmp_path, ("text", "label", "author"), train=rows, task={"text": ["text"], "split": keys})
+    error = refusal(task)
+    assert words in error.reason and ("--group_column" in error.advice or "_file" in error.advice)
+
+
+def test_numbers_as_groups_and_rows_without_a_group(tmp_path):
+    groups = [None, 1, 2, 3] * 10
+    rows = [(text, label, group) for (text, label), group in zip(alternating(40), groups, strict=True)]
+    keys = {"text": ["text"], "split": {"validation": 0.25, "group": "author"}}
+    task = files_task(tmp_path, ("text", "label", "author"), ".jsonl", train=rows, task=keys)
+    _, found, _, _ = load_splits(task)
+    assert sizes(found) == {"train": 30, "validation": 10} and len(set(found["validation"]["group"])) == 1
+
+
+def test_splits_that_are_given_need_no_groups(tmp_path):
+    rows = [(text, label, "x") for text, label in alternating(20)]
+    task = files_task(tmp_path, ("text", "label", "author"), train=rows, task={"split": {"group": "author"}})
+    task.files["validation"] = put_table(tmp_path, "validation.csv", AB)  # without the column
+    assert sizes(load_splits(task)[1]) == {"train": 20, "validation": 2}
 
 
 def test_two_validation_splits_are_enough():
@@ -416,12 +562,12 @@ def test_two_validation_splits_are_enough():
 
 def test_a_limit_is_a_seeded_stratified_sample(tmp_path):
     rows = [(f"text {number}", "a" if number % 10 < 7 else "b") for number in range(300)]
-    task = files_task(tmp_path, train=rows, validation=rows[:50])
-    _, found, _ = load_splits(task, {"train": 100})
+    task = files_task(tmp_path, train=rows, validation=rows[:50], task={"limit": {"train": 100}})
+    _, found, _, _ = load_splits(task)
     assert Counter(found["train"]["label"]) == {0: 70, 1: 30} and len(found["validation"]) == 50
     lines = found["train"]["row"][:]
     assert lines == sorted(set(lines)) and lines != list(range(2, 102))
-    assert load_splits(task, {"train": 100})[1]["train"]["row"][:] == lines
+    assert load_splits(task)[1]["train"]["row"][:] == lines
     for row in found["train"]:
         assert row["text"] == rows[row["row"] - 2][0]
 
@@ -429,23 +575,24 @@ def test_a_limit_is_a_seeded_stratified_sample(tmp_path):
 @pytest.mark.parametrize("number", [1, 2, 3, 55, 95, 99])
 def test_a_limit_is_the_number_of_rows_whatever_the_classes(tmp_path, number):
     rows = [(f"text {i}", f"class {i // 10}") for i in range(97)] + [(f"rare {i}", f"rare {i}") for i in range(3)]
-    task = files_task(tmp_path, train=rows, validation=rows)
-    assert len(load_splits(task, {"train": number})[1]["train"]) == number
+    task = files_task(tmp_path, train=rows, validation=rows, task={"limit": {"train": number}})
+    assert len(load_splits(task)[1]["train"]) == number
 
 
 def test_a_limit_beyond_the_rows_takes_all(tmp_path):
-    assert len(load_splits(files_task(tmp_path, train=AB, validation=AB), {"train": 9})[1]["train"]) == 2
+    task = files_task(tmp_path, train=AB, validation=AB, task={"limit": {"train": 9}})
+    assert len(load_splits(task)[1]["train"]) == 2
 
 
 def test_a_limit_for_a_made_split(tmp_path):
-    task = files_task(tmp_path, train=make_rows(100))
-    _, found, _ = load_splits(task, {"validation": 4, "train": 20})
+    task = files_task(tmp_path, train=make_rows(100), task={"limit": {"validation": 4, "train": 20}})
+    _, found, _, _ = load_splits(task)
     assert {name: len(table) for name, table in found.items()} == {"train": 20, "validation": 4}
-    assert set(found["validation"]["row"]) <= set(load_splits(task)[1]["validation"]["row"])
+    assert set(found["validation"]["row"]) <= set(load_splits(replace(task, limit={}))[1]["validation"]["row"])
 
 
 def test_a_limit_for_a_split_that_is_not_there(tmp_path):
-    error = refusal(files_task(tmp_path, train=AB, validation=AB), limits={"tets": 5})
+    error = refusal(files_task(tmp_path, train=AB, validation=AB, task={"limit": {"tets": 5}}))
     assert 'the split "tets"' in error.reason and "train, validation" in error.advice
 
 
@@ -487,42 +634,8 @@ def test_a_change_changes_the_fingerprint(tmp_path, change):
     ]
 
 
-def test_the_fingerprint_of_a_made_split_follows_train_and_the_rule(tmp_path):
-    rows = make_rows(40)
-
-    def fingerprint(rows, split, limits=None):
-        return load_splits(files_task(tmp_path, train=rows, task={"split": split}), limits)[2]["validation"]
-
-    first = fingerprint(rows, {"validation": 0.2})
-    assert fingerprint(rows, {"validation": 0.2}) == first
-    others = {
-        fingerprint(rows, {"validation": 0.3}),
-        fingerprint(rows, {"validation": 0.2, "seed": 1}),
-        fingerprint([*rows[:-1], ("changed", rows[-1][1])], {"validation": 0.2}),
-        fingerprint(rows, {"validation": 0.2}, {"validation": 3}),
-    }
-    assert len(others) == 4 and first not in others
-
-
-def test_the_second_load_reads_no_row(tmp_path, monkeypatch):
-    task = files_task(tmp_path, train=make_rows(60), test=make_rows(9))
-    first = load_splits(task)
-
-    def read_one_row(file, read=splits.read_rows):
-        yield next(iter(read(file)))  # for the text column
-        pytest.fail("a second row is read")
-
-    monkeypatch.setattr(splits, "read_rows", read_one_row)
-    again = load_splits(task)
-    monkeypatch.setattr(splits, "read_rows", lambda file: pytest.fail("the file is read"))
-    named = load_splits(Task("mine", files=task.files, text=["text"]))
-    for _, found, fingerprints in (again, named):
-        assert fingerprints == first[2]
-        assert all(found[split].to_dict() == first[1][split].to_dict() for split in first[1])
-
-
 def test_rows_are_memory_mapped_from_the_cache(tmp_path, empty_cache):
-    _, found, _ = load_splits(files_task(tmp_path, train=AB, validation=AB))
+    _, found, _, _ = load_splits(files_task(tmp_path, train=AB, validation=AB))
     assert {Path(file["filename"]).parent for file in found["train"].cache_files} == {empty_cache}
 
 
@@ -535,135 +648,183 @@ def test_a_file_with_a_mistake_leaves_nothing_in_the_cache(tmp_path, empty_cache
 
 
 def test_more_rows_than_are_read_at_a_time(tmp_path):
-    rows = [(f"text {number}", "ab"[number % 2]) for number in range(2500)]
-    file = tmp_path / "a.csv.gz"
-    file.write_bytes(gzip.compress(write_table(tmp_path / "a.csv", rows).read_bytes()))
-    _, found, _ = load_splits(Task("mine", files={"train": str(file), "validation": str(tmp_path / "a.csv")}))
+    rows = alternating(2500)
+    task = files_task(tmp_path, suffix=".csv.gz", train=rows)
+    task.files["validation"] = put_table(tmp_path, "a.parquet", rows)
+    _, found, _, _ = load_splits(task)
     assert found["train"]["text"][:] == found["validation"]["text"][:] == [text for text, _ in rows]
-    assert found["train"]["row"][:] == list(range(2, 2502))
+    assert found["train"]["row"][:] == list(range(2, 2502)) and found["validation"]["row"][:] == list(range(1, 2501))
 
 
-def test_a_digest_is_the_same_everywhere():
-    assert splits.digest("rows", 1, ["a"], {"y": 1, "x": None}) == splits.digest("rows", 1, ["a"], {"x": None, "y": 1})
-    # printf '["rows", 1]' | sha256sum
-    assert splits.digest("rows", 1) == "36b914be43a193d5e4461abc7e0d693e"
-    assert splits.digest("a") != splits.digest(["a"])
+def test_the_second_load_reads_no_row(tmp_path, monkeypatch):
+    task = files_task(tmp_path, train=make_rows(60), test=make_rows(9))
+    first = load_splits(task)
+
+    def read_one_row(file, read=splits.read_rows, **options):
+        yield next(read(file, **options))  # for the text column
+        pytest.fail("a second row is read")
+
+    monkeypatch.setattr(splits, "read_rows", read_one_row)
+    again = load_splits(task)
+    monkeypatch.setattr(splits, "read_rows", lambda *file, **options: pytest.fail("the file is read"))
+    named = load_splits(replace(task, text=["text"]))
+    for _, found, fingerprints, _ in (again, named):
+        assert fingerprints == first[2]
+        assert all(found[split].to_dict() == first[1][split].to_dict() for split in first[1])
+
+
+ROWS = [(f"text {at}", "ab"[at % 3 == 0], str(at // 4)) for at in range(40)]
+
+
+def fingerprints_of(folder, rows=ROWS, **keys):
+    """The fingerprints of train, made from these rows, and of the splits made out of it."""
+    keys = {"text": ["text"], **keys}
+    return load_splits(files_task(folder, ("text", "label", "topic"), train=rows, task=keys))[2]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"rows": [*ROWS[:-1], ("changed", "a", "9")]},
+        {"split": {"validation": 0.3}},
+        {"split": {"validation": 0.1, "seed": 1}},
+        {"split": {"group": "topic"}},
+        {"split": {"validation": [0, 4]}},
+        {"labels": ["b", "a"]},  # the classes are drawn in the order of their ids
+        {"label": "topic"},
+        {"text": ["topic"]},
+        {"text": ["text", "topic"]},
+        {"problem": "multi_label"},
+        {"limit": {"train": 20, "validation": 3}},
+    ],
+    ids=str,
+)
+def test_another_rule_changes_the_fingerprints_of_the_splits_it_touches(tmp_path, keys):
+    """Tokens are cached by fingerprint: the same one for other rows would train on the wrong texts."""
+    before, after = fingerprints_of(tmp_path), fingerprints_of(tmp_path, **keys)
+    assert len({*before.values(), *after.values()}) == 4
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"split": {"validation": 0.1, "seed": 42}},  # as it is without
+        {"labels": ["a", "b"]},
+        {"on_bad_row": "skip"},  # there are none
+        {"limit": {"train": 400}},
+        {
+            "metrics": ["accuracy"],
+            "model": "another/model",
+            "max_length": 9,
+            "truncate": "tail",
+            "defaults": {"seed": 1},
+        },
+    ],
+    ids=str,
+)
+def test_a_rule_that_changes_no_row_changes_no_fingerprint(tmp_path, keys):
+    assert fingerprints_of(tmp_path, **keys) == fingerprints_of(tmp_path)
+
+
+def test_bad_rows_left_out_change_the_fingerprint(tmp_path):
+    """The same number of other rows: those of the label c are left out, or those of b."""
+    rows = [(f"text {at}", "abc"[at % 3]) for at in range(30)]
+    task = files_task(tmp_path, train=rows, validation=rows, task={"on_bad_row": "skip"})
+    found = [load_splits(replace(task, labels=labels))[2] for labels in (["a", "b"], ["a", "c"])]
+    assert found[0]["train"] != found[1]["train"] and found[0]["validation"] != found[1]["validation"]
 
 
 # ------------------------------------------------------------------------------------------------------------ the Hub
 
 
-def hub_table(labels, names=None, kind="int64"):
-    """A split as the Hub serves it: a ClassLabel feature where names are given."""
-    feature = datasets.ClassLabel(names=names) if names else datasets.Value(kind)
-    columns = {"sentence": [f"text {number}" for number in range(len(labels))], "label": labels}
-    columns["idx"] = list(range(len(labels)))
-    features = {"sentence": datasets.Value("string"), "label": feature, "idx": datasets.Value("int32")}
-    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """A Hub without a network: a dict of splits to fill, and what was asked of it."""
-
-    class Hub(dict):
-        commit = COMMIT
-
-    served = Hub()
-    served.asked = []
-
-    def load_dataset(*arguments, **options):
-        served.asked.append((*arguments, options["revision"]))
-        return datasets.DatasetDict(served)
-
-    def repo_info(self, repository, *, repo_type, revision=None, **options):
-        served.asked.append(("commit", repository, repo_type, revision))
-        return huggingface_hub.hf_api.DatasetInfo(id=repository, sha=served.commit, private=False, tags=[])
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", repo_info)
-    return served
-
-
-def hub_task(labels=None, **keys):
-    return Task("hubby", text=["sentence"], labels=labels, dataset={"path": "some/data", "name": "part"}, **keys)
-
-
 @pytest.mark.parametrize(
-    ("labels", "ids"), [(["negative", "positive"], [1, 0, 0]), (["positive", "negative"], [0, 1, 1])]
+    ("keys", "words", "advice"),
+    [
+        ({"label": "lable"}, 'no column "lable" (did you mean "label"?)', "--label_column"),
+        ({"text": ["sentense"]}, 'no column "sentense" (did you mean "sentence"?)', "--text_columns"),
+        ({"split": {"group": "x"}}, 'no column "x"', "Columns: sentence, title, label, idx."),
+        ({"text": ["idx"]}, 'the column "idx" holds int32, not text', "another"),
+        ({"text": None}, "cannot tell the text column among: sentence, title", "--text_columns"),
+        ({"splits": {"train": "trian"}}, 'has no split "trian" (did you mean "train"?)', "Splits: train."),
+    ],
 )
-def test_classes_of_the_hub_are_matched_by_name(hub, labels, ids):
-    names = ["negative", "positive"]
-    hub.update(train=hub_table([1, 0, 0], names), validation=hub_table([0], names), test=hub_table([-1, -1], names))
-    task, found, _ = load_splits(hub_task(labels))
-    assert found["train"]["label"][:] == ids and task.labels == labels
-    assert found["validation"]["label"][:] == [ids[1]]
-    assert found["test"]["label"][:] == [-1, -1]
-    assert found["train"]["row"][:] == [0, 1, 2] and found["train"]["sentence"][0] == "text 0"
+def test_columns_and_splits_of_the_hub_that_are_not_there(hub, keys, words, advice):
+    hub.update(train=hub_table([0, 1], title=["x", "y"]))
+    error = refusal(hub_task(**keys))
+    assert error.reason.startswith("some/data: ") and words in error.reason and advice in error.advice
 
 
-def test_classes_of_the_hub_are_found_where_the_task_names_none(hub):
-    hub.update(train=hub_table([1, 0], ["world", "sports"]), validation=hub_table([0], ["world", "sports"]))
-    task, found, _ = load_splits(hub_task())
-    assert [task.labels[number] for number in found["train"]["label"]] == ["sports", "world"]
+def test_the_text_column_of_the_hub_is_the_only_one_of_strings(hub):
+    hub.update(train=hub_table([0, 1] * 10))
+    for _ in "twice":  # the second time from the cache
+        assert load_splits(hub_task(text=None))[0].text == ["sentence"]
 
 
-def test_plain_numbers_of_the_hub(hub):
-    hub.update(train=hub_table([0, 1, 1]), validation=hub_table([1, 0]), test=hub_table([-1]))
-    _, found, _ = load_splits(hub_task(["no", "yes"]))
-    assert found["train"]["label"][:] == [0, 1, 1] and found["test"]["label"][:] == [-1]
-    assert load_splits(hub_task())[0].labels == ["0", "1"]
+def test_other_names_for_the_splits_of_the_hub(hub, caplog):
+    names = ["no", "yes"]
+    hub.update(train=hub_table([0, 1], names), test=hub_table([1], names), dev=hub_table([0, 0, 1], names))
+    with caplog.at_level(logging.INFO):
+        _, found, fingerprints, _ = load_splits(hub_task(splits={"train": "train", "validation": "dev"}))
+    assert sizes(found) == {"train": 2, "validation": 3} and set(fingerprints) == {"train", "validation"}
+    assert "not used" not in caplog.text
+    hub.asked.clear()
+    assert sizes(load_splits(hub_task(splits={"train": "train", "validation": "test"}))[1])["validation"] == 1
+    assert hub.asked == [("some/data", "part", COMMIT)]  # another split is read of the same commit
 
 
-def test_regression_on_the_hub_and_its_unlabelled_test_split(hub):
-    values = [0.5, 4.75, -1.0]
-    hub.update(train=hub_table(values, kind="float64"), validation=hub_table([1.0], kind="float64"))
-    hub["test"] = hub_table([-1.0, -1.0], kind="float64")
-    _, found, _ = load_splits(hub_task("regression", metrics=["pearson"]))
-    assert found["train"]["label"][:] == values
-    assert np.isnan(found["test"]["label"][:]).all()
+def test_unused_splits_of_the_hub_are_said(hub, caplog):
+    hub.update(train=hub_table([0, 1] * 10), dev=hub_table([0]), unsupervised=hub_table([-1]))
+    with caplog.at_level(logging.INFO):
+        _, found, _, _ = load_splits(hub_task())
+    assert set(found) == {"train", "validation"}
+    assert "some/data: not used: dev, unsupervised (`splits: {validation: dev}` in a YAML would)" in caplog.text
 
 
-def test_names_that_the_task_does_not_have(hub):
-    hub.update(train=hub_table([0, 1], ["ham", "spam"]), validation=hub_table([1], ["ham", "spam"]))
-    error = refusal(hub_task(["ham", "spain"]))
-    assert "train split, row 1: the label is 'spam' (did you mean \"spain\"?)" in error.reason
+def test_empty_texts_of_the_hub_are_kept_and_counted(hub, caplog):
+    """Others have published scores on these very rows."""
+    texts = {"sentence": ["one", None, "", " ", "five"]}
+    hub.update(train=hub_table([0, 1, 0, 1, 0], ["no", "yes"], **texts), validation=hub_table([1], ["no", "yes"]))
+    with caplog.at_level(logging.WARNING):
+        _, found, _, bad_rows = load_splits(hub_task())
+    assert found["train"]["sentence"][:] == ["one", "", "", " ", "five"] and bad_rows == []
+    assert [record.getMessage() for record in caplog.records] == ["some/data: 3 of 5 rows have an empty text"]
 
 
-@pytest.mark.parametrize(
-    ("keys", "words"), [({"label": "lable"}, 'no column "lable" (did you mean "label"?)'), ({}, "cannot tell the text")]
-)
-def test_columns_of_the_hub(hub, keys, words):
-    hub.update(train=hub_table([0, 1]))
-    task = Task("hubby", dataset={"path": "some/data"}, text=["sentence"] if keys else None, **keys)
-    error = refusal(task)
-    assert words in error.reason and "some/data" in error.reason
-    assert "idx" in str(error)
+def test_groups_of_the_hub(hub):
+    hub.update(train=hub_table([0, 1] * 10, author=[f"author {at % 5}" for at in range(20)]))
+    _, found, _, _ = load_splits(hub_task(split={"validation": 0.2, "group": "author"}))
+    assert sizes(found) == {"train": 16, "validation": 4} and len(set(found["validation"]["group"])) == 1
+
+
+def test_an_empty_split_of_the_hub(hub):
+    hub.update(train=hub_table([0, 1]), validation=hub_table([]))
+    assert "some/data: every row is bad" in refusal(hub_task(["a", "b"])).reason
 
 
 def test_a_missing_validation_split_of_the_hub_is_made(hub):
     hub.update(train=hub_table([0, 1] * 30), test=hub_table([0, 1]), unsupervised=hub_table([-1] * 5))
-    _, found, _ = load_splits(hub_task(["no", "yes"]))
+    _, found, _, _ = load_splits(hub_task(["no", "yes"]))
     assert {name: len(table) for name, table in found.items()} == {"train": 54, "test": 2, "validation": 6}
 
 
 def test_hub_data_with_a_test_split_only(hub):
     hub["test"] = hub_table([-1, -1])
-    _, found, _ = load_splits(hub_task(["no", "yes"]))
+    _, found, _, _ = load_splits(hub_task(["no", "yes"]))
     assert list(found) == ["test"]
 
 
 def test_the_data_of_one_commit_are_downloaded_once_and_pinned(hub):
     hub.update(train=hub_table([0, 1]), validation=hub_table([1]))
-    task, _, first = load_splits(hub_task(["no", "yes"]))
+    task, _, first, _ = load_splits(hub_task(["no", "yes"]))
     assert task.dataset == {"path": "some/data", "name": "part", "revision": COMMIT}
     assert hub.asked == [("commit", "some/data", "dataset", None), ("some/data", "part", COMMIT)]
     hub.commit = LATER  # the Hub moves on, this project does not
     hub.asked.clear()
     hub.update(train=hub_table([1, 0]))
-    task, found, again = load_splits(hub_task(["no", "yes"]))
+    task, found, again, _ = load_splits(hub_task(["no", "yes"]))
     assert hub.asked == [] and again == first and found["train"]["label"][:] == [0, 1]
-    task, found, newer = load_splits(hub_task(["no", "yes"]), refresh=True)
+    task, found, newer, _ = load_splits(hub_task(["no", "yes"]), refresh=True)
     assert hub.asked == [("commit", "some/data", "dataset", None), ("some/data", "part", LATER)]
     assert task.dataset["revision"] == LATER and newer != first and found["train"]["label"][:] == [1, 0]
 
@@ -675,135 +836,3 @@ def test_other_columns_of_a_known_commit_are_downloaded_again(hub):
     task = Task("hubby", text=["sentence"], label="idx", dataset={"path": "some/data", "name": "part"})
     assert load_splits(task)[0].labels == ["0", "1"]
     assert hub.asked == [("some/data", "part", COMMIT)]
-
-
-@pytest.mark.parametrize(
-    ("error", "words"),
-    [
-        (datasets.exceptions.DatasetNotFoundError("Dataset 'some/data' doesn't exist"), "doesn't exist"),
-        (ValueError("BuilderConfig 'part' not found.\nAvailable: ['cola', 'mrpc']"), "Available: ['cola', 'mrpc']"),
-        (ConnectionError("Couldn't reach 'some/data' on the Hub"), "cannot download some/data"),
-    ],
-    ids=["no such data", "no such part", "no network"],
-)
-def test_a_download_that_fails(hub, monkeypatch, error, words):
-    def fail(*arguments, **options):
-        raise error
-
-    monkeypatch.setattr(datasets, "load_dataset", fail)
-    assert words in refusal(hub_task(["a", "b"])).reason
-
-
-# ---------------------------------------------------------------------------------------------- the commit on the Hub
-
-
-def test_the_commit_is_asked_for_once(hub, empty_cache):
-    assert hub_commit("org/model", "model") == COMMIT
-    hub.commit = LATER
-    assert hub_commit("org/model", "model") == COMMIT
-    assert hub.asked == [("commit", "org/model", "model", None)]
-    assert hub_commit("org/model", "model", refresh=True) == LATER
-    assert hub_commit("org/model", "model") == LATER
-    assert len(hub.asked) == 2
-    assert [file.suffix for file in empty_cache.iterdir()] == [".commit"]
-
-
-def test_each_repository_kind_and_revision_has_a_commit_of_its_own(hub):
-    questions = [("a/b", "model"), ("a/b", "dataset"), ("a/c", "model"), ("a/b", "model", "v1"), ("b", "model")]
-    questions.append(("a/b", "dataset", "refs/convert/parquet"))
-    expected = {}
-    for number, question in enumerate(questions):
-        hub.commit = expected[question] = str(number) * 40
-        assert hub_commit(*question) == hub.commit
-    assert {question: hub_commit(*question) for question in questions} == expected
-    assert len(hub.asked) == len(questions)
-
-
-def fail_with(monkeypatch, error):
-    def repo_info(self, *arguments, **options):
-        raise error
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", repo_info)
-
-
-def hub_refusal(*arguments, **options):
-    with pytest.raises(BadInput) as caught:
-        hub_commit(*arguments, **options)
-    assert "\n" not in caught.value.reason and "\n" not in caught.value.advice
-    return caught.value
-
-
-def errors_of_a_network():
-    """What HfApi raises without a network: in offline mode, and from the HTTP library underneath."""
-    http_error = huggingface_hub.errors.HfHubHTTPError.__mro__[1]  # of requests, httpx or httpx2, by version
-    return [
-        huggingface_hub.errors.OfflineModeIsEnabled("offline mode"),
-        http_error("[Errno 111]\nConnection refused"),
-        TimeoutError("timed out"),
-    ]
-
-
-@pytest.mark.parametrize("error", errors_of_a_network(), ids=["offline", "refused", "timed out"])
-def test_an_unreachable_hub(monkeypatch, error):
-    fail_with(monkeypatch, error)
-    refused = hub_refusal("org/model", "model")
-    assert "cannot download org/model" in refused.reason
-    assert "HF_ENDPOINT" in refused.advice and "--task demo" in refused.advice and "--train_file" in refused.advice
-
-
-def test_offline_mode_as_it_is():
-    """Without a stand-in: the tests run with HF_HUB_OFFLINE=1."""
-    assert "HF_ENDPOINT" in hub_refusal("org/model", "model").advice
-
-
-@pytest.mark.parametrize("error", errors_of_a_network(), ids=["offline", "refused", "timed out"])
-@pytest.mark.parametrize(("kind", "revision", "reference"), [("model", None, "main"), ("dataset", "v1", "v1")])
-def test_what_another_tool_downloaded_serves_without_a_network(
-    tmp_path, monkeypatch, empty_cache, kind, revision, reference, error
-):
-    fail_with(monkeypatch, error)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    file = tmp_path / "hub" / f"{kind}s--org--name" / "refs" / reference
-    file.parent.mkdir(parents=True)
-    file.write_text(LATER + "\n")
-    assert hub_commit("org/name", kind, revision) == LATER
-    file.unlink()
-    assert hub_commit("org/name", kind, revision) == LATER  # pinned
-
-
-@pytest.mark.parametrize(("kind", "words"), [("model", "give a folder"), ("dataset", "give a file")])
-def test_a_repository_that_is_not_there(monkeypatch, kind, words):
-    response = type("Response", (), {"headers": {}, "request": None, "status_code": 404})()
-    fail_with(monkeypatch, huggingface_hub.errors.RepositoryNotFoundError("404", response=response))
-    refused = hub_refusal("org/nmae", kind)
-    assert f'no {kind} "org/nmae"' in refused.reason and words in refused.advice
-
-
-def test_a_mistyped_folder_is_no_repository(tmp_path):
-    """A path of several parts cannot be a repository: huggingface_hub says so before it asks."""
-    refused = hub_refusal("runs/mprc/model", "model")
-    assert 'no model "runs/mprc/model"' in refused.reason and "give a folder" in refused.advice
-
-
-def test_pins_are_plain_text(hub, empty_cache):
-    hub_commit("org/model", "model")
-    (file,) = empty_cache.iterdir()
-    assert file.read_text() == COMMIT and "org--model" in file.name
-
-
-@pytest.mark.parametrize("label", [["a", "b"], {"name": "a"}])
-def test_a_label_that_is_a_list_or_an_object_is_refused(tmp_path, label):
-    error = refusal(files_task(tmp_path, suffix=".jsonl", train=[*AB, ("three", label)]))
-    assert "row 3" in error.reason
-
-
-def test_another_rule_for_made_splits_changes_the_fingerprint_of_every_split_it_touches(tmp_path):
-    """Tokens are cached by fingerprint: the same one for other rows would train on the wrong texts."""
-    rows = make_rows(40)
-    found = [
-        load_splits(files_task(tmp_path, train=rows, task={"split": {"validation": 0.2, "seed": seed}}))
-        for seed in (1, 2)
-    ]
-    for name in ("train", "validation"):
-        assert found[0][1][name]["text"][:] != found[1][1][name]["text"][:]
-        assert found[0][2][name] != found[1][2][name]

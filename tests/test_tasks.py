@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -62,11 +63,10 @@ def test_a_shipped_task_loads(file):
     assert set(content) <= set(tasks.TYPES)
     assert content["source"] and content["licence"]
     if task.labels is not None:
-        tasks.check_task(task)  # raises where a metric does not fit the labels
-        assert task.number_of_outputs == (1 if content["labels"] == "regression" else len(content["labels"]))
+        assert tasks.with_metrics(task).metrics == content["metrics"]  # raises where one does not fit the labels
     assert 1 <= len(task.text or ["text"]) <= 2
     for data in (task.files or {}).values():
-        assert Path(data).is_file()
+        assert tasks.is_url(data) or Path(data).is_file()
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
@@ -83,14 +83,23 @@ def test_the_defaults_of_a_shipped_task_are_flags_of_train(file):
 
 def test_glue_tasks_as_published():
     """Names, id order and metrics of the GLUE paper and of the data on the Hub (nyu-mll/glue)."""
+    for name in ("ax", "cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli"):
+        assert tasks.read_task(name).dataset == {"path": "nyu-mll/glue", "name": name}
+    nli = ["entailment", "neutral", "contradiction"]
+    assert tasks.read_task("mnli").labels == tasks.read_task("ax").labels == nli
+    assert tasks.read_task("qnli").labels == tasks.read_task("rte").labels == ["entailment", "not_entailment"]
+    assert (
+        next(name for name in tasks.read_task("mnli").splits if name.startswith("validation")) == "validation_matched"
+    )
+    assert set(tasks.read_task("qqp").metrics) == {"f1", "accuracy"}
     mrpc, cola = tasks.read_task("mrpc"), tasks.read_task("cola")
     sst2, stsb = tasks.read_task("sst2"), tasks.read_task("stsb")
-    assert mrpc.dataset == {"path": "nyu-mll/glue", "name": "mrpc"} and mrpc.text == ["sentence1", "sentence2"]
+    assert mrpc.text == ["sentence1", "sentence2"]
     assert mrpc.labels == ["not_equivalent", "equivalent"] and set(mrpc.metrics) == {"f1", "accuracy"}
     assert cola.text == ["sentence"] and cola.labels == ["unacceptable", "acceptable"]
     assert cola.metrics[0] == "matthews_correlation"
     assert sst2.text == ["sentence"] and sst2.labels == ["negative", "positive"] and sst2.metrics[0] == "accuracy"
-    assert stsb.is_regression and stsb.number_of_outputs == 1 and set(stsb.metrics) == {"pearson", "spearmanr"}
+    assert stsb.is_regression and set(stsb.metrics) == {"pearson", "spearmanr"}
 
 
 # ------------------------------------------------------------------------------------------ a description of one's own
@@ -103,11 +112,18 @@ def test_a_description_with_every_key(tmp_path):
             text="first",
             label="score",
             labels=["low", "high"],
-            metrics=["accuracy"],
+            metrics=["f1_micro"],
             model={"model_type": "bert", "vocab": "words/vocab.txt"},
             max_length=64,
-            files={"train": "a.csv", "validation": "sub/b.tsv.gz", "test": "/data/c.jsonl"},
-            split={"seed": 7},
+            files={"train": "a.zip::in/a.csv", "validation": "sub/b.tsv.gz", "test": "https://x.org/c.jsonl?raw=1"},
+            problem="multi_label",
+            separator="|",
+            columns=["first", "score"],
+            quoting=False,
+            delimiter="tab",
+            encoding="latin-1",
+            split={"seed": 7, "validation": [0, 500], "test": 0.2, "group": "author"},
+            truncate="head_tail",
             defaults={"epochs": 1},
             source="here",
             licence="CC0",
@@ -118,15 +134,22 @@ def test_a_description_with_every_key(tmp_path):
         text=["first"],
         label="score",
         labels=["low", "high"],
-        metrics=["accuracy"],
+        metrics=["f1_micro"],
         model={"model_type": "bert", "vocab": str(tmp_path / "words/vocab.txt")},
         max_length=64,
         files={
-            "train": str(tmp_path / "a.csv"),
+            "train": str(tmp_path / "a.zip::in/a.csv"),
             "validation": str(tmp_path / "sub/b.tsv.gz"),
-            "test": "/data/c.jsonl",
+            "test": "https://x.org/c.jsonl?raw=1",
         },
-        split={"seed": 7},
+        problem="multi_label",
+        separator="|",
+        columns=["first", "score"],
+        quoting=False,
+        delimiter="\t",
+        encoding="latin-1",
+        split={"seed": 7, "validation": [0, 500], "test": 0.2, "group": "author"},
+        truncate="head_tail",
         defaults={"epochs": 1},
         source="here",
         licence="CC0",
@@ -136,7 +159,16 @@ def test_a_description_with_every_key(tmp_path):
 def test_the_least_description(tmp_path):
     task = tasks.read_task(describe(tmp_path))
     assert (task.text, task.label, task.labels, task.max_length) == (None, "label", None, None)
-    assert task.metrics == ["f1_macro", "accuracy"] and task.files == {"train": str(tmp_path / "a.csv")}
+    assert (task.problem, task.metrics, task.split, task.limit, task.defaults) == (None, None, {}, {}, {})
+    assert (task.separator, task.quoting, task.delimiter, task.encoding, task.truncate) == (
+        ",",
+        None,
+        None,
+        "utf-8",
+        "head",
+    )
+    assert task.on_bad_row == "fail" and task.files == {"train": str(tmp_path / "a.csv")}
+    assert not task.is_regression and not task.is_multi_label
 
 
 def test_files_are_relative_to_the_description_not_to_the_working_folder(tmp_path, monkeypatch):
@@ -179,6 +211,26 @@ def test_labels_that_are_numbers_are_names_too(tmp_path):
         ("dataset: {name: mrpc}", ['"dataset" has no path']),
         ("files: {train: a.csv}\nmodel: {model_type: bert}", ['"model" has no vocab']),
         ("labels: [a, b]", ["either `dataset`", "or `files`"]),
+        ("files: {train: a.csv}\ntext: [a, 1]", ["\"text\" is ['a', 1]", "a list of words"]),
+        ("files: {train: a.csv}\ntext: []", ['"text" is []']),
+        ("files: {train: a.csv}\ncolumns: [a, no]", ["\"columns\" is ['a', False]", "in quotes"]),
+        ("files: {train: a.csv}\nmetrics: [f1, 1]", ['"metrics" is']),
+        ("files: {train: a.csv}\nquoting: 1", ['"quoting" is 1, a int', "a truth value"]),
+        ('files: {train: a.csv}\nseparator: ""', ['"separator" is']),
+        ("files: {train: a.csv}\ndelimiter: ;;", ["delimiter ';;': is not one character"]),
+        ("files: {train: a.csv}\nproblem: multilabel", ["\"problem\" is 'multilabel'", "Allowed: multi_label"]),
+        ("files: {train: a.csv}\ntruncate: middle", ["\"truncate\" is 'middle'", "head, tail, head_tail"]),
+        ("files: {train: a.csv}\nproblem: multi_label\nlabels: regression", ["both multi_label and regression"]),
+        ("files: {train: a.csv}\nmax_length: 0", ['"max_length" is 0']),
+        ("files: {train: a.csv}\nlabel: a\nlabel: b", ['the key "label" occurs twice', "line 3"]),
+        ("files: {train: a.csv, train: b.csv}", ['the key "train" occurs twice']),
+        ("files: {train: a.csv}\nsplit: {validation: 0.1}\nsplit: {}", ['the key "split" occurs twice']),
+        ("files: {train: null}", ['"files" has train: None']),
+        ("dataset: {path: a/b, name: 2020}", ['"dataset" has name: 2020', "in quotes"]),
+        ("dataset: {path: a/b, revision: 1.0}", ['"dataset" has revision: 1.0']),
+        ("dataset: {path: a/b}\nsplits: {train: [a]}", ["\"splits\" has train: ['a']"]),
+        ("files: {train: a.csv}\nsource: 2020-13-01", ["is not YAML", "month"]),
+        ("files: {train: a.csv}\non_bad_row: skip", ['unknown key "on_bad_row"']),
         ("files: {train: a.csv}\ndataset: {path: a/b}", ["either `dataset`", "or `files`"]),
         ("", ["is not a mapping"]),
         ("- a\n- b", ["is not a mapping"]),
@@ -190,6 +242,36 @@ def test_a_mistake_in_a_description(tmp_path, text, words):
     error = refusal(tasks.read_task, file)
     assert str(file) in error.reason
     assert all(word in str(error) for word in words), str(error)
+
+
+@pytest.mark.parametrize(
+    "split",
+    [
+        *({"validation": share} for share in (0, 1, 1.0, -0.1, 10, "1e-1", None, True, float("nan"))),
+        *({"test": bounds} for bounds in ([0], [5, 5], [5, 4], [-1, 4], [0.0, 5.0], ["0", "5"], [0, 1, 2], [])),
+        {"train": 0.5},
+        {"seed": "a"},
+        {"seed": -1},
+        {"seed": True},
+        {"group": 1},
+        {"group": ""},
+    ],
+    ids=str,
+)
+def test_a_rule_that_makes_no_split(tmp_path, split):
+    ((name, value),) = split.items()
+    error = refusal(tasks.read_task, describe(tmp_path, split=split))
+    assert f'"split" has {name}: {value!r}' in error.reason and str(tmp_path) in error.reason
+    assert ("group: COLUMN" if name in ("seed", "group") else "[0, 500]") in error.advice
+
+
+def test_ranges_that_overlap(tmp_path):
+    error = refusal(tasks.read_task, describe(tmp_path, split={"test": [40, 50], "train": [0, 41]}))
+    assert "train [0, 41] and test [40, 50] overlap" in error.reason
+
+
+def test_files_have_no_splits_to_rename(tmp_path):
+    assert "`splits` renames" in refusal(tasks.read_task, describe(tmp_path, splits={"validation": "dev"})).reason
 
 
 def test_a_description_that_is_not_utf_8(tmp_path):
@@ -209,17 +291,34 @@ def test_an_unknown_task_is_told_with_the_nearest_name():
 
 
 @pytest.mark.parametrize(
-    ("task", "words"),
+    ("keys", "words"),
     [
-        (Task("mine", labels=["a", "b", "c"], metrics=["f1"]), "f1 is for two labels"),
-        (Task("mine", labels=["a", "b"], metrics=["pearson"]), "pearson is for regression"),
-        (Task("mine", labels="regression"), "f1_macro is for classification"),
-        (Task("mine", labels=["a", "b"], metrics=["acuracy"]), "did you mean accuracy"),
+        ({"labels": ["a", "b", "c"], "metrics": ["f1"]}, "f1 is for two labels, this task has 3"),
+        ({"labels": ["a", "b"], "metrics": ["pearson"]}, "pearson is for regression"),
+        ({"labels": "regression", "metrics": ["f1_macro"]}, "f1_macro is for classification"),
+        ({"labels": ["a", "b"], "metrics": ["acuracy"]}, "did you mean accuracy"),
+        (
+            {"labels": ["a", "b"], "metrics": ["matthews_correlation"], "problem": "multi_label"},
+            "several labels a text",
+        ),
     ],
 )
-def test_metrics_that_do_not_fit(task, words):
-    error = refusal(tasks.check_task, task)
+def test_metrics_that_do_not_fit(keys, words):
+    error = refusal(tasks.with_metrics, Task("mine", **keys))
     assert error.reason.startswith("task mine:") and words in str(error)
+
+
+@pytest.mark.parametrize(
+    ("keys", "usual"),
+    [
+        ({"labels": ["a", "b"]}, ["f1_macro", "accuracy"]),
+        ({"labels": "regression"}, ["pearson", "spearmanr"]),
+        ({"labels": ["a", "b"], "problem": "multi_label"}, ["f1_micro", "f1_macro"]),
+        ({"labels": ["a", "b"], "metrics": ["f1"]}, ["f1"]),
+    ],
+)
+def test_the_usual_metrics_where_a_task_names_none(keys, usual):
+    assert tasks.with_metrics(Task("mine", **keys)) == Task("mine", **{**keys, "metrics": usual})
 
 
 # ----------------------------------------------------------------------------------------------- `defaults` of a task
@@ -263,6 +362,8 @@ def test_defaults_of_each_kind_of_flag():
         ("adam_betas", [0.9, "x"], "no value for --adam_betas"),
         ("final_test", "false", "no value for --final_test"),
         ("final_test", 1, "no value for --final_test"),
+        ("max_length", 128, "says which data, not how to train"),
+        ("task", "mrpc", "says which data, not how to train"),
     ],
 )
 def test_a_mistake_in_the_defaults(name, value, words):
@@ -284,7 +385,6 @@ def test_files_alone_are_a_task(tmp_path, monkeypatch):
     task = tasks.task_of(arguments("--train_file", "my.reviews.csv.gz", "--test_file", "/x/t.tsv"), default="demo")
     assert task == Task(
         name="my",
-        metrics=["f1_macro", "accuracy"],
         files={"train": str(tmp_path / "my.reviews.csv.gz"), "test": "/x/t.tsv"},
     )
     assert task.labels is None and task.label == "label" and task.text is None
@@ -315,14 +415,73 @@ def test_flags_go_before_the_keys_of_the_task():
     assert tasks.task_of(arguments("--text_columns", "a"), default="mrpc").text == ["a"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "keys"),
+    [
+        (["--encoding", "gb18030"], {"encoding": "gb18030"}),
+        (["--delimiter", ";"], {"delimiter": ";"}),
+        (["--delimiter", "tab"], {"delimiter": "\t"}),
+        (["--delimiter", "\\t"], {"delimiter": "\t"}),
+        (["--on_bad_row", "skip"], {"on_bad_row": "skip"}),
+        (["--truncate", "head_tail"], {"truncate": "head_tail"}),
+        (["--group_column", "author"], {"split": {"validation": 0.2, "seed": 1, "group": "author"}}),
+        (["--limit", "train=5", "--limit", "test=7"], {"limit": {"train": 5, "test": 7}}),
+    ],
+)
+def test_flags_of_how_data_are_read(flags, keys):
+    saved = Task("old", files={"train": "/a.csv"}, split={"validation": 0.2, "seed": 1})
+    assert tasks.task_of(arguments(*flags), default=saved) == replace(saved, **keys)
+
+
+@pytest.mark.parametrize("mark", [";;", "comma", "'"])
+def test_a_delimiter_is_one_character(mark):
+    if len(mark) == 1:
+        assert tasks.task_of(arguments("--delimiter", mark), default="mrpc").delimiter == mark
+    else:
+        assert f"delimiter {mark!r}" in refusal(tasks.task_of, arguments("--delimiter", mark), "mrpc").reason
+
+
+@pytest.mark.parametrize("flag", ["--on_bad_row", "--truncate"])
+def test_a_choice_that_is_none(flag):
+    with pytest.raises(SystemExit):
+        arguments(flag, "perhaps")
+
+
+@pytest.mark.parametrize(
+    ("words", "dataset", "name"),
+    [
+        ("stanfordnlp/imdb", {"path": "stanfordnlp/imdb"}, "imdb"),
+        ("nyu-mll/glue:cola", {"path": "nyu-mll/glue", "name": "cola"}, "cola"),
+        ("imdb", {"path": "imdb"}, "imdb"),
+    ],
+)
+def test_a_dataset_of_the_hub_without_a_yaml(words, dataset, name):
+    assert tasks.task_of(arguments("--dataset", words), default="demo") == Task(name, dataset=dataset)
+    saved = Task("old", text=["a"], labels=["x", "y"], files={"train": "/a.csv"}, limit={"train": 3})
+    of_saved = tasks.task_of(arguments("--dataset", words), default=saved)
+    assert of_saved == replace(saved, dataset=dataset, files=None, limit={})
+
+
+@pytest.mark.parametrize("flags", [["--task", "mrpc"], ["--train_file", "a.csv"], ["--test_file", "a.csv"]])
+def test_data_given_twice(flags):
+    assert "given twice" in refusal(tasks.task_of, arguments("--dataset", "a/b", *flags), "mrpc").reason
+
+
+def test_urls_and_archives_as_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    task = tasks.task_of(arguments("--train_file", "https://x.org/my.csv.gz?raw=1", "--test_file", "a.zip::b/c.tsv"))
+    assert task.files == {"train": "https://x.org/my.csv.gz?raw=1", "test": f"{tmp_path}/a.zip::b/c.tsv"}
+    assert task.name == "my"
+
+
 def test_more_than_two_text_columns():
     error = refusal(tasks.task_of, arguments("--task", "sst2", "--text_columns", "a,b,c"))
     assert "a,b,c" in error.reason and "two for pairs" in error.advice
 
 
 def test_limits():
-    assert tasks.limits_of(arguments()) == {}
-    assert tasks.limits_of(arguments("--limit", "train=100", "--limit", "validation_matched=1")) == {
+    assert tasks.limits_of(None) == tasks.limits_of([]) == {}
+    assert tasks.limits_of(["train=100", "validation_matched=1"]) == {
         "train": 100,
         "validation_matched": 1,
     }
@@ -330,7 +489,7 @@ def test_limits():
 
 @pytest.mark.parametrize("text", ["train", "100", "train=", "train=0", "train=-5", "train=1.5", "train=ten", "train:5"])
 def test_a_mistake_in_a_limit(text):
-    error = refusal(tasks.limits_of, arguments("--limit", text))
+    error = refusal(tasks.limits_of, [text])
     assert f"--limit {text}:" in error.reason and "--limit train=1000" in error.advice
 
 
@@ -345,6 +504,11 @@ def test_a_mistake_in_a_limit(text):
         ),
         Task("b", text=["x", "y"], labels="regression", metrics=["mse"], dataset={"path": "p/q", "revision": "0" * 40}),
         Task("c", text=["x"], labels=["0", "1"], model={"model_type": "bert", "vocab": "/v"}, max_length=9, source="s"),
+        Task(
+            "d", problem="multi_label", labels=["x", "y"], separator="|", columns=["a"], quoting=False, delimiter="\t"
+        ),
+        Task("e", split={"train": [0, 5], "group": "g"}, limit={"train": 3}, on_bad_row="skip", encoding="latin-1"),
+        Task("f", dataset={"path": "p"}, splits={"validation_matched": "x"}, truncate="tail"),
     ],
     ids=lambda task: task.name,
 )
@@ -361,6 +525,13 @@ def test_a_model_folder_keeps_no_defaults_of_the_training(tmp_path):
 
 def test_a_folder_without_task_json(tmp_path):
     assert tasks.saved_task(tmp_path) == (None, {})
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"fingerprints": {}}', '{"name": "a"}', "1"])
+def test_a_damaged_task_json(tmp_path, content):
+    (tmp_path / "task.json").write_text(content)
+    error = refusal(tasks.saved_task, tmp_path)
+    assert f"{tmp_path}/task.json: is damaged" in error.reason and "again" in error.advice
 
 
 def test_keys_of_a_later_version_are_passed_over(tmp_path):
@@ -410,5 +581,5 @@ def test_a_write_that_is_cut_short_leaves_the_old_file_and_nothing_else(tmp_path
 def test_every_data_flag_has_help():
     parser = common.argument_parser("a script", data=True)
     flags = set(re.findall(r"--[a-z_]+", parser.format_help()))
-    assert {"--task", "--train_file", "--text_columns", "--limit", "--refresh"} <= flags
+    assert {"--task", "--dataset", "--train_file", "--text_columns", "--limit", "--refresh", "--on_bad_row"} <= flags
     assert all(action.help for action in parser._actions)

@@ -1,0 +1,101 @@
+"""The cache: Arrow tables of rows and of tokens, named by their content, and files from URLs.
+
+Tables are memory-mapped, so that a second run makes nothing again, and a large data set needs no memory.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from http.client import HTTPException
+from pathlib import Path
+from urllib.request import urlopen
+
+from reader import BadInput
+
+
+def cache_folder():
+    from datasets import config
+
+    folder = Path(config.HF_DATASETS_CACHE) / "text-classification-scripts"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def digest(*parts):
+    """A name for content: 32 hexadecimal digits of the SHA-256 of `parts`, which must be JSON values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def cached_table(key, schema, make_columns):
+    """Return (Dataset, made): the table named `key` from the cache, made first where it is not there.
+
+    make_columns() yields the columns of some rows at a time, as dicts of lists. The file is complete or absent: it is
+    written under a temporary name and renamed.
+    """
+    import pyarrow as pa
+    from datasets import Dataset
+
+    path = cache_folder() / f"{key}.arrow"
+    made = not path.exists()
+    if made:
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+                for columns in make_columns():
+                    writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=schema))
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return Dataset.from_file(str(path)), made
+
+
+def one_process_at_a_time():
+    """A lock for preparing data: one process of a machine downloads and tokenises, the others wait and read its cache.
+
+    A file lock, not a barrier: a process that waits at a barrier dies of the collective's timeout when the data are
+    large.
+    """
+    from filelock import FileLock
+
+    return FileLock(cache_folder() / "prepare.lock")
+
+
+def arrow_column(rows, column):
+    """Return a column of a Dataset as one Arrow array."""
+    values = rows.data.column(column).combine_chunks()
+    # rows[column] would make a Python object of each index of a selection: slow, and gigabytes for millions of rows.
+    return values if rows._indices is None else values.take(rows._indices.column(0).combine_chunks())
+
+
+def array_of(rows, column):
+    """Return a column of a Dataset as an array: shape (rows,); the labels in multi-label: (rows, labels)."""
+    values = arrow_column(rows, column)
+    if hasattr(values, "offsets"):  # lists
+        return values.flatten().to_numpy().reshape(len(rows), -1)
+    return values.to_numpy(zero_copy_only=False)
+
+
+def download_file(url, refresh):
+    """Return the path of a URL's file in the cache, downloaded once; a part after :: names a member of an archive."""
+    url, mark, member = url.partition("::")
+    path = cache_folder() / "downloads" / digest(url) / Path(url.partition("?")[0]).name
+    if refresh or not path.exists():
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with urlopen(url, timeout=60) as answer, open(temporary, "wb") as file:
+                shutil.copyfileobj(answer, file)
+                length = answer.headers["Content-Length"]
+                if length and file.tell() != int(length):  # read() of a part of an answer does not complain
+                    raise OSError(f"the connection ended after {file.tell():,} of {int(length):,} bytes")
+            os.replace(temporary, path)
+        # URLError and HTTPError are OSErrors; ValueError: not a URL; HTTPException: an answer that is none.
+        except (OSError, ValueError, HTTPException) as error:
+            words = str(error).removeprefix("<urlopen error ").removesuffix(">")
+            raise BadInput(
+                f"{url}: cannot be downloaded ({words})", "Check the address, or download it and give the file's path."
+            ) from None
+        finally:
+            temporary.unlink(missing_ok=True)
+    return f"{path}{mark}{member}"

@@ -1,0 +1,431 @@
+"""labels.py: label strings -> ids, numbers, and rows of 0 and 1, through files and the Hub; what is no label."""
+
+import json
+import logging
+
+import datasets
+import numpy as np
+import pytest
+from data_help import AB, FORMATS, FakeHub, files_task, hub_table, hub_task, put_table, refusal, text_task, use_cache
+
+from cache import array_of
+from labels import is_number, is_whole, label_ids, label_words
+from splits import load_splits
+from tasks import Task
+
+REGRESSION = {"labels": "regression"}
+MULTI = {"problem": "multi_label"}
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path, monkeypatch):
+    return use_cache(monkeypatch, tmp_path / "the cache")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    return FakeHub(monkeypatch)
+
+
+def labelled(values):
+    return [(f"text {number}", value) for number, value in enumerate(values)]
+
+
+# ------------------------------------------------------------------------------------------------ strings of labels
+
+
+@pytest.mark.parametrize(
+    ("value", "words", "multi"),
+    [
+        ("a", "a", ["a"]),
+        ("a,b", "a,b", ["a", "b"]),
+        (" a , b ,", " a , b ,", ["a", "b"]),
+        ("", None, []),
+        (None, None, None),
+        (3, "3", ["3"]),
+        (0.5, "0.5", ["0.5"]),
+        (True, "true", ["true"]),
+        (["a", 2, False], ValueError, ["a", "2", "false"]),
+        ([], ValueError, []),
+        (["a,b"], ValueError, ["a,b"]),
+        (["a", None], ValueError, ValueError),
+        (["a", ["b"]], ValueError, ValueError),
+        ({"a": 1}, ValueError, ValueError),
+        (float("nan"), ValueError, ValueError),
+        (float("inf"), ValueError, ValueError),
+    ],
+)
+def test_a_value_as_a_label_and_as_several(value, words, multi):
+    for task, expected in ((Task("one"), words), (Task("several", **MULTI), multi)):
+        if expected is ValueError:
+            with pytest.raises(ValueError, match="holds "):
+                label_words(task, value)
+        else:
+            assert label_words(task, value) == expected
+
+
+def test_what_is_a_number():
+    words = ["1", "-1", "01", "1.0", "1e-3", "nan", "inf", "", "a", "--1", "²"]
+    assert [is_number(word) for word in words] == [True] * 5 + [False] * 6
+    assert [is_whole(word) for word in words] == [True] * 3 + [False] * 8
+
+
+# --------------------------------------------------------------------------------------------------- names and ids
+
+
+@pytest.mark.parametrize(
+    ("labels", "order"),
+    [
+        (["10", "2", "1"], ["1", "2", "10"]),
+        (["1", "-1", "0"], ["-1", "0", "1"]),
+        (["b10", "b2", "B"], ["B", "b10", "b2"]),
+        (["True", "False"], ["False", "True"]),
+        (["true", "false"], ["false", "true"]),
+        (["nan", "None", "inf"], ["None", "inf", "nan"]),
+        (["07", "7", "6"], ["6", "07", "7"]),
+    ],
+)
+def test_the_order_of_labels(tmp_path, labels, order):
+    rows = labelled(labels)
+    task, found, _, _ = load_splits(files_task(tmp_path, train=rows, validation=rows))
+    assert task.labels == order
+    assert [order[number] for number in found["train"]["label"]] == labels
+
+
+@pytest.mark.parametrize(
+    ("names", "values", "ids"),
+    [
+        (["neg", "pos"], ["pos", "neg"], [1, 0]),
+        (["pos", "neg"], ["pos", "neg"], [0, 1]),  # the order of the task, not of the alphabet
+        (["neg", "pos"], ["1", "0"], [1, 0]),  # ids
+        (["neg", "pos"], ["1", "neg"], [1, 0]),
+        (["1", "0"], ["1", "0"], [0, 1]),  # names, though they look like ids
+        (["1", "2", "3"], ["1", "3"], [0, 2]),
+        (["-1", "1"], ["-1", "1"], [0, 1]),
+        (["false", "true"], ["true", "false"], [1, 0]),
+    ],
+)
+def test_labels_by_name_and_by_id(tmp_path, names, values, ids):
+    rows = labelled(values)
+    _, found, _, _ = load_splits(files_task(tmp_path, train=rows, validation=rows, task={"labels": names}))
+    assert found["train"]["label"][:] == ids
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
+@pytest.mark.parametrize(("values", "names"), [([1, 0, 1], ["0", "1"]), ([True, False, True], ["false", "true"])])
+def test_numbers_and_booleans_are_labels(tmp_path, suffix, values, names):
+    task, found, _, _ = load_splits(
+        files_task(tmp_path, suffix=suffix, train=labelled(values), validation=labelled(values))
+    )
+    assert task.labels == names and found["train"]["label"][:] == [int(value) for value in values]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (["10", "1", "one"], "mixes numbers (10: {0}, line 2) and names (one: {0}, line 4)"),
+        (["bad", "a", "7"], "mixes numbers (7: {0}, line 4) and names (bad: {0}, line 2)"),
+    ],
+)
+def test_numbers_among_names_are_told_with_both_places(tmp_path, values, words):
+    task = files_task(tmp_path, train=labelled(values))
+    error = refusal(task)
+    assert words.format(task.files["train"]) in error.reason and "labels: [...]" in error.advice
+    given = load_splits(files_task(tmp_path, train=labelled(values * 9), task={"labels": sorted(values)}))
+    assert given[0].labels == sorted(values)  # by request
+
+
+@pytest.mark.parametrize("decimal", ["0.5", "1.0", "-2.25", "1e-3"])
+def test_decimals_are_refused_with_the_way_to_regression(tmp_path, decimal):
+    task = files_task(tmp_path, ("text", "score"), train=[("a", "1"), ("b", decimal)], task={"label": "score"})
+    error = refusal(task)
+    assert f'line 3: the label column "score" holds decimals such as {decimal}' in error.reason
+    assert "label: score, labels: regression, metrics: [pearson, spearmanr]" in error.advice
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (["a", True], "line 1 holds 'a', a string; {0}, line 2 holds True, true or false"),
+        ([0, "1"], "line 1 holds 0, a number; {0}, line 2 holds '1', a string"),
+        ([1, 0, False], "line 1 holds 1, a number; {0}, line 3 holds False, true or false"),
+    ],
+)
+def test_labels_of_json_of_two_kinds(tmp_path, values, words):
+    task = files_task(tmp_path, suffix=".jsonl", train=labelled(values))
+    assert words.format(task.files["train"]) in refusal(task).reason
+
+
+def test_the_place_of_a_decimal_is_that_of_the_very_label(tmp_path):
+    error = refusal(files_task(tmp_path, train=labelled(["v1.5", "1.5", "2"])))
+    assert "train.csv, line 3: " in error.reason
+
+
+@pytest.mark.parametrize(
+    ("values", "words"), [(["x", "x"], 'train.csv: the label column "label" has 1 value(s): x'), (["", ""], "no label")]
+)
+def test_fewer_than_two_classes_are_refused(tmp_path, values, words):
+    assert words in refusal(files_task(tmp_path, train=labelled(values))).reason
+
+
+def test_labels_cannot_be_found_without_a_train_split(tmp_path):
+    assert "no train split" in refusal(files_task(tmp_path, test=AB)).reason
+
+
+# ----------------------------------------------------------------------------------------------- unknown and missing
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_an_unknown_label_is_told_with_its_row_and_the_nearest_name(tmp_path, split):
+    good = [("a", "positive"), ("b", "negative")]
+    tables = {"train": good, "validation": good, "test": good, split: [*good, ("c", "postive"), ("d", "x")]}
+    task = files_task(tmp_path, **tables, task={"labels": ["negative", "positive"]})
+    error = refusal(task)
+    words = 'line 4: column "label" holds \'postive\', no label (did you mean "positive"?) (2 such rows)'
+    assert error.reason == f"{split} split, {task.files[split]}, {words}"
+    assert "negative, positive" in error.advice and "--on_bad_row skip" in error.advice
+
+
+@pytest.mark.parametrize("value", ["0", "4", "2"])
+def test_a_number_that_is_no_label_of_numbered_classes_is_no_id(tmp_path, value):
+    """With the classes 1, 3 and 5 found in train, a 0 or a 2 of another split is a mistake, not the class 1 or 5."""
+    task = files_task(tmp_path, train=labelled("135"), validation=[("d", value)])
+    assert f"line 2: column \"label\" holds '{value}', no label" in refusal(task).reason
+
+
+@pytest.mark.parametrize("value", ["2", "-2", "1.0"])
+def test_an_id_out_of_range(tmp_path, value):
+    task = files_task(tmp_path, train=[("a", "1"), ("b", value)], task={"labels": ["neg", "pos"]})
+    assert f"line 3: column \"label\" holds '{value}', no label" in refusal(task).reason
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+@pytest.mark.parametrize("value", ["", "-1"])
+def test_a_missing_label_is_refused_where_labels_are_needed(tmp_path, split, value):
+    tables = {"train": AB, "validation": AB, split: [*AB, ("c", value), ("d", value)]}
+    error = refusal(files_task(tmp_path, **tables, task={"labels": ["a", "b"]}))
+    assert f'{split}.csv, line 4: column "label" holds no label' in error.reason
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (None, "holds no label"),
+        (["a", "b"], "not one label (several labels for a text: `problem: multi_label`)"),
+        ({"name": "a"}, "not one label"),
+        (float("nan"), "holds nan, not a label"),
+    ],
+)
+def test_a_value_of_json_that_is_no_label(tmp_path, value, words):
+    error = refusal(files_task(tmp_path, suffix=".jsonl", train=[*AB, ("three", value)]))
+    assert "line 3" in error.reason and words in error.reason
+
+
+def test_a_test_split_may_lack_labels(tmp_path):
+    task = files_task(tmp_path, train=AB, validation=AB, test=[("c", "b"), ("d", ""), ("e", "-1")])
+    assert load_splits(task)[1]["test"]["label"][:] == [1, -1, -1]
+    put_table(tmp_path, "test.csv", [("c",), ("d",)], ("text",))  # without the column
+    found = load_splits(task)[1]["test"]
+    assert found["label"][:] == [-1, -1] and found["text"][:] == ["c", "d"]
+
+
+# --------------------------------------------------------------------------------------------------------- regression
+
+
+def test_regression_labels_are_floats(tmp_path):
+    values = ["0.1", "1e-5", "-3", "4.999999999"]
+    tables = {"train": labelled(values), "validation": labelled(["2"]), "test": labelled(["", "1"])}
+    task, found, _, _ = load_splits(files_task(tmp_path, **tables, task=REGRESSION))
+    assert found["train"]["label"][:] == [0.1, 1e-5, -3.0, 4.999999999]
+    assert str(found["train"].features["label"].dtype) == "float64"
+    assert np.isnan(found["test"]["label"][0]) and found["test"]["label"][1] == 1.0
+    assert task.is_regression
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_numbers_of_json_and_parquet_in_regression(tmp_path, suffix):
+    values = [0.1, 1e-300, -3.0]
+    task = files_task(tmp_path, suffix=suffix, train=labelled(values), validation=labelled([2]), task=REGRESSION)
+    assert load_splits(task)[1]["train"]["label"][:] == values
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [("good", "holds 'good', no label"), ("inf", "holds 'inf'"), ("1,5", "holds '1,5'"), ("", "holds no label")],
+)
+def test_a_regression_label_that_is_no_number(tmp_path, value, words):
+    error = refusal(files_task(tmp_path, train=[("a", "1"), ("b", value)], task=REGRESSION))
+    assert f'train.csv, line 3: column "label" {words}' in error.reason
+
+
+def test_minus_one_is_a_number_in_regression_unless_the_whole_test_split_has_it(tmp_path):
+    rows = labelled(["-1", "2"])
+    _, found, _, _ = load_splits(files_task(tmp_path, train=rows, validation=rows[:1], test=rows, task=REGRESSION))
+    assert found["validation"]["label"][:] == [-1.0] and found["test"]["label"][:] == [-1.0, 2.0]
+    unlabelled = labelled(["-1.0", "-1.0"])  # as in GLUE's STS-B
+    _, found, _, _ = load_splits(files_task(tmp_path, train=rows, validation=rows, test=unlabelled, task=REGRESSION))
+    assert np.isnan(found["test"]["label"][:]).all()
+
+
+# -------------------------------------------------------------------------------------------------------- multi-label
+
+
+LISTS = [["b", "a"], [], ["c"], ["a", "a"]]
+MATRIX = [[1, 1, 0], [0, 0, 0], [0, 0, 1], [1, 0, 0]]  # columns a, b, c
+
+
+@pytest.mark.parametrize(
+    ("name", "as_lists"), [*((name, False) for name in FORMATS), *((name, True) for name in FORMATS[2:])]
+)
+def test_several_labels_a_text(tmp_path, name, as_lists):
+    rows = labelled(LISTS if as_lists else [", ".join(labels) for labels in LISTS])
+    file = put_table(tmp_path, name, rows)
+    task, found, _, bad_rows = load_splits(Task("mine", files={"train": file, "validation": file}, **MULTI))
+    assert task.labels == ["a", "b", "c"] and task.metrics == ["f1_micro", "f1_macro"] and bad_rows == []
+    for split in ("train", "validation"):
+        assert found[split]["label"][:] == MATRIX
+    assert array_of(found["train"], "label").dtype == np.int8
+    assert array_of(found["train"].select([2, 0]), "label").tolist() == [MATRIX[2], MATRIX[0]]
+
+
+def test_labels_by_name_and_by_id_and_another_separator(tmp_path):
+    rows = labelled(["x|z", "1", "z | 0", ""])
+    keys = {**MULTI, "labels": ["z", "y", "x"], "separator": "|"}
+    _, found, _, _ = load_splits(files_task(tmp_path, train=rows, validation=rows, task=keys))
+    assert found["train"]["label"][:] == [[1, 0, 1], [0, 1, 0], [1, 0, 0], [0, 0, 0]]
+
+
+def test_numbers_as_several_labels(tmp_path):
+    rows = labelled([[10, 2], 3, [True]])
+    task, found, _, _ = load_splits(files_task(tmp_path, suffix=".jsonl", train=rows, validation=rows[:1], task=MULTI))
+    assert task.labels == ["2", "3", "10", "true"]
+    assert found["train"]["label"][:] == [[1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"text": "c", "label": None}, 'column "label" holds no label'),
+        ({"text": "c"}, 'no column "label"'),
+        ({"text": "c", "label": ["a", None]}, "a list with an empty label"),
+        ({"text": "c", "label": {"a": 1}}, "not one label"),
+    ],
+)
+def test_a_row_without_a_list_of_labels(tmp_path, row, words):
+    rows = [*({"text": text, "label": [label]} for text, label in AB * 9), row]
+    lines = "\n".join(map(json.dumps, rows))
+    error = refusal(text_task(tmp_path, lines, "train.jsonl", **MULTI))
+    assert "train.jsonl, line 19: " in error.reason and words in error.reason
+    _, found, _, bad_rows = load_splits(text_task(tmp_path, lines, "train.jsonl", **MULTI, on_bad_row="skip"))
+    assert [bad_row["row"] for bad_row in bad_rows] == [19] and words in bad_rows[0]["reason"]
+    assert sum(map(len, found.values())) == 18
+
+
+@pytest.mark.parametrize("unknown", ["d", "-1", "3"])
+def test_an_unknown_label_among_several(tmp_path, unknown):
+    keys = {**MULTI, "labels": ["a", "b", "c"]}
+    tables = {"train": labelled(["a,b", "c"]), "validation": labelled(["a", f"b,{unknown}"])}
+    error = refusal(files_task(tmp_path, **tables, task=keys))
+    assert f"validation.csv, line 3: column \"label\" holds ['b', '{unknown}'], no label" in error.reason
+    assert "a, b, c" in error.advice
+    task = files_task(tmp_path, **tables, task={**keys, "on_bad_row": "skip"})
+    assert load_splits(task)[1]["validation"]["label"][:] == [[1, 0, 0]]
+
+
+def test_a_test_file_without_labels_in_multi_label(tmp_path):
+    task = files_task(tmp_path, train=labelled(["a,b", "c"]), validation=labelled(["a"]), task=MULTI)
+    task.files["test"] = put_table(tmp_path, "test.csv", [("c",), ("d",)], ("text",))
+    assert load_splits(task)[1]["test"]["label"][:] == [[-1, -1, -1], [-1, -1, -1]]
+
+
+# ------------------------------------------------------------------------------------------------------------ the Hub
+
+
+@pytest.mark.parametrize(
+    ("labels", "ids", "order"),
+    [
+        (["negative", "positive"], [1, 0, 0], None),
+        (["positive", "negative"], [0, 1, 1], None),
+        (None, [1, 0, 0], ["negative", "positive"]),  # the order of the ClassLabel
+    ],
+)
+@pytest.mark.parametrize("names", [["negative", "positive"]])
+def test_classes_of_the_hub_are_matched_by_name(hub, labels, ids, order, names):
+    hub.update(train=hub_table([1, 0, 0], names), validation=hub_table([0], names), test=hub_table([-1, -1], names))
+    task, found, _, _ = load_splits(hub_task(labels))
+    assert found["train"]["label"][:] == ids and task.labels == (order or labels)
+    assert found["validation"]["label"][:] == [ids[1]]
+    assert found["test"]["label"][:] == [-1, -1]
+    assert found["train"]["row"][:] == [0, 1, 2] and found["train"]["sentence"][0] == "text 0"
+
+
+def test_the_order_of_a_class_label_is_that_of_the_labels(hub):
+    names = ["world", "sports", "business", "10", "9"]
+    hub.update(train=hub_table([1, 0, 2], names), validation=hub_table([4], names))
+    for _ in "twice":  # the second time from the cache
+        task, found, _, _ = load_splits(hub_task())
+        assert (
+            task.labels == names and found["train"]["label"][:] == [1, 0, 2] and found["validation"]["label"][:] == [4]
+        )
+
+
+def test_plain_numbers_of_the_hub(hub):
+    hub.update(train=hub_table([0, 1, 1]), validation=hub_table([1, 0]), test=hub_table([-1]))
+    _, found, _, _ = load_splits(hub_task(["no", "yes"]))
+    assert found["train"]["label"][:] == [0, 1, 1] and found["test"]["label"][:] == [-1]
+
+
+def test_regression_on_the_hub_and_its_unlabelled_test_split(hub):
+    values, kind = [0.5, 4.75, -1.0], datasets.Value("float64")
+    hub.update(train=hub_table(values, feature=kind), validation=hub_table([1.0], feature=kind))
+    hub["test"] = hub_table([-1.0, -1.0], feature=kind)
+    _, found, _, _ = load_splits(hub_task("regression"))
+    assert found["train"]["label"][:] == values
+    assert np.isnan(found["test"]["label"][:]).all()
+
+
+@pytest.mark.parametrize(("labels", "row"), [(None, [1, 1, 0]), (["z", "y", "x"], [0, 1, 1])])
+def test_lists_of_class_labels_of_the_hub(hub, labels, row):
+    lists = datasets.List(datasets.ClassLabel(names=["x", "y", "z"]))
+    hub.update(train=hub_table([[0, 1], []], feature=lists), validation=hub_table([[1]], feature=lists))
+    task, found, _, _ = load_splits(hub_task(labels, **MULTI))
+    assert task.labels == (labels or ["x", "y", "z"])
+    assert found["train"]["label"][:] == [row, [0, 0, 0]] and found["validation"]["label"][:] == [[0, 1, 0]]
+
+
+def test_names_that_the_task_does_not_have(hub):
+    """Told, not left out, though a missing label stands before them."""
+    names = ["ham", "spam"]
+    hub.update(train=hub_table([-1, 0, 1], names), validation=hub_table([1], names))
+    words = 'train split, some/data, row 2: column "label" holds \'spam\', no label (did you mean "spain"?)'
+    assert words in refusal(hub_task(["ham", "spain"])).reason
+
+
+@pytest.mark.parametrize(
+    ("feature", "labels"),
+    [(datasets.Value("float64"), [1.0, float("nan")]), (datasets.List(datasets.Value("string")), [["a"], ["b"]])],
+    ids=["nan", "lists"],
+)
+def test_values_of_the_hub_that_are_no_label(hub, feature, labels):
+    hub.update(train=hub_table(labels, feature=feature), validation=hub_table(labels[:1], feature=feature))
+    error = refusal(hub_task("regression" if labels[0] == 1.0 else ["a", "b"]))
+    assert "some/data, row " in error.reason and 'column "label" holds' in error.reason
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_missing_labels_of_the_hub_are_left_out_and_counted(hub, split, caplog):
+    names = ["no", "yes"]
+    hub.update(train=hub_table([0, 1, 1], names), validation=hub_table([1, 0], names))
+    hub[split] = hub_table([0, -1, None, 1], names)
+    with caplog.at_level(logging.WARNING):
+        _, found, _, bad_rows = load_splits(hub_task())
+    assert found[split]["row"][:] == [0, 3] and found[split]["label"][:] == [0, 1] and bad_rows == []
+    (words,) = [record.getMessage() for record in caplog.records if "no label" in record.getMessage()]
+    assert words == f"WARNING: some/data: 2 of 4 rows of {split} have no label; they are left out"
+
+
+def test_label_ids_of_strings():
+    ids, known = label_ids(Task("t", labels=["a", "b"]), ["b", "0", None, "-1", "c"])
+    assert ids.tolist() == [1, 0, -1, -1, -1] and known.tolist() == [True, True, True, True, False]
+    numbers, known = label_ids(Task("t", **REGRESSION), ["1", "x", None])
+    assert numbers[0] == 1 and np.isnan(numbers[1:]).all() and known.tolist() == [True, False, True]

@@ -1,0 +1,117 @@
+"""models.py: new heads, kept heads, float32 weights; the many kinds of damage are in test_bad_input.py."""
+
+import json
+
+import pytest
+import torch
+from conftest import WORDS, bert_config
+from safetensors.torch import load_file, save_file
+
+from models import load_model, with_labels_of
+from reader import BadInput
+from tasks import Task
+
+TWO = Task(name="two", text=["text"], labels=["negative", "positive"], metrics=["accuracy", "f1"])
+NUMBER = Task(name="number", text=["text"], labels="regression", metrics=["pearson"])
+
+
+def test_a_base_model_gets_a_new_head_with_the_tasks_labels(tiny_bert, caplog):
+    model, tokenizer, facts = load_model(str(tiny_bert), TWO)
+    assert facts["new"] == ["classifier.bias", "classifier.weight"]
+    assert model.config.id2label == {0: "negative", 1: "positive"}
+    assert model.config.problem_type == "single_label_classification"
+    assert tokenizer.model_input_names == ["input_ids", "token_type_ids", "attention_mask"]
+    loaded, saved = model.bert.state_dict(), load_file(tiny_bert / "model.safetensors")
+    assert all(torch.equal(loaded[name], value) for name, value in saved.items())
+
+
+def test_a_mapping_is_trained_from_scratch_with_its_own_vocabulary(vocabulary):
+    model, tokenizer, facts = load_model(bert_config(vocabulary), TWO)
+    assert facts["new"] == ["every weight"]
+    assert model.config.vocab_size == len(tokenizer) == len(WORDS) + 5
+    assert tokenizer.tokenize("The ROOM was") == ["the", "room", "was"]
+
+
+def test_a_vocabulary_that_is_not_there_is_bad_input(tmp_path):
+    with pytest.raises(BadInput, match="no such vocabulary file"):
+        load_model(bert_config(tmp_path / "nowhere.txt"), TWO)
+
+
+def save_classifier(folder, tiny_bert, labels):
+    model, tokenizer, _ = load_model(str(tiny_bert), Task(name="", text=["text"], labels=labels))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+def test_a_head_for_the_same_labels_is_kept(tmp_path, tiny_bert):
+    before = save_classifier(tmp_path, tiny_bert, TWO.labels)
+    model, _, facts = load_model(str(tmp_path), TWO)
+    assert facts["new"] == []
+    assert torch.equal(model.classifier.weight, before.classifier.weight)
+
+
+@pytest.mark.parametrize("labels", [["happy", "sad"], ["positive", "negative"], ["a", "b", "c"]])
+def test_a_head_for_other_labels_is_replaced_never_taken_by_position(tmp_path, tiny_bert, labels):
+    before = save_classifier(tmp_path, tiny_bert, labels)
+    model, _, facts = load_model(str(tmp_path), TWO)
+    assert facts["new"] == ["classifier.bias", "classifier.weight"]
+    assert model.classifier.weight.shape == (2, 32)
+    assert not torch.equal(model.classifier.weight, before.classifier.weight[:2])
+    assert torch.equal(model.bert.pooler.dense.weight, before.bert.pooler.dense.weight)
+
+
+def test_evaluation_matches_labels_by_name_and_refuses_others(tmp_path, tiny_bert):
+    save_classifier(tmp_path, tiny_bert, ["positive", "negative"])
+    model, _, facts = load_model(str(tmp_path))
+    assert with_labels_of(model, facts, TWO).labels == ["positive", "negative"]
+    with pytest.raises(BadInput, match="positive, negative"):
+        with_labels_of(model, facts, Task(name="", text=["text"], labels=["a", "b"]))
+    with pytest.raises(BadInput, match="regression"):
+        with_labels_of(model, facts, NUMBER)
+    several = Task(name="", text=["text"], labels=TWO.labels, problem="multi_label")
+    with pytest.raises(BadInput, match="any number of them"):
+        with_labels_of(model, facts, several)
+    assert with_labels_of(model, facts, Task(name="", text=["text"])).labels == ["positive", "negative"]
+    model, _, facts = load_model(str(tiny_bert))
+    with pytest.raises(BadInput, match="no trained head"):
+        with_labels_of(model, facts, TWO)
+
+
+def test_weights_are_float32_whatever_the_checkpoint_holds(tmp_path, tiny_bert):
+    model = save_classifier(tmp_path, tiny_bert, TWO.labels)
+    model.half().save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float16"
+    loaded, _, _ = load_model(str(tmp_path), TWO)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+
+
+def test_broken_model_folders_are_bad_input(tmp_path, tiny_bert):
+    save_classifier(tmp_path, tiny_bert, TWO.labels)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["classifier.bias"][0] = float("nan")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BadInput, match=r"classifier\.bias hold NaN"):
+        load_model(str(tmp_path), TWO)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(BadInput, match="cannot be loaded"):
+        load_model(str(tmp_path), TWO)
+
+
+def test_half_a_weights_file_is_bad_input(tmp_path, tiny_bert):
+    save_classifier(tmp_path, tiny_bert, TWO.labels)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(BadInput, match="cannot be loaded"):
+        load_model(str(tmp_path), TWO)
+
+
+def test_no_trained_code_of_a_model_folder_is_run(tmp_path, tiny_bert):
+    """A folder with auto_map would ask on the terminal, unless trust_remote_code=False is passed."""
+    save_classifier(tmp_path, tiny_bert, TWO.labels)
+    content = json.loads((tmp_path / "config.json").read_text())
+    content["auto_map"] = {"AutoConfig": "trap.Config", "AutoModelForSequenceClassification": "trap.Model"}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    (tmp_path / "trap.py").write_text(f"open({str(tmp_path / 'sprung')!r}, 'w')")
+    load_model(str(tmp_path), TWO)
+    assert not (tmp_path / "sprung").exists()
