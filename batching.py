@@ -13,9 +13,10 @@ import torch
 from accelerate.utils import gather_object, send_to_device
 from torch.utils.data import DataLoader
 
+from cache import array_of, cached_table, digest, one_process_at_a_time
 from common import log
 from reader import BadInput
-from splits import cached_table, digest, one_process_at_a_time
+from splits import stratified
 
 
 def longest_input(model, tokenizer):
@@ -28,8 +29,55 @@ def longest_input(model, tokenizer):
     return min(limit, tokenizer.model_max_length)
 
 
+def encode(task, tokenizer, texts, max_length):
+    """Tokenise texts (one list, or two of equal length) and cut those above max_length; return (columns, facts).
+
+    columns: `input_ids` and perhaps `token_type_ids`, ragged lists. facts: for each example its `full_length` in tokens
+    before the cut, its number of `unknown` tokens and of `characters`.
+    Of a pair, tokens are taken from the longer text until both fit. `head_tail` keeps a quarter from the start and the
+    rest from the end, the proportion of Sun et al. 2019, https://arxiv.org/abs/1905.05583 (128 and 382 tokens).
+    """
+    columns = [name for name in ("input_ids", "token_type_ids") if name in tokenizer.model_input_names]
+    encoded = tokenizer(*texts, return_special_tokens_mask=True)
+    ids = encoded["input_ids"]
+    facts = {
+        "full_length": [len(one) for one in ids],
+        "unknown": [one.count(tokenizer.unk_token_id) for one in ids],
+        "characters": [sum(map(len, of_example)) for of_example in zip(*texts, strict=True)],
+    }
+    for example, length in enumerate(facts["full_length"]):
+        if length > max_length:
+            keep = _kept(encoded["special_tokens_mask"][example], max_length, task.truncate)
+            for name in columns:
+                encoded[name][example] = [encoded[name][example][position] for position in keep]
+    return {name: encoded[name] for name in columns}, facts
+
+
+def _kept(is_special, max_length, truncate):
+    """Return the positions that stay of one example: all special tokens, and max_length in all."""
+    texts, specials = [[]], []  # the positions of each text's tokens; special tokens lie between the texts
+    for position, special in enumerate(is_special):
+        if special:
+            specials.append(position)
+            texts.append([])
+        else:
+            texts[-1].append(position)
+    texts = [positions for positions in texts if positions]
+    numbers = [max_length - len(specials)]
+    if len(texts) == 2:
+        shorter = int(len(texts[1]) < len(texts[0]))
+        half = min(len(texts[shorter]), numbers[0] // 2)
+        numbers = [numbers[0] - half, half] if shorter else [half, numbers[0] - half]
+    kept = specials
+    for positions, number in zip(texts, numbers, strict=True):
+        head = {"head": number, "tail": 0, "head_tail": number // 4}[truncate]
+        kept = kept + positions[:head] + positions[len(positions) - (number - head) :]
+    return sorted(kept)
+
+
 def tokenize(task, rows, fingerprint, model, tokenizer):
-    """Return (examples, made): a Dataset with ragged `input_ids` (and `token_type_ids`), `length` and `label`.
+    """Return (examples, made): a Dataset of ragged `input_ids` (and `token_type_ids`), `length`, `label` and the facts
+    of `encode`.
 
     Made once, and cached under the content of the rows, the tokenizer and the settings.
     Raises BadInput for a max_length beyond the model's positions, and for token ids beyond its vocabulary.
@@ -43,23 +91,21 @@ def tokenize(task, rows, fingerprint, model, tokenizer):
         )
     max_length = task.max_length or limit
     specials = tokenizer.num_special_tokens_to_add(pair=len(task.text) == 2)
-    if max_length <= specials:
+    if max_length <= specials + len(task.text) - 1:
         raise BadInput(
             f"--max_length {max_length} leaves no room beside {specials} special tokens", "Give a larger one."
         )
     columns = [name for name in ("input_ids", "token_type_ids") if name in tokenizer.model_input_names]
-    label_type = pa.float64() if task.is_regression else pa.int64()
-    schema = pa.schema(
-        [(name, pa.list_(pa.int32())) for name in columns] + [("length", pa.int32()), ("label", label_type)]
-    )
+    label_type = rows.features.arrow_schema.field("label").type
+    counts = ["length", "full_length", "unknown", "characters"]
+    schema = [(name, pa.list_(pa.int32())) for name in columns] + [(name, pa.int32()) for name in counts]
 
     def token_columns():
         for start_row in range(0, len(rows), 1000):
             some = rows[start_row : start_row + 1000]
-            texts = [some[column] for column in task.text]
-            encoded = tokenizer(*texts, truncation=True, max_length=max_length)
+            encoded, facts = encode(task, tokenizer, [some[column] for column in task.text], max_length)
             lengths = [len(ids) for ids in encoded["input_ids"]]
-            yield {**{name: encoded[name] for name in columns}, "length": lengths, "label": some["label"]}
+            yield {**encoded, **facts, "length": lengths, "label": some["label"]}
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend:  # its last call is part of its state, and would be part of the key
@@ -67,11 +113,10 @@ def tokenize(task, rows, fingerprint, model, tokenizer):
         backend.no_padding()
     vocabulary = backend.to_str() if backend else sorted(tokenizer.get_vocab().items())
     # The labels' order is part of the key: `label` holds ids.
-    key = digest(
-        "tokens", fingerprint, type(tokenizer).__name__, vocabulary, columns, task.text, task.labels, max_length
-    )
-    examples, made = cached_table(key, schema, token_columns)
-    largest = max((int(max(chunk.values.to_numpy())) for chunk in examples.data.column("input_ids").chunks), default=0)
+    settings = [columns, task.text, task.labels, max_length, task.truncate]
+    key = digest("tokens", fingerprint, type(tokenizer).__name__, vocabulary, settings)
+    examples, made = cached_table(key, pa.schema([*schema, ("label", label_type)]), token_columns)
+    largest = max((int(chunk.values.to_numpy().max()) for chunk in examples.data.column("input_ids").chunks), default=0)
     vocabulary_size = model.get_input_embeddings().num_embeddings
     if largest >= vocabulary_size:
         raise BadInput(
@@ -85,12 +130,16 @@ def tokenize_splits(task, splits, fingerprints, model, tokenizer):
     """Return (task, {split: examples}), the task with its max_length filled in; say what came from the cache."""
     with one_process_at_a_time():
         tokenized = {name: tokenize(task, rows, fingerprints[name], model, tokenizer) for name, rows in splits.items()}
-    for name, (examples, made) in tokenized.items():
-        longest = max(examples["length"])
-        source = "tokenised" if made else "tokens from the cache"
-        log.info(f"{name}: {len(examples)} examples, longest {longest} tokens, {source}")
+    made = [name for name, (_, made) in tokenized.items() if made]
+    log.info(f"tokenised: {', '.join(made)}" if made else "tokens from the cache")
     task = replace(task, max_length=task.max_length or longest_input(model, tokenizer))
     return task, {name: examples for name, (examples, _) in tokenized.items()}
+
+
+def sample(examples, number):
+    """Return `number` of the examples, always the same ones, in which each class keeps its share."""
+    drawn, _ = stratified(array_of(examples, "label"), min(number, len(examples)), seed=0, keep=0)
+    return examples.select(drawn)
 
 
 def plan(number_of_examples, batch_size, seed, steps):
@@ -190,7 +239,7 @@ def all_logits(model, examples, accelerator, batch_size, pad_token_id):
     """
     was_training = model.training
     model.eval()
-    lengths = np.array(examples["length"])
+    lengths = array_of(examples, "length")
     order = np.argsort(-lengths, kind="stable")
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     mine = []

@@ -11,6 +11,7 @@ from tasks import save_task, write_json, write_text
 
 # All that a run leaves in its folder; --overwrite removes these and nothing else.
 LEFT_BY_A_RUN = ("checkpoints", "model", "model.tmp", "tensorboard", "metrics.jsonl", "results.json", "state.json")
+LEFT_BY_A_RUN += ("bad_rows.csv",)
 
 
 def look_at(folder, settings, fingerprints, overwrite=False):
@@ -53,7 +54,11 @@ def look_at(folder, settings, fingerprints, overwrite=False):
 def check_output(folder):
     """Raise BadInput where a file stands in the place of a folder that is to be written."""
     for path in (folder, *folder.parents):
-        if path.exists() and not path.is_dir():
+        try:
+            is_other = path.exists() and not path.is_dir()
+        except OSError as error:  # a name too long
+            raise BadInput(f"{path}: cannot be a folder ({error.strerror})", "Choose another --output_dir.") from None
+        if is_other:
             raise BadInput(f"{path}: is a file, not a folder", "Choose another --output_dir.")
 
 
@@ -130,10 +135,14 @@ def write_model(folder, model, tokenizer, task, fingerprints, majority, results,
     write_state(folder, "done")
 
 
-def trained_precision(folder):
-    """Return the mixed precision that the scores of a saved model were computed in, or "auto" where it is not known."""
+def trained(folder):
+    """Return (mixed precision that the scores of a saved model were computed in, what its majority baseline predicts).
+
+    ("auto", None) where they are not known.
+    """
     path = Path(folder) / "metrics.json"
-    return json.loads(path.read_text(encoding="utf-8"))["mixed_precision"] if path.is_file() else "auto"
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content.get("mixed_precision", "auto"), content.get("majority")
 
 
 def model_folder(path):

@@ -3,13 +3,12 @@
 import argparse
 import csv
 import gc
-import inspect
+import io
 import logging
 import os
 import sys
 import time
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +16,11 @@ import numpy as np
 import hardware
 import metrics
 import tasks
+from cache import array_of, one_process_at_a_time
+from labels import UNLABELLED
+from models import load_model, with_labels_of  # noqa: F401 - for the scripts
 from reader import BadInput
-from splits import UNLABELLED, hub_commit, load_splits, one_process_at_a_time
+from splits import load_splits
 from tasks import amount, count, positive, share  # noqa: F401 - the types of flags, for the scripts
 
 log = logging.getLogger("classifier")
@@ -74,6 +76,9 @@ def run(main):
     """Call main() and turn what it raises into an exit code: 2 with a reason and an advice for bad input, 1 else."""
     script = Path(sys.argv[0]).name
     try:
+        empty = next((word for word in sys.argv[1:] if word == "" or (word[:2] == "--" and word[-1] == "=")), None)
+        if empty is not None:
+            raise BadInput(f"an argument is empty: {' '.join(map(repr, sys.argv[1:]))}", "Is a shell variable not set?")
         return main()
     except BadInput as error:
         code, words = 2, f"{script}: error: {error.reason}\n{script}: {error.advice}"
@@ -195,70 +200,25 @@ def finish(accelerator, *prepared):
 
 
 def load_data(task, args):
-    """Return (task, splits, fingerprints) as splits.load_splits does, one process of a machine after the other."""
+    """Return (task, splits, fingerprints, bad_rows) of splits.load_splits, one process of a machine after the other."""
     with one_process_at_a_time():
-        return load_splits(task, tasks.limits_of(args), args.refresh)
+        task, splits, fingerprints, bad_rows = load_splits(task, args.refresh)
+    for name in dict.fromkeys(bad_row["split"] for bad_row in bad_rows):
+        reasons = [bad_row["reason"] for bad_row in bad_rows if bad_row["split"] == name]
+        log.warning(
+            f"WARNING: {name}: {len(reasons)} bad rows left out, listed in bad_rows.csv; the first: {reasons[0]}"
+        )
+    return task, splits, fingerprints, bad_rows
 
 
-def load_model(name, task=None, refresh=False):
-    """Return (model, tokenizer, facts) of a Hub id, a folder, or a mapping of config values (trained from scratch).
-
-    With a task, a head that does not fit its labels is replaced by a new one. Weights are float32 whatever the
-    checkpoint's type. `facts` holds `model`, `commit` and `new`: the names of newly initialised weights.
-    Raises BadInput for a name that is neither on the Hub nor a model folder, and for weights that are not finite.
-    """
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BertTokenizer
-
-    head = {}
-    if task and task.is_regression:
-        head = {"num_labels": 1, "problem_type": "regression"}
-    elif task:
-        names = dict(enumerate(task.labels))
-        head = {"id2label": names, "label2id": {label: number for number, label in names.items()}}
-        head |= {"num_labels": len(names), "problem_type": "single_label_classification"}
-
-    if isinstance(name, dict):
-        if not Path(name["vocab"]).is_file():
-            raise BadInput(f"{name['vocab']}: no such vocabulary file", "Mend `vocab` in the task's `model`.")
-        tokenizer = BertTokenizer(name["vocab"])
-        values = {key: value for key, value in name.items() if key != "vocab"}
-        config = AutoConfig.for_model(**{"vocab_size": len(tokenizer), **values}, **head)
-        model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
-        facts = {"model": values, "commit": None, "new": ["every weight"]}
-    else:
-        options = {"revision": None, "trust_remote_code": False}
-        if not Path(name).is_dir():
-            options["revision"] = hub_commit(name, "model", refresh=refresh)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name, **options)
-            labels_before = AutoConfig.from_pretrained(name, **options).id2label
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                name, **options, **head, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
-            )
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            words = " ".join(str(error).split())[:300]
-            raise BadInput(f"{name}: cannot be loaded as a text classifier ({words})", "Check --model.") from None
-        new = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
-        if not new and task and not task.is_regression and list(labels_before.values()) != task.labels:
-            # A head of the right size, but for other labels: its classes would be taken for ours by position.
-            fresh = AutoModelForSequenceClassification.from_config(model.config, dtype=torch.float32)
-            for child, module in fresh.named_children():
-                if child != model.base_model_prefix:
-                    setattr(model, child, module)
-                    new |= {f"{child}.{key}" for key in module.state_dict()}
-        facts = {"model": str(name), "commit": options["revision"], "new": sorted(new)}
-    if facts["new"]:
-        parts = sorted({key.rsplit(".", 1)[0] for key in facts["new"]})
-        log.info(f"newly initialised: {', '.join(parts)} (not in the checkpoint: learnt in this training)")
-    # Types such as token_type_ids are made by some tokenizers for models that do not know them.
-    known = inspect.signature(model.forward).parameters
-    tokenizer.model_input_names = [key for key in tokenizer.model_input_names if key in known]
-    broken = [key for key, value in model.named_parameters() if not torch.isfinite(value).all()]
-    if broken:
-        raise BadInput(f"{name}: the weights {broken[0]} hold NaN or infinity", "Take another checkpoint.")
-    return model, tokenizer, facts
+def write_bad_rows(folder, bad_rows):
+    """Write bad_rows.csv, the rows that --on_bad_row skip left out; nothing where there are none."""
+    if bad_rows:
+        stream = io.StringIO(newline="")
+        write_row = csv_row_writer(stream)
+        for fields in [list(bad_rows[0]), *(bad_row.values() for bad_row in bad_rows)]:
+            write_row(fields)
+        tasks.write_text(Path(folder) / "bad_rows.csv", stream.getvalue())
 
 
 def check_splits(task, splits, names):
@@ -266,8 +226,8 @@ def check_splits(task, splits, names):
     for name in names:
         if name not in splits:
             raise BadInput(f"task {task.name}: has no {name} split", f"Splits: {', '.join(splits)}.")
-        labels = np.asarray(splits[name]["label"])
-        missing = np.isnan(labels).sum() if task.is_regression else (labels == UNLABELLED).sum()
+        labels = array_of(splits[name], "label").reshape(len(splits[name]), -1)
+        missing = (np.isnan(labels) if task.is_regression else labels == UNLABELLED).any(axis=1).sum()
         if missing:
             raise BadInput(
                 f"task {task.name}: {missing} of {len(labels)} examples of the {name} split have no label",
@@ -275,28 +235,10 @@ def check_splits(task, splits, names):
             )
 
 
-def with_labels_of(model, facts, task):
-    """Return the task with its labels in the order of the model's head; without a task's labels, with the model's.
-
-    Labels are matched by name, never by position. Raises BadInput where model and task do not fit.
-    """
-    name, names = facts["model"], list(model.config.id2label.values())
-    head_is_regression = model.config.num_labels == 1
-    if facts["new"]:
-        raise BadInput(f"{name}: has no trained head ({', '.join(facts['new'])})", f"First: train.py --model {name}")
-    if head_is_regression != task.is_regression or not (
-        task.is_regression or task.labels is None or sorted(task.labels) == sorted(names)
-    ):
-        raise BadInput(
-            f"{name}: its head is for {'a number' if head_is_regression else ', '.join(names)}; the labels of the task "
-            f"{task.name} are {', '.join(task.labels) if isinstance(task.labels, list) else task.labels}",
-            f"Score it on data like those it was trained on, or fine-tune it first: train.py --model {name}",
-        )
-    return task if task.is_regression else replace(task, labels=names)
-
-
-def probabilities(logits):
-    """Return softmax(logits) over the last axis, in float64: (examples, labels)."""
+def probabilities(task, logits):
+    """Return each label's probability, in float64, shape (examples, labels): softmax, or sigmoid in multi-label."""
+    if task.is_multi_label:
+        return 1 / (1 + np.exp(-np.clip(logits.astype(np.float64), -700, 700)))  # exp(710) overflows
     shifted = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
     return shifted / shifted.sum(axis=-1, keepdims=True)
 
@@ -320,31 +262,48 @@ def prediction_rows(task, logits):
     if task.is_regression:
         yield from ([float(value)] for value in logits[:, 0])
         return
-    for row in probabilities(logits):
-        best = int(row.argmax())
-        yield [task.labels[best], float(row[best]), *(float(value) for value in row)]
+    for row in probabilities(task, logits):
+        if task.is_multi_label:  # as one string, and the probability of just these labels
+            label = task.separator.join(name for name, value in zip(task.labels, row, strict=True) if value > 0.5)
+            probability = np.maximum(row, 1 - row).prod()
+        else:
+            label, probability = task.labels[int(row.argmax())], row.max()
+        yield [label, float(probability), *(float(value) for value in row)]
 
 
 # -------------------------------------------------------------------------------------------------- losses and scores
 
 
 def example_losses(task, logits, labels, label_smoothing=0.0, class_weights=None):
-    """Return the loss of each example, shape (examples,): cross entropy, or squared error in regression.
+    """Return the loss of each example, shape (examples,): cross entropy; squared error in regression; in multi-label
+    the mean over the labels of each one's binary cross entropy.
 
-    logits: (examples, outputs) in float32; labels: (examples,), ids or floats; class_weights: (labels,) or None.
+    logits: (examples, outputs) in float32; labels: (examples,), ids or floats, or (examples, labels) of 0 and 1;
+    class_weights: (labels,) or None.
     """
     from torch.nn import functional
 
     if task.is_regression:
         return functional.mse_loss(logits.squeeze(-1), labels.to(logits.dtype), reduction="none")
+    if task.is_multi_label:
+        return functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none").mean(-1)
     losses = functional.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
     return losses if class_weights is None else losses * class_weights[labels]
 
 
-def evaluate(task, logits, labels):
-    """Return {"loss", "scores", "predictions"} of logits (examples, outputs) for labels (examples,).
+def balanced_weights(task, labels):
+    """Return the weight of each class, shape (labels,): inverse to its frequency, of mean 1 over the examples."""
+    import torch
 
-    `loss` is the mean over the examples, `scores` the task's metrics, `predictions` label ids or values.
+    counts = np.bincount(labels, minlength=len(task.labels))
+    return torch.tensor(len(labels) / ((counts > 0).sum() * np.maximum(counts, 1)), dtype=torch.float32)
+
+
+def evaluate(task, logits, labels, majority):
+    """Return {"loss", "scores", "predictions", "majority"} of logits (examples, outputs) for labels (examples,).
+
+    `loss` is the mean over the examples, `scores` the task's metrics, `predictions` label ids or values (in multi-label
+    0 and 1), `majority` the metrics of always predicting `majority`.
     Raises FloatingPointError for logits that are not finite.
     """
     import torch
@@ -352,13 +311,24 @@ def evaluate(task, logits, labels):
     labels, broken = np.asarray(labels), (~np.isfinite(logits)).any(axis=1)
     if broken.any():
         raise FloatingPointError(f"{broken.sum()} of {len(labels)} examples have logits that are not finite")
-    predictions = logits[:, 0] if task.is_regression else logits.argmax(axis=1)
-    loss = example_losses(task, torch.from_numpy(logits), torch.from_numpy(labels)).mean().item()
-    return {"loss": loss, "scores": metrics.compute(task.metrics, predictions, labels), "predictions": predictions}
+    if task.is_regression:
+        predictions = logits[:, 0]
+    else:
+        predictions = (logits > 0).astype(int) if task.is_multi_label else logits.argmax(axis=1)
+    loss = example_losses(task, torch.from_numpy(logits), torch.tensor(labels)).mean().item()
+    return {
+        "loss": loss,
+        "scores": metrics.compute(task.metrics, predictions, labels),
+        "predictions": predictions,
+        "majority": majority_scores(task, majority, labels),
+    }
 
 
 def majority(task, labels):
-    """Return what a model that sees no text would predict: the most frequent label id; the mean in regression."""
+    """Return what a model that sees no text would predict: the most frequent label id; the mean in regression; in
+    multi-label a list, 1 for each label that more than half of the examples have."""
+    if task.is_multi_label:
+        return (labels.mean(axis=0) > 0.5).astype(int).tolist()
     return float(np.mean(labels)) if task.is_regression else int(np.bincount(labels).argmax())
 
 
@@ -366,7 +336,7 @@ def majority_scores(task, constant, labels):
     """Return the task's metrics of always predicting `constant`."""
     with warnings.catch_warnings():  # a constant has no correlation: that is known, and no news
         warnings.simplefilter("ignore")
-        return metrics.compute(task.metrics, np.full(len(labels), constant), np.asarray(labels))
+        return metrics.compute(task.metrics, np.broadcast_to(constant, labels.shape), labels)
 
 
 def is_better(task, score, best):

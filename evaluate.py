@@ -11,10 +11,13 @@ Writes RUN/evaluation-SPLIT/ (--output_dir): evaluation.json, and predictions.cs
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 import batching
 import checkpoint
 import common
 import tasks
+from cache import array_of
 from common import BadInput, log
 
 
@@ -36,7 +39,11 @@ def write_predictions(path, task, rows, logits):
         write_row = common.csv_row_writer(file)
         write_row([*task.text, "label", *common.prediction_columns(task)])
         for row, prediction in zip(rows, common.prediction_rows(task, logits), strict=True):
-            label = row["label"] if task.is_regression else task.labels[row["label"]]
+            label = row["label"]
+            if task.is_multi_label:
+                label = task.separator.join(task.labels[position] for position in np.flatnonzero(label))
+            elif not task.is_regression:
+                label = task.labels[label]
             write_row([*(row[column] for column in task.text), label, *prediction])
     temporary.replace(path)
 
@@ -47,50 +54,67 @@ def main():
     task, fingerprints = tasks.saved_task(folder)
     if task is None and not args.task:
         raise BadInput(f"{args.model}: has no task.json, so its data are not known", "Name them with --task.")
-    if args.task or args.train_file or args.validation_file or args.test_file:
+    if args.task or args.dataset or args.train_file or args.validation_file or args.test_file:
         fingerprints = {}  # other data than the model was trained on, by request
     task = tasks.task_of(args, default=task)
-    split, name = args.split, args.split
+    split = args.split
     if args.file:
-        split, name = "file", Path(args.file).name.split(".")[0]
-        task, fingerprints = replace(task, dataset=None, files={split: args.file}), {}
-    output = Path(args.output_dir or Path(folder if Path(folder).is_dir() else "").parent / f"evaluation-{name}")
-    checkpoint.check_output(output)
+        split, fingerprints = "file", {}
+        task = replace(task, dataset=None, files={split: args.file}, limit=tasks.limits_of(args.limit))
+    # MNLI has two validation splits: both are scored.
+    beside = Path(folder if Path(folder).is_dir() else "").parent
+    checkpoint.check_output(Path(args.output_dir or beside))
 
-    trained_precision = checkpoint.trained_precision(folder)
+    trained_precision, majority = checkpoint.trained(folder)
     if args.mixed_precision == "auto" and trained_precision != "fp16":  # fp16 is not to be had everywhere
         args.mixed_precision = trained_precision
     accelerator = common.start(args)
     model, tokenizer, facts = common.load_model(folder, refresh=args.refresh)
     task = common.with_labels_of(model, facts, task)
-    task, splits, now = common.load_data(task, args)
-    common.check_splits(task, splits, [split])
-    if fingerprints.get(split, now[split]) != now[split] and not args.limit:
+    task, splits, now, bad_rows = common.load_data(task, args)
+    names = [name for name in splits if name == split or name.startswith(f"{split}_")] or [split]
+    common.check_splits(task, splits, names)
+    changed = [name for name in names if fingerprints.get(name, now[name]) != now[name]]
+    if changed and not args.limit:
         raise BadInput(
-            f"the {split} split is not the one of the training: its data or the rule that made it have changed",
+            f"the {changed[0]} split is not the one of the training: its data or the rule that made it have changed",
             "Score the data as they are now with --file, or bring back the old ones.",
         )
-    rows = splits[split]
-    task, examples = batching.tokenize_splits(task, {split: rows}, now, model, tokenizer)
+    task, examples = batching.tokenize_splits(task, {name: splits[name] for name in names}, now, model, tokenizer)
     model = accelerator.prepare_model(model, evaluation_mode=True)
-    logits = batching.all_logits(model, examples[split], accelerator, args.eval_batch_size, tokenizer.pad_token_id)
-    result = common.evaluate(task, logits, rows["label"])
-
-    log.info(f"{name}: {common.score_words(result['scores'])}, loss {result['loss']:.4f}, {len(rows)} examples")
-    if accelerator.is_main_process:
-        evaluation = {
-            "model": facts["model"],
-            "split": name,
-            "examples": len(rows),
-            "fingerprint": now[split],
-            "mixed_precision": accelerator.mixed_precision,
-            "loss": result["loss"],
-            "scores": result["scores"],
-        }
-        output.mkdir(parents=True, exist_ok=True)
-        write_predictions(output / "predictions.csv", task, rows, logits)
-        tasks.write_json(output / "evaluation.json", evaluation)
-    log.info(f"written: {output}/evaluation.json, predictions.csv")
+    for name in names:
+        shown = Path(args.file).name.split(".")[0] if args.file else name
+        output = Path(
+            args.output_dir or beside / f"evaluation-{shown}", *([name] if len(names) > 1 and args.output_dir else [])
+        )
+        checkpoint.check_output(output)
+        logits = batching.all_logits(model, examples[name], accelerator, args.eval_batch_size, tokenizer.pad_token_id)
+        labels = array_of(splits[name], "label")
+        # Without the training's majority at hand, that of these very labels: no baseline is higher.
+        result = common.evaluate(task, logits, labels, common.majority(task, labels) if majority is None else majority)
+        left_out = sum(bad_row["split"] == name for bad_row in bad_rows)
+        words = f"scored {len(logits)} of {len(logits) + left_out} examples" if left_out else f"{len(logits)} examples"
+        log.info(
+            f"{shown}: {common.score_words(result['scores'])}, loss {result['loss']:.4f}, {words} "
+            f"(majority: {common.score_words(result['majority'])})"
+        )
+        if accelerator.is_main_process:
+            evaluation = {
+                "model": facts["model"],
+                "split": shown,
+                "examples": len(logits),
+                "bad_rows": left_out,
+                "fingerprint": now[name],
+                "mixed_precision": accelerator.mixed_precision,
+                "loss": result["loss"],
+                "scores": result["scores"],
+                "majority_baseline": result["majority"],
+            }
+            output.mkdir(parents=True, exist_ok=True)
+            common.write_bad_rows(output, [bad_row for bad_row in bad_rows if bad_row["split"] == name])
+            write_predictions(output / "predictions.csv", task, splits[name], logits)
+            tasks.write_json(output / "evaluation.json", evaluation)
+        log.info(f"written: {output}/evaluation.json, predictions.csv{', bad_rows.csv' if left_out else ''}")
     common.finish(accelerator, model)
 
 

@@ -6,7 +6,8 @@ and scipy's in float64. A score that has no value is None (null in JSON), with o
     compute(["f1", "accuracy"], predictions, references)      -> {"f1": 0.8122, "accuracy": 0.6838}
     load("f1").compute(predictions=..., references=...)       -> {"f1": 0.8122}
 
-Predictions and references are columns of equal length: integer class ids (after the argmax), or floats for regression.
+Predictions and references are columns of equal length: integer class ids (after the argmax), floats for regression, or
+for multi-label problems arrays of 0 and 1, shape [rows, labels].
 """
 
 import difflib
@@ -22,7 +23,9 @@ import numpy as np
 REGRESSION = ("pearson", "spearmanr", "mse")
 CLASSIFICATION = ("accuracy", "f1", "matthews_correlation", "f1_macro", "f1_weighted")
 CLASSIFICATION += ("precision_weighted", "recall_weighted")
-DIRECTION = dict.fromkeys(CLASSIFICATION + REGRESSION, "max") | {"mse": "min"}  # every metric, and which way is better
+MULTI_LABEL = ("f1_micro", "f1_macro", "accuracy")
+# Every metric, and which way is better.
+DIRECTION = dict.fromkeys(CLASSIFICATION + MULTI_LABEL + REGRESSION, "max") | {"mse": "min"}
 LARGEST = 1e100  # beyond this the squares of a regression score overflow float64
 
 
@@ -44,12 +47,16 @@ def require_known(name: str) -> None:
         raise ValueError(f"unknown metric {name!r}: {hint}Allowed: {', '.join(DIRECTION)}")
 
 
-def check(names: list[str], number_of_labels: int | None) -> None:
+def check(names: list[str], number_of_labels: int | None, multi_label: bool = False) -> None:
     """Raises ValueError, in one line, where a metric is unknown or does not fit; regression: None labels."""
     if not names:
         raise ValueError(f"no metric is named. Allowed: {', '.join(DIRECTION)}")
     for name in names:
         require_known(name)
+        if multi_label and name not in MULTI_LABEL:
+            raise ValueError(f"{name} is not for several labels a text: use {', '.join(MULTI_LABEL)}")
+        if not multi_label and name == "f1_micro":
+            raise ValueError("f1_micro is for several labels a text; with one label it is the accuracy: use that")
         if number_of_labels is None and name not in REGRESSION:
             raise ValueError(f"{name} is for classification, this task is regression: use {', '.join(REGRESSION)}")
         if number_of_labels is not None and name in REGRESSION:
@@ -66,18 +73,21 @@ def compute(names: list[str], predictions, references) -> dict[str, float | None
     for values that are not integers (`evaluate` would cut 1.7 to 1 in silence) and for unlabelled rows (-1).
     """
     predictions, references = np.asarray(predictions), np.asarray(references)
-    if predictions.ndim != 1 or predictions.shape != references.shape:
+    if predictions.ndim not in (1, 2) or predictions.shape != references.shape:
         raise ValueError(f"need two equally long columns, got shapes {predictions.shape} and {references.shape}")
     scores, undefined = {}, []
     for name in names:
         require_known(name)
-        if name in CLASSIFICATION and len(references):
+        if references.ndim == 2 and name not in MULTI_LABEL:
+            raise ValueError(f"{name} needs two equally long columns, got shape {references.shape}")
+        if name not in REGRESSION and len(references):
             for side, values in (("predictions", predictions), ("references", references)):
                 if values.dtype.kind not in "biu":
                     raise ValueError(f"{name} needs integer class ids, the {side} are {values.dtype}: take the argmax")
             if references.min() < 0:
                 raise ValueError(f"{name} needs labels, the references hold {references.min()}: leave such rows out")
-        scores.update(load(name).compute(predictions=predictions, references=references))
+        metric = load(name, multi_label=references.ndim == 2)
+        scores.update(metric.compute(predictions=predictions, references=references))
         if scores[name] is None:
             undefined.append(f"{name} is undefined: {why_undefined(name, predictions, references)}")
     if undefined:
@@ -85,13 +95,14 @@ def compute(names: list[str], predictions, references) -> dict[str, float | None
     return scores
 
 
-def load(name: str):
+def load(name: str, multi_label: bool = False):
     """An `evaluate.Metric`, as `evaluate.load` would give, made here; add, add_batch and compute work as usual."""
     require_known(name)
     evaluate = import_evaluate()
-    from datasets import Features, Value
+    from datasets import Features, List, Value
 
     value = Value("float64" if name in REGRESSION else "int64")
+    column = List(value) if multi_label else value
 
     class Metric(evaluate.Metric):
         def _info(self):
@@ -100,7 +111,7 @@ def load(name: str):
                 description=FORMULAS[name].__doc__,
                 citation="",
                 inputs_description="predictions, references: columns of equal length.",
-                features=Features(predictions=value, references=value),
+                features=Features(predictions=column, references=column),
             )
 
         def _build_data_dir(self):
@@ -140,6 +151,8 @@ def why_undefined(name: str, predictions: np.ndarray, references: np.ndarray) ->
     """Why this score has no value, in plain words; an empty string where it has one."""
     if len(references) == 0:
         return "there are no rows"
+    if name == "f1_micro" and not (predictions.any() or references.any()):
+        return "no label is predicted or present, 0/0"
     if name == "f1" and not (predictions == 1).any() and not (references == 1).any():
         return "class 1 is neither predicted nor present, 0/0"
     if name in REGRESSION:
@@ -160,7 +173,10 @@ def count_classes(predictions: np.ndarray, references: np.ndarray) -> tuple[np.n
     """Diagonal, predicted rows and actual rows of the confusion matrix, each of shape [classes], int64.
 
     The classes are those that occur in either column. The class metrics need no more of the matrix than this.
+    In multi-label: of every label, the rows where it is right, predicted and present.
     """
+    if references.ndim == 2:
+        return (predictions & references).sum(axis=0), predictions.sum(axis=0), references.sum(axis=0)
     _, codes = np.unique(np.concatenate([predictions, references]), return_inverse=True)
     predicted, actual = codes[: len(predictions)], codes[len(predictions) :]
     columns = (predicted[predicted == actual], predicted, actual)
@@ -168,8 +184,8 @@ def count_classes(predictions: np.ndarray, references: np.ndarray) -> tuple[np.n
 
 
 def accuracy(predictions, references):
-    """Rows predicted right / rows."""
-    return np.mean(predictions == references)
+    """Rows predicted right / rows; in multi-label a row is right where all of its labels are."""
+    return np.mean((predictions == references).reshape(len(references), -1).all(axis=1))
 
 
 def f1(predictions, references):
@@ -190,10 +206,17 @@ def matthews_correlation(predictions, references):
     return covariance / math.sqrt(variances) if variances else 0.0
 
 
-def f1_macro(predictions, references):
-    """Plain mean of each class's F1, over the classes that occur in predictions or references (as scikit-learn)."""
+def f1_micro(predictions, references):
+    """F1 of all labels of all rows together (as scikit-learn)."""
     hits, predicted, actual = count_classes(predictions, references)
-    return np.mean(2 * hits / (predicted + actual))
+    return 2 * hits.sum() / (predicted.sum() + actual.sum())
+
+
+def f1_macro(predictions, references):
+    """Plain mean of each class's F1, over the classes that occur in predictions or references (as scikit-learn); in
+    multi-label over all labels, 0 for one that occurs in neither."""
+    hits, predicted, actual = count_classes(predictions, references)
+    return np.mean(2 * hits / np.maximum(predicted + actual, 1))
 
 
 def f1_weighted(predictions, references):

@@ -13,6 +13,7 @@ import gzip
 import json
 import os
 import sys
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -24,7 +25,7 @@ import checkpoint
 import common
 import tasks
 from common import BadInput
-from reader import nearest, read_rows, table_format
+from reader import nearest, read_rows, table_format, without_skip
 
 ROWS_AT_A_TIME = 4096  # read, sorted by length, predicted, and written in input order
 
@@ -58,6 +59,10 @@ def read_lines(stream, columns):
         yield number, dict(zip(columns, texts, strict=True))
 
 
+def refuse(bad_row):
+    raise BadInput(bad_row.reason, without_skip(bad_row.advice))
+
+
 def check_columns(where, row, text_columns, new_columns):
     """Raise BadInput where a row lacks a text column, or has one that the predictions would overwrite."""
     for column in text_columns:
@@ -70,9 +75,9 @@ def check_columns(where, row, text_columns, new_columns):
 
 
 @torch.inference_mode()
-def predict(model, tokenizer, accelerator, max_length, texts, batch_size):
+def predict(task, model, tokenizer, accelerator, texts, batch_size):
     """Return the logits of texts: an array (texts, outputs). texts: one list, or two of equal length for pairs."""
-    encoded = tokenizer(*texts, truncation=True, max_length=max_length)
+    encoded, _ = batching.encode(task, tokenizer, texts, task.max_length)
     order = np.argsort([-len(ids) for ids in encoded["input_ids"]], kind="stable")
     logits = np.zeros((len(order), model.config.num_labels), dtype=np.float32)
     for start in range(0, len(order), batch_size):
@@ -118,10 +123,13 @@ def main():
     model, tokenizer, facts = common.load_model(folder)
     task, _ = tasks.saved_task(folder)
     task = task or tasks.Task(
-        name=Path(folder).name, text=["text"], labels=None if model.config.num_labels > 1 else "regression"
+        name=Path(folder).name,
+        text=["text"],
+        labels=None if model.config.num_labels > 1 else "regression",
+        problem="multi_label" if model.config.problem_type == "multi_label_classification" else None,
     )
     task = common.with_labels_of(model, facts, task)
-    max_length = task.max_length or batching.longest_input(model, tokenizer)
+    task = replace(task, max_length=task.max_length or batching.longest_input(model, tokenizer))
     model = accelerator.prepare_model(model, evaluation_mode=True).eval()
     new_columns = common.prediction_columns(task)
 
@@ -134,7 +142,7 @@ def main():
             for line, row in some:
                 check_columns(f"{args.input or '--text'}, line {line}", row, task.text, new_columns)
             texts = [[row[column] for _, row in some] for column in task.text]
-            logits = predict(model, tokenizer, accelerator, max_length, texts, args.eval_batch_size)
+            logits = predict(task, model, tokenizer, accelerator, texts, args.eval_batch_size)
             yield from zip((row for _, row in some), common.prediction_rows(task, logits), strict=True)
 
     if args.text is not None:
@@ -148,7 +156,7 @@ def main():
     elif args.input == "-":
         rows, kind = read_lines(sys.stdin, task.text), "tsv"
     else:
-        rows, kind = read_rows(args.input), table_format(args.input)
+        rows, kind = read_rows(args.input, on_bad_row=refuse), table_format(args.input)
     if args.output:
         write_file(args.output, predicted(rows), new_columns)
     elif args.text is not None:
@@ -177,7 +185,7 @@ def show(task, prediction, top_k):
     if task.is_regression:
         print(f"{prediction[0]:.4f}")
         return
-    likeliest = sorted(zip(prediction[2:], task.labels, strict=True), reverse=True)
+    likeliest = sorted(zip(prediction[2:], task.labels, strict=True), reverse=True)  # in multi-label each for itself
     for probability, label in likeliest[:top_k]:
         print(f"{probability:.4f}  {label}")
 

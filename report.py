@@ -9,10 +9,12 @@ from importlib.metadata import version
 
 import numpy as np
 import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from common import is_better, log, score_words
+import facts
+from common import BadInput, example_losses, is_better, log, score_words
 
 SECONDS_BETWEEN_LINES = 10
 
@@ -32,7 +34,9 @@ class Progress:
         self.total_steps = total_steps
         self.steps_per_epoch = steps_per_epoch
         self.sums, self.sums_at_evaluation = np.zeros(4), np.zeros(4)  # as train.read_interval returns them
-        self.train_seconds = 0.0  # without evaluating and saving
+        self.train_seconds, self.evaluation_seconds = 0.0, 0.0  # without saving; with
+        self.steps = 0
+        self.intervals = []  # (seconds, tokens with padding)
         self.started = self.last_line = self.last_read = time.monotonic()
         on_terminal = accelerator.is_main_process and sys.stderr.isatty()
         self.bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True, disable=not on_terminal)
@@ -48,6 +52,8 @@ class Progress:
         now = time.monotonic()
         seconds, self.last_read = now - self.last_read, now
         self.train_seconds += seconds
+        self.steps = step
+        self.intervals.append((seconds, sums[3]))
         self.sums += sums
         loss, examples_per_second, grad_norm = sums[0] / sums[1], sums[1] / seconds, float(grad_norm)
         values = {
@@ -69,26 +75,37 @@ class Progress:
                 f"{examples_per_second:.0f} examples/s, {clock(left)} left"
             )
 
-    def evaluation(self, step, learning_rate, evaluations, baselines, is_best):
+    def evaluation(self, step, learning_rate, evaluations, is_best):
         """Note evaluations of splits, and show each as a row with the scores of the majority class beside its own."""
         loss_sum, examples, *_ = self.sums - self.sums_at_evaluation
         self.sums_at_evaluation = self.sums.copy()
         for split, evaluation in evaluations.items():
             loss, scores = evaluation["loss"], evaluation["scores"]
             self._note("eval", step, {"split": split, "loss": loss, "scores": scores})
-            self._track(split, step, {"loss": loss, **scores})
+            name = "train_sample" if split == "train" else split  # "train loss" is that of the steps
+            self._track(name, step, {"loss": loss, **scores})
             log.info(
                 f"epoch {step / self.steps_per_epoch:.2f}, step {step} | train loss {loss_sum / examples:.4f}, "
-                f"{split} loss {loss:.4f}, lr {learning_rate:.2e} | {score_words(scores)} | "
-                f"majority: {score_words(baselines[split])} | {clock(time.monotonic() - self.started)}"
+                f"{name} loss {loss:.4f}, lr {learning_rate:.2e} | {score_words(scores)} | "
+                f"majority: {score_words(evaluation['majority'])} | {clock(time.monotonic() - self.started)}"
                 f"{' | best' if is_best else ''}"
             )
-        self.last_read = time.monotonic()
+        now = time.monotonic()
+        self.evaluation_seconds += now - self.last_read
+        self.last_read = now
+
+    def has_timed_enough(self):
+        """Return whether a dry run can end, the same on all processes: after 5 seconds, and 3 steps."""
+        if self.accelerator.is_main_process and len(self.intervals) >= 3 and self.train_seconds >= 5:
+            self.accelerator.set_trigger()
+        return self.accelerator.check_trigger()
 
     def totals(self):
         """Return the times and sums of the whole training, by their names in results.json."""
         _, examples, tokens, positions = self.sums
         return {
+            "steps": self.steps,
+            "epochs": self.steps / self.steps_per_epoch,
             "train_seconds": self.train_seconds,
             "train_examples": int(examples),
             "train_examples_per_second": examples / self.train_seconds,
@@ -112,6 +129,114 @@ class Progress:
         self.bar.close()
 
 
+def tracker_names(words):
+    """Return the names in --trackers, or None. Raises BadInput for one that is unknown or not installed."""
+    names = words.split(",") if words else []
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise BadInput(f"--trackers {name}: unknown", f"Known: {', '.join(LOGGER_TYPE_TO_CLASS)}.")
+        if name not in [tracker.value for tracker in get_available_trackers()]:
+            raise BadInput(f"--trackers {name}: the package is not installed", f"pip install {name}")
+    return names or None
+
+
+def describe_data(task, splits, examples, batches, micro_batch_size, accelerator, tokenizer):
+    """Log the facts of the data, and what may be wrong with them; return the facts (see facts.data_facts)."""
+    special = tokenizer.num_special_tokens_to_add(pair=len(task.text) == 2)
+    processes = accelerator.num_processes
+    data = facts.data_facts(task, splits, examples, batches, micro_batch_size, processes, special)
+
+    def text(split, row):
+        return repr(" / ".join(splits[split][row][column] for column in task.text)[:80])
+
+    for name, of_split in data["splits"].items():
+        rows, tokens = of_split["rows"], of_split["tokens"]
+        if task.is_regression:
+            words = ", ".join(f"{what} {value:.2f}" for what, value in of_split["labels"].items())
+        else:
+            words = ", ".join(f"{label} {n:,} ({n / rows:.1%})" for label, n in list(of_split["labels"].items())[:10])
+        log.info(
+            f"{name}: {rows:,} rows | labels: {words} | tokens: median {tokens['median']:.0f}, 95 % up to "
+            f"{tokens['p95']:.0f}, longest {tokens['longest']}; {of_split['truncated']:.1%} of the texts cut, "
+            f"{of_split['unknown']:.2%} of the tokens unknown, {of_split['tokens_per_character']:.2f} a character"
+        )
+    log.info(f"padding: {data['padding']:.1%} of what a step computes")
+    warnings = []
+    unknown = data["splits"]["train"]["unknown"]
+    if unknown > 0.2:
+        chinese = facts.is_chinese(splits["train"][:1000][task.text[0]])
+        better = "google-bert/bert-base-chinese" if chinese else "FacebookAI/xlm-roberta-base"
+        warnings.append(
+            f"THE TOKENIZER DOES NOT KNOW THIS LANGUAGE: {unknown:.0%} OF THE TOKENS ARE UNKNOWN. The model cannot "
+            f"read them; try --model {better}"
+        )
+    elif unknown > 0.01:
+        warnings.append(f"{unknown:.1%} of the tokens are unknown to the tokenizer: does the model fit the language?")
+    for variants in data["label_variants"]:
+        warnings.append(f"labels that differ only in case or blanks: {', '.join(map(repr, variants))}; one class each")
+    for name, of_split in data["splits"].items():
+        if number := of_split["conflicts"]["texts"]:
+            row = text(name, of_split["conflicts"]["position"])
+            warnings.append(f"{name}: {number} texts occur with different labels, such as {row}")
+    for name, found in data["duplicates"].items():
+        if found["rows"]:
+            warnings.append(
+                f"{found['rows']} of {len(splits[name])} rows of {name} ({found['share']:.1%}) are in train too: its "
+                f"scores are too good by that; such as {text(name, found['position'])}"
+            )
+    of_train = {} if task.is_regression else data["splits"]["train"]["labels"]
+    if few := [f"{label} ({number})" for label, number in of_train.items() if number < facts.FEW]:
+        warnings.append(f"classes with fewer than {facts.FEW} rows in train: {', '.join(few[:10])}")
+    for warning in warnings:
+        log.warning(f"WARNING: {warning}")
+    return data
+
+
+def describe_run(task, args, accelerator, model, plan, examples, validation_splits, progress, micro_batch):
+    """Log what the whole run will take, after a few steps of it; on a GPU also how its numbers differ from a CPU's.
+
+    plan: the global batches of the whole run; micro_batch: one that was trained on. The time is that of training and
+    evaluating, without the start.
+    """
+    processes, steps = accelerator.num_processes, len(plan)
+    micro_batch_size = min(args.micro_batch_size or args.batch_size, math.ceil(args.batch_size / processes))
+    intervals = progress.intervals[len(progress.intervals) // 2 :]  # the first steps warm up
+    rate = sum(filled for _, filled in intervals) / sum(seconds for seconds, _ in intervals)
+    lengths = facts.array_of(examples["train"], "length")
+    training = facts.positions(lengths, plan, args.micro_batch_size or args.batch_size, processes) / rate
+    every = progress.steps_per_epoch if args.eval_every == "epoch" else int(args.eval_every)
+    evaluations = math.ceil(steps / every)
+    tokens = sum(int(facts.array_of(examples[name], "length").sum()) for name in validation_splits)
+    tokens += lengths.mean() * min(args.eval_train_rows or 0, len(lengths))
+    # A forward pass alone takes a third of a training step; once, the metrics are loaded.
+    evaluating = evaluations * tokens / (3 * rate) + progress.evaluation_seconds
+    saved = sum(file.stat().st_size for file in (progress.lines.parent / "checkpoints").rglob("*") if file.is_file())
+    table = {
+        "steps": f"{steps} of {args.batch_size}, {progress.steps_per_epoch} an epoch; {evaluations} evaluations",
+        "batch": f"{args.batch_size} = {processes} process(es) x {math.ceil(args.batch_size / processes)}, "
+        f"{micro_batch_size} at a time",
+        "memory": f"{facts.peak_memory(accelerator.device) / 2**30:.2f} GiB for each process in these steps; the longest texts may need more",
+        "time": f"{clock(training + evaluating)} ({clock(training)} training, {clock(evaluating)} evaluating), give or "
+        "take 20 %",
+        "files": f"{args.output_dir}/: model/ {saved / 1e6:.0f} MB, while it trains the best checkpoint, as large",
+    }
+    if accelerator.device.type != "cpu" and accelerator.is_main_process:
+
+        def loss_of(logits, labels):
+            return example_losses(task, logits, labels).mean()
+
+        logits, gradients = facts.compare_with_cpu(
+            model, micro_batch["inputs"], micro_batch["labels"], loss_of, accelerator.autocast()
+        )
+        table["check"] = f"largest difference from fp32 on the CPU: logits {logits:.1e}, gradients {gradients:.1e}"
+        tolerance = facts.TOLERANCE[accelerator.mixed_precision]
+        if not (logits < tolerance and gradients < tolerance):  # NaN is not below anything, and no maximum
+            log.warning(
+                f"WARNING: {accelerator.device.type.upper()} COMPUTES OTHER NUMBERS THAN THE CPU: {table['check']}"
+            )
+    log.info("\n".join(f"{name:8}{words}" for name, words in table.items()))
+
+
 def summary(results):
     """Return the scores of a finished run as lines, each split's beside those of the majority class."""
     lines = [
@@ -123,13 +248,21 @@ def summary(results):
     return "\n".join(lines)
 
 
-def warn_of_collapse(task, split, evaluation, baseline):
+def already_complete(folder, results, final_test):
+    """Log the scores of a run that is finished."""
+    log.info(f"{folder}: already complete (--overwrite trains again)\n{summary(results)}")
+    if final_test and not any(name.startswith("test") for name in results["scores"]):
+        log.info(f"its test split was not scored: evaluate.py --model {folder} --split test")
+
+
+def warn_of_collapse(task, split, evaluation):
     """Warn, loudly, of a model that has learnt nothing: one prediction for all, or not better than the majority."""
     metric, predictions = task.metrics[0], evaluation["predictions"]
-    score, limit = evaluation["scores"][metric], baseline[metric]
+    score, limit = evaluation["scores"][metric], evaluation["majority"][metric]
     if len(predictions) > 1 and (predictions == predictions[0]).all():
-        value = predictions[0] if task.is_regression else task.labels[predictions[0]]
-        what = f"ON {split.upper()} THE MODEL PREDICTS {value!r} FOR EVERY EXAMPLE"
+        what = f"ON {split.upper()} THE MODEL PREDICTS THE SAME FOR EVERY EXAMPLE"
+        if predictions.ndim == 1:
+            what += f": {float(predictions[0]) if task.is_regression else task.labels[predictions[0]]!r}"
     elif limit is not None and not is_better(task, score, limit):
         words = "undefined" if score is None else f"{score:.4f}"
         what = f"ON {split.upper()} THE MODEL IS NO BETTER THAN THE MAJORITY CLASS ({metric} {words} to {limit:.4f})"
@@ -172,22 +305,25 @@ print(classify("..."))
 """
 
 
-def versions():
-    """Return the versions of Python and of the libraries that numbers depend on."""
+def environment(accelerator):
+    """Return the versions of Python and of the libraries that numbers depend on, and what they were computed on.
+
+    As observed: `products` is the type of a product under autocast.
+    """
     names = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def machine(accelerator):
-    """Return what the numbers were computed on, as observed: `products` is the type of a product under autocast."""
     device = accelerator.device
     one = torch.ones(1, 1, device=device)
     with accelerator.autocast():
         products = (one @ one).dtype
     return {
-        "device": device.type,
-        "name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "products": str(products).removeprefix("torch."),
-        "gradient_scaler": accelerator.scaler is not None,
+        "num_processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
+        "hardware": {
+            "device": device.type,
+            "name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+            "threads": torch.get_num_threads(),
+            "products": str(products).removeprefix("torch."),
+            "gradient_scaler": accelerator.scaler is not None,
+        },
     }

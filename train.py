@@ -11,12 +11,12 @@ state.json. Evaluates as it goes and keeps the checkpoint that the task's first 
 """
 
 import math
+import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import gather_object, send_to_device, set_seed
 from torch.nn import ModuleList
 from transformers import get_scheduler
@@ -30,8 +30,9 @@ from common import BadInput, log
 # What these say changes no result, or only where it is written: they neither name a run's folder nor tell runs apart.
 BOOKKEEPING = {
     *("task", "output_dir", "overwrite", "final_test", "log_every", "num_workers", "trackers", "threads", "refresh"),
-    *("micro_batch_size", "eval_batch_size", "gradient_checkpointing"),
+    *("micro_batch_size", "eval_batch_size", "eval_train_rows", "gradient_checkpointing", "dry_run"),
 }
+DRY_RUN_STEPS = 50  # at most; a few seconds are enough
 
 
 def build_parser():
@@ -85,11 +86,13 @@ def build_parser():
     evaluation.add_argument(
         "--early_stopping_patience", type=positive, metavar="N", help="stop after N evaluations without a better score"
     )
+    evaluation.add_argument("--eval_train_rows", type=positive, metavar="N", help="score N rows of train, too")
     evaluation.add_argument("--final_test", action="store_true", help="score the test split once, with the best model")
 
     output = parser.add_argument_group("output")
     output.add_argument("--output_dir", metavar="DIR", help="(default: runs/TASK, and the settings that differ)")
     output.add_argument("--overwrite", action="store_true", help="replace a run in this folder")
+    output.add_argument("--dry_run", action="store_true", help="tell what the run takes, and write nothing")
     output.add_argument("--log_every", type=positive, default=10, help="steps between log lines (default: %(default)s)")
     output.add_argument("--trackers", metavar="A[,B]", help="log to these too: tensorboard")
     common.add_machine_arguments(parser)
@@ -102,37 +105,29 @@ def parse_arguments():
     args, task = common.parse_arguments(parser, default="demo")
     if args.eval_every != "epoch" and not (args.eval_every.isdecimal() and int(args.eval_every)):
         raise BadInput(f"--eval_every {args.eval_every}: neither epoch nor a number of steps", "Write epoch, or 500.")
-    if args.epochs == 0:
-        raise BadInput(f"--epochs {args.epochs}: nothing to train", "Give a number above 0, such as 3 or 0.5.")
-    if task.is_regression and (args.label_smoothing or args.class_weights != "none"):
-        raise BadInput("--label_smoothing and --class_weights are for classes, this task is regression", "Drop them.")
+    if not 0 < args.epochs <= 1e6:
+        raise BadInput(f"--epochs {args.epochs}: not above 0 and up to a million", "Give a number such as 3 or 0.5.")
+    if args.seed >= 2**32:
+        raise BadInput(f"--seed {args.seed}: NumPy's limit is 2**32 - 1", "Give a smaller one.")
+    if (task.is_regression or task.is_multi_label) and (args.label_smoothing or args.class_weights != "none"):
+        raise BadInput("--label_smoothing and --class_weights are for tasks with one class for each text", "Drop them.")
     settings = {name: value for name, value in vars(args).items() if name not in BOOKKEEPING}
     if not args.output_dir:
         given = {name: value for name, value in settings.items() if value != parser.get_default(name)}
         args.output_dir = str(Path("runs", run_name(task.name, given)))
-    of_task = {name: getattr(task, name) for name in ("text", "label", "labels", "metrics", "max_length", "split")}
-    return args, task, {**settings, **of_task, "model": args.model or task.model}
+    of_task = ("text", "label", "labels", "problem", "metrics", "max_length", "truncate", "splits", "split", "limit")
+    return args, task, {**settings, **{key: getattr(task, key) for key in of_task}, "model": args.model or task.model}
 
 
 def run_name(name, given):
     """Return the folder name of a run: the task, then the settings that were given and differ from the task's own."""
     words = [name]
     for key, value in given.items():
-        if key not in ("train_file", "validation_file", "test_file"):
+        if key not in ("dataset", "train_file", "validation_file", "test_file"):
             value = "+".join(map(str, value)) if isinstance(value, list) else str(value).replace(",", "+")
             words.append(f"{key}={Path(value).name}")  # of a model, the last part of its name
-    return ",".join(words)
-
-
-def tracker_names(args):
-    """Return the names in --trackers, or None. Raises BadInput for one that is unknown or not installed."""
-    names = args.trackers.split(",") if args.trackers else []
-    for name in names:
-        if name not in LOGGER_TYPE_TO_CLASS:
-            raise BadInput(f"--trackers {name}: unknown", f"Known: {', '.join(LOGGER_TYPE_TO_CLASS)}.")
-        if name not in [tracker.value for tracker in get_available_trackers()]:
-            raise BadInput(f"--trackers {name}: the package is not installed", f"pip install {name}")
-    return names or None
+    name = ",".join(words)
+    return name if len(name) <= 150 else f"{name[:140]},{batching.digest(name)[:8]}"  # a folder name has 255 bytes
 
 
 def freeze(model, part):
@@ -161,10 +156,11 @@ def build_optimizer(model, args):
     return torch.optim.AdamW(groups, args.learning_rate, tuple(args.adam_betas), args.adam_epsilon, fused=True)
 
 
-def balanced_weights(task, labels):
-    """Return the weight of each class, shape (labels,): inverse to its frequency, of mean 1 over the examples."""
-    counts = np.bincount(labels, minlength=len(task.labels))
-    return torch.tensor(len(labels) / ((counts > 0).sum() * np.maximum(counts, 1)), dtype=torch.float32)
+def build_scheduler(optimizer, args, total_steps):
+    warmup_steps = math.ceil(args.warmup_ratio * total_steps) if args.warmup_steps is None else args.warmup_steps
+    if warmup_steps > total_steps:
+        log.warning(f"WARNING: the warm-up of {warmup_steps} steps is longer than the run of {total_steps}")
+    return get_scheduler(args.scheduler, optimizer, warmup_steps, total_steps)
 
 
 def read_interval(recent, batches, under_scaler):
@@ -198,38 +194,54 @@ def read_interval(recent, batches, under_scaler):
     return sum(sums for sums, _ in everywhere)
 
 
+def score_split(task, model, examples, accelerator, batch_size, pad_token_id, majority):
+    """Return common.evaluate of tokenised examples, the same on every process."""
+    logits = batching.all_logits(model, examples, accelerator, batch_size, pad_token_id)
+    return common.evaluate(task, logits, batching.array_of(examples, "label"), majority)
+
+
 def main():
     args, task, settings = parse_arguments()
     folder = Path(args.output_dir)
-    accelerator = common.start(args, log_with=tracker_names(args), project_dir=folder)
+    trackers = report.tracker_names(args.trackers)
+    accelerator = common.start(args, log_with=None if args.dry_run else trackers, project_dir=folder)
 
     # The data, and the folder: is this run there already, or something else?
-    task, splits, fingerprints = common.load_data(task, args)
-    common.check_splits(task, splits, ["train", *(["test"] if args.final_test else [])])
-    splits = {name: rows for name, rows in splits.items() if args.final_test or not name.startswith("test")}
-    finished = checkpoint.look_at(folder, settings, fingerprints, args.overwrite)
+    task, splits, fingerprints, bad_rows = common.load_data(task, args)
+    tests = [name for name in splits if name.startswith("test")]
+    common.check_splits(task, splits, ["train", *((tests or ["test"]) if args.final_test else [])])
+    splits = {name: rows for name, rows in splits.items() if args.final_test or name not in tests}
+    finished = None if args.dry_run else checkpoint.look_at(folder, settings, fingerprints, args.overwrite)
     if finished:
-        log.info(f"{folder}: already complete (--overwrite trains again)\n{report.summary(finished)}")
-        if args.final_test and "test" not in finished["scores"]:
-            log.info(f"its test split was not scored: evaluate.py --model {folder} --split test")
+        report.already_complete(folder, finished, args.final_test)
         return common.finish(accelerator)
 
     # Model and tokens. The same seed gives every process the same new head.
     set_seed(args.seed)
     model, tokenizer, facts = common.load_model(args.model or task.model, task, args.refresh)
     task, examples = batching.tokenize_splits(task, splits, fingerprints, model, tokenizer)
-    labels_of = {name: np.array(rows["label"]) for name, rows in examples.items()}
-    validation_splits = [name for name in splits if name.startswith("validation")]
-    majority = common.majority(task, labels_of["train"])
-    baselines = {name: common.majority_scores(task, majority, labels_of[name]) for name in validation_splits}
     padding = tokenizer.pad_token_id
 
     # The plan: the same global batches whatever the number of processes. Each process loads its share of them.
     steps_per_epoch = math.ceil(len(examples["train"]) / args.batch_size)
     total_steps = args.max_steps or math.ceil(args.epochs * steps_per_epoch)
     eval_every = steps_per_epoch if args.eval_every == "epoch" else int(args.eval_every)
-    batches = batching.plan(len(examples["train"]), args.batch_size, args.seed, total_steps)
+    batches = whole_plan = batching.plan(len(examples["train"]), args.batch_size, args.seed, total_steps)
     micro_batch_size = args.micro_batch_size or args.batch_size
+    data = report.describe_data(task, splits, examples, batches, micro_batch_size, accelerator, tokenizer)
+
+    labels = batching.array_of(examples["train"], "label")
+    majority = common.majority(task, labels)
+    scoring = (accelerator, args.eval_batch_size, padding, majority)
+
+    # What is scored at each evaluation; the first split chooses the best model.
+    validation_splits = [name for name in splits if name.startswith("validation")]
+    evaluated = {name: examples[name] for name in validation_splits}
+    if args.eval_train_rows:
+        evaluated["train"] = batching.sample(examples["train"], args.eval_train_rows)
+    if args.dry_run:  # the same loop for a few steps, and one batch of each evaluation
+        batches, args.log_every = batches[:DRY_RUN_STEPS], 1
+        evaluated = {name: batching.sample(rows, args.eval_batch_size) for name, rows in evaluated.items()}
     loader = batching.step_loader(examples["train"], batches, accelerator, micro_batch_size, padding, args.num_workers)
 
     # Model and optimiser are prepared; the schedule is not: accelerate would step it once per process.
@@ -237,23 +249,23 @@ def main():
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     optimizer = build_optimizer(model, args)
-    warmup_steps = math.ceil(args.warmup_ratio * total_steps) if args.warmup_steps is None else args.warmup_steps
-    scheduler = get_scheduler(args.scheduler, optimizer, warmup_steps, total_steps)
+    scheduler = build_scheduler(optimizer, args, total_steps)
     model, optimizer = accelerator.prepare(model, optimizer)
     plain_model = accelerator.unwrap_model(model)  # evaluated without DDP, whose forward waits for other processes
-    class_weights = None
-    if args.class_weights == "balanced":
-        class_weights = balanced_weights(task, labels_of["train"]).to(accelerator.device)
+    is_weighted = args.class_weights == "balanced"
+    class_weights = common.balanced_weights(task, labels).to(accelerator.device) if is_weighted else None
 
+    scratch = tempfile.TemporaryDirectory(prefix="dry-run-") if args.dry_run else nullcontext()
+    folder = Path(scratch.name) if args.dry_run else folder
     accelerator.wait_for_everyone()  # every process has looked at the folder before one of them writes
     if accelerator.is_main_process:
         checkpoint.begin(folder, settings, fingerprints)
+        common.write_bad_rows(folder, bad_rows)
     accelerator.wait_for_everyone()
-    with checkpoint.failure_noted(folder):
+    with scratch, checkpoint.failure_noted(folder):
         accelerator.init_trackers("tensorboard")
         progress = report.Progress(accelerator, folder, total_steps, steps_per_epoch)
-        best_step, best_score, evaluations_since_best = None, None, 0
-        recent = []
+        best_step, best_score, evaluations_since_best, recent = None, None, 0, []
 
         # Now we train.
         model.train()
@@ -277,7 +289,8 @@ def main():
             optimizer.zero_grad()
             recent.append((step, grad_norm, losses_of_step))
 
-            evaluates = step % eval_every == 0 or step == total_steps
+            due = progress.has_timed_enough() if args.dry_run else step % eval_every == 0
+            evaluates = due or step == len(batches)
             if evaluates or step % args.log_every == 0:
                 sums = read_interval(recent, batches, under_scaler=accelerator.scaler is not None)
                 progress.train(step, sums, learning_rate, grad_norm)
@@ -285,52 +298,49 @@ def main():
                 continue
 
             # Evaluate, and keep the best. Every process has all logits, so that all decide alike.
-            evaluations = {}
-            for name in validation_splits:
-                logits = batching.all_logits(plain_model, examples[name], accelerator, args.eval_batch_size, padding)
-                evaluations[name] = common.evaluate(task, logits, labels_of[name])
+            evaluations = {name: score_split(task, plain_model, rows, *scoring) for name, rows in evaluated.items()}
             score = evaluations[validation_splits[0]]["scores"][task.metrics[0]]
             evaluations_since_best += 1
-            if best_score is None or common.is_better(task, score, best_score):
+            if best_step is None or common.is_better(task, score, best_score):
                 best_step, best_score, best_evaluations, evaluations_since_best = step, score, evaluations, 0
                 if accelerator.is_main_process:
                     checkpoint.save_best(folder, step, plain_model)
-            progress.evaluation(step, learning_rate, evaluations, baselines, is_best=best_step == step)
+            progress.evaluation(step, learning_rate, evaluations, is_best=best_step == step)
+            if args.dry_run:
+                break
             if args.early_stopping_patience and evaluations_since_best >= args.early_stopping_patience:
                 log.info(f"no better {task.metrics[0]} in {evaluations_since_best} evaluations: stopping early")
                 break
         progress.close()
+        if args.dry_run:
+            whole = (whole_plan, examples, validation_splits)
+            report.describe_run(task, args, accelerator, plain_model, *whole, progress, micro_batch)
+            return common.finish(accelerator, model, optimizer)
 
         # The best model: tested once, written once.
         accelerator.wait_for_everyone()
         checkpoint.load_best(folder, best_step, plain_model)
         for name in [name for name in splits if name.startswith("test")]:
-            logits = batching.all_logits(plain_model, examples[name], accelerator, args.eval_batch_size, padding)
-            best_evaluations[name] = common.evaluate(task, logits, labels_of[name])
-            baselines[name] = common.majority_scores(task, majority, labels_of[name])
+            best_evaluations[name] = score_split(task, plain_model, examples[name], *scoring)
         results = {
             "task": task.name,
             "model": facts["model"],
             "model_commit": facts["commit"],
             "seed": args.seed,
-            "mixed_precision": accelerator.mixed_precision,
-            "num_processes": accelerator.num_processes,
-            "steps": step,
-            "epochs": step / steps_per_epoch,
             **progress.totals(),
             "best_step": best_step,
             "scores": {name: evaluation["scores"] for name, evaluation in best_evaluations.items()},
-            "majority_baseline": baselines,
+            "majority_baseline": {name: evaluation["majority"] for name, evaluation in best_evaluations.items()},
+            "data": data,
             "settings": vars(args),
-            "versions": report.versions(),
-            "hardware": report.machine(accelerator),
+            **report.environment(accelerator),
         }
         if accelerator.is_main_process:
             card = report.model_card(task, results)
             checkpoint.write_model(folder, plain_model, tokenizer, task, fingerprints, majority, results, card)
         log.info(f"{report.summary(results)}\nmodel: {folder / 'model'}")
         for name, evaluation in best_evaluations.items():
-            report.warn_of_collapse(task, name, evaluation, baselines[name])
+            report.warn_of_collapse(task, name, evaluation)
         del loader, scheduler, plain_model
         common.finish(accelerator, model, optimizer)
 

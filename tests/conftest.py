@@ -164,6 +164,9 @@ def run_inside(monkeypatch, capfd):
     def run(script, *arguments, cwd):
         from accelerate.state import AcceleratorState, GradientState, PartialState
 
+        states = (AcceleratorState, GradientState, PartialState)
+        for state in states:  # another test of this process may have made an Accelerator
+            state._reset_state()
         monkeypatch.chdir(cwd)
         monkeypatch.setattr(sys, "argv", [str(ROOT / script), *map(str, arguments)])
         capfd.readouterr()
@@ -173,7 +176,7 @@ def run_inside(monkeypatch, capfd):
         except SystemExit as end:
             code = end.code or 0
         finally:
-            for state in (AcceleratorState, GradientState, PartialState):
+            for state in states:
                 state._reset_state()
         captured = capfd.readouterr()
         return code, captured.out, captured.err

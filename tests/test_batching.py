@@ -8,8 +8,8 @@ from conftest import make_rows
 from datasets import Dataset
 
 import batching
+import cache
 import common
-import splits
 from reader import BadInput
 from tasks import Task
 
@@ -120,7 +120,7 @@ def test_tokens_are_made_once_and_cached_by_content(rows, model_and_tokenizer):
 
 def test_a_broken_tokenising_leaves_nothing_in_the_cache(rows, model_and_tokenizer, tmp_path, monkeypatch):
     model, tokenizer = model_and_tokenizer
-    monkeypatch.setattr(splits, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(cache, "cache_folder", lambda: tmp_path)
     with pytest.raises(KeyError):
         batching.tokenize(Task(name="", text=["nowhere"], labels=["a", "b"]), rows, "broken", model, tokenizer)
     assert list(tmp_path.iterdir()) == []
@@ -153,6 +153,133 @@ def test_positions_of_roberta_start_after_its_padding(model_and_tokenizer):
     model(input_ids=torch.full((1, limit), 5))
     with pytest.raises((IndexError, RuntimeError)):
         model(input_ids=torch.full((1, limit + 1), 5))
+
+
+# --------------------------------------------------------------------------------------------------------- truncation
+
+LAYOUTS = {
+    "bert": ("<s> $A <e>", "<s> $A <e> $B:1 <e>:1"),
+    "roberta": ("<s> $A <e>", "<s> $A <e> <e> $B <e>"),  # two special tokens between the texts
+    "xlnet": ("$A <e> <s>", "$A <e> $B:1 <e>:1 <s>"),  # none at the start
+}
+
+
+@pytest.fixture(params=LAYOUTS)
+def words(request):
+    """A tokenizer of the words a to z that lays out special tokens as a family of models does."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<pad>", "<unk>", "<s>", "<e>", *"abcdefghijklmnopqrstuvwxyz"]
+    plain = Tokenizer(models.WordLevel({name: number for number, name in enumerate(names)}, unk_token="<unk>"))
+    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    single, pair = LAYOUTS[request.param]
+    plain.post_processor = processors.TemplateProcessing(
+        single=single, pair=pair, special_tokens=[("<s>", 2), ("<e>", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=plain,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+@pytest.mark.parametrize(("truncate", "side"), [("head", "right"), ("tail", "left")])
+@pytest.mark.parametrize("number_of_texts", [1, 2])
+def test_head_and_tail_cut_as_transformers_does(words, truncate, side, number_of_texts):
+    """A text at the right or the left; of a pair the longer one first, with an odd and an even room."""
+    task = Task(name="", text=["a", "b"][:number_of_texts], truncate=truncate)
+    chooser = np.random.default_rng(0)
+    texts = [[" ".join(chooser.choice(list("abcdefg"), number)) for number in range(13)] for _ in range(2)]
+    pairs = [(first, second) for first in texts[0] for second in texts[1]]
+    texts = [list(column) for column in zip(*pairs, strict=True)][:number_of_texts]
+    specials = words.num_special_tokens_to_add(pair=number_of_texts == 2)
+    words.truncation_side = side
+    for max_length in range(specials + number_of_texts, 28):
+        columns, facts = batching.encode(task, words, texts, max_length)
+        expected = words(*texts, truncation="longest_first", max_length=max_length)
+        assert columns == {name: expected[name] for name in ("input_ids", "token_type_ids")}, max_length
+        whole = [" ".join(of_example).split() for of_example in zip(*texts, strict=True)]
+        assert facts["full_length"] == [len(one) + specials for one in whole]
+
+
+@pytest.mark.parametrize(("room", "expected"), [(1, "j"), (4, "a hij"), (7, "a efghij"), (8, "ab efghij"), (10, None)])
+def test_head_tail_keeps_a_quarter_from_the_start(words, room, expected):
+    specials = words.num_special_tokens_to_add(pair=False)
+    columns, _ = batching.encode(
+        Task(name="", text=["a"], truncate="head_tail"), words, [["a b c d e f g h i j"]], room + specials
+    )
+    (ids,) = columns["input_ids"]
+    kept = "".join(words.convert_ids_to_tokens(ids, skip_special_tokens=False)).replace("<s>", "").replace("<e>", "")
+    assert kept == (expected or "abcdefghij").replace(" ", "")
+    assert ids.count(2) == 1 and ids.count(3) == 1 and len(ids) == room + specials
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "room", "expected"),
+    [
+        # The shorter text fits into a half: only the longer one is cut, to 8 = 2 + 6.
+        ("a b c d e f g h i j", "x y", 10, ("abefghij", "xy")),
+        ("x y", "a b c d e f g h i j", 10, ("xy", "abefghij")),
+        # Neither fits: 4 = 1 + 3 for the shorter one, 5 = 1 + 4 for the longer one.
+        ("a b c d e f g h i j", "p q r s t u", 9, ("aghij", "pstu")),
+        ("p q r s t u", "a b c d e f g h i j", 9, ("pstu", "aghij")),
+        # Equally long, and an odd room: the second gets one more, as in transformers.
+        ("a b c d e", "p q r s t", 7, ("cde", "pqrst"[:1] + "rst")),
+        ("a b c d e", "", 4, ("acde", "")),
+    ],
+)
+def test_head_tail_of_pairs_by_hand(words, first, second, room, expected):
+    specials = words.num_special_tokens_to_add(pair=True)
+    task = Task(name="", text=["a", "b"], truncate="head_tail")
+    columns, _ = batching.encode(task, words, [[first], [second]], room + specials)
+    (ids,) = columns["input_ids"]
+    ends = "".join(words.convert_ids_to_tokens(ids))
+    assert ends == "".join(
+        words.convert_ids_to_tokens(words([" ".join(expected[0])], [" ".join(expected[1])])["input_ids"][0])
+    )
+    assert len(ids) == room + specials == len(columns["token_type_ids"][0])
+
+
+def test_special_tokens_written_in_a_text_are_text(words):
+    """`<e>` in a text becomes the id of the special token; it may be cut like any word, and divides no texts."""
+    words.add_special_tokens({"additional_special_tokens": ["<e>"]})
+    task = Task(name="", text=["a"], truncate="head")
+    columns, facts = batching.encode(task, words, [["a <e> b <e> c <e> d"]], 5)
+    assert facts["full_length"] == [9]
+    assert columns["input_ids"] == words(["a <e> b <e> c <e> d"], truncation=True, max_length=5)["input_ids"]
+
+
+def test_facts_of_encoding(words):
+    task = Task(name="", text=["a", "b"])
+    _, facts = batching.encode(task, words, [["a ? b", "c"], ["? ?", "d e"]], 8)
+    specials = words.num_special_tokens_to_add(pair=True)
+    assert facts == {"full_length": [5 + specials, 3 + specials], "unknown": [3, 0], "characters": [8, 4]}
+
+
+def test_the_way_of_cutting_is_part_of_the_cache_and_of_what_is_trained_on(rows, model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    cut = {}
+    for truncate in ("head", "tail", "head_tail"):
+        task = Task(name="", text=["text"], labels=TASK.labels, max_length=7, truncate=truncate)
+        examples, made = batching.tokenize(task, rows, "ways of cutting", model, tokenizer)
+        assert made
+        cut[truncate] = examples["input_ids"][:]
+        assert all(ids[0] == tokenizer.cls_token_id and ids[-1] == tokenizer.sep_token_id for ids in cut[truncate])
+    whole = tokenizer(rows["text"][:])["input_ids"]
+    assert cut["head"] == [ids[:-1][:6] + ids[-1:] for ids in whole]
+    assert cut["tail"] == [ids[:1] + ids[1:][-6:] for ids in whole]
+    assert cut["head_tail"] == [ids if len(ids) <= 7 else ids[:2] + ids[-5:] for ids in whole]
+
+
+def test_a_sample_is_the_same_one_and_keeps_the_shares(rows, model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    examples, _ = batching.tokenize(TASK, rows, "sample", model, tokenizer)
+    some = batching.sample(examples, 20)
+    assert some["input_ids"][:] == batching.sample(examples, 20)["input_ids"][:]
+    assert abs(sum(some["label"]) - sum(rows["label"]) / 2) <= 1
+    assert batching.sample(examples, 1000)["input_ids"][:] == examples["input_ids"][:]
 
 
 # ------------------------------------------------------------------------------------------------------------- logits

@@ -61,6 +61,7 @@ def test_files_that_are_no_run_are_never_touched(tmp_path):
 
 def test_begin_removes_what_a_run_left_and_nothing_else(finished):
     (finished / "notes.txt").write_text("mine")
+    (finished / "bad_rows.csv").write_text("split,file,row,reason\n")
     checkpoint.begin(finished, SETTINGS, DATA)
     assert sorted(file.name for file in finished.iterdir()) == ["notes.txt", "state.json"]
     assert json.loads((finished / "state.json").read_text())["status"] == "running"
@@ -132,8 +133,8 @@ def test_the_model_folder_is_whole_readable_and_the_last_thing_written(tmp_path,
     assert set(files.values()) == {0o640}  # safetensors alone would leave 0600, which the group cannot read
     assert sorted(f.name for f in tmp_path.iterdir()) == ["model", "results.json", "state.json"]
     assert json.loads((tmp_path / "state.json").read_text())["status"] == "done"
-    assert checkpoint.trained_precision(tmp_path / "model") == "no"
-    assert checkpoint.trained_precision(tmp_path) == "auto"
+    assert checkpoint.trained(tmp_path / "model") == ("no", 1)
+    assert checkpoint.trained(tmp_path) == ("auto", None)
 
 
 def test_a_model_is_found_in_its_run(tmp_path, tiny_bert):

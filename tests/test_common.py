@@ -1,6 +1,5 @@
 """Flags, exit codes, the choice of processes, models and their heads, losses and baselines."""
 
-import json
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -8,15 +7,22 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, WORDS, bert_config
-from safetensors.torch import load_file, save_file
+from conftest import ROOT
 
 import common
 from reader import BadInput
 from tasks import Task
 
-TWO = Task(name="two", text=["text"], labels=["negative", "positive"])
+TWO = Task(name="two", text=["text"], labels=["negative", "positive"], metrics=["accuracy", "f1"])
 NUMBER = Task(name="number", text=["text"], labels="regression", metrics=["pearson"])
+MANY = Task(
+    name="many",
+    text=["text"],
+    labels=["a", "b", "c"],
+    problem="multi_label",
+    separator="; ",
+    metrics=["f1_micro", "f1_macro", "accuracy"],
+)
 
 
 # ---------------------------------------------------------------------------------------------------------- processes
@@ -84,96 +90,6 @@ def test_help_reads_like_a_page(script):
     assert max(map(len, done.stdout.splitlines())) <= 120
 
 
-# ------------------------------------------------------------------------------------------------------------- models
-
-
-def test_a_base_model_gets_a_new_head_with_the_tasks_labels(tiny_bert, caplog):
-    model, tokenizer, facts = common.load_model(str(tiny_bert), TWO)
-    assert facts["new"] == ["classifier.bias", "classifier.weight"]
-    assert model.config.id2label == {0: "negative", 1: "positive"}
-    assert model.config.problem_type == "single_label_classification"
-    assert tokenizer.model_input_names == ["input_ids", "token_type_ids", "attention_mask"]
-    loaded, saved = model.bert.state_dict(), load_file(tiny_bert / "model.safetensors")
-    assert all(torch.equal(loaded[name], value) for name, value in saved.items())
-
-
-def test_a_mapping_is_trained_from_scratch_with_its_own_vocabulary(vocabulary):
-    model, tokenizer, facts = common.load_model(bert_config(vocabulary), TWO)
-    assert facts["new"] == ["every weight"]
-    assert model.config.vocab_size == len(tokenizer) == len(WORDS) + 5
-    assert tokenizer.tokenize("The ROOM was") == ["the", "room", "was"]
-
-
-def test_a_vocabulary_that_is_not_there_is_bad_input(tmp_path):
-    with pytest.raises(BadInput, match="no such vocabulary file"):
-        common.load_model(bert_config(tmp_path / "nowhere.txt"), TWO)
-
-
-def save_classifier(folder, tiny_bert, labels):
-    model, tokenizer, _ = common.load_model(str(tiny_bert), Task(name="", text=["text"], labels=labels))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return model
-
-
-def test_a_head_for_the_same_labels_is_kept(tmp_path, tiny_bert):
-    before = save_classifier(tmp_path, tiny_bert, TWO.labels)
-    model, _, facts = common.load_model(str(tmp_path), TWO)
-    assert facts["new"] == []
-    assert torch.equal(model.classifier.weight, before.classifier.weight)
-
-
-@pytest.mark.parametrize("labels", [["happy", "sad"], ["positive", "negative"], ["a", "b", "c"]])
-def test_a_head_for_other_labels_is_replaced_never_taken_by_position(tmp_path, tiny_bert, labels):
-    before = save_classifier(tmp_path, tiny_bert, labels)
-    model, _, facts = common.load_model(str(tmp_path), TWO)
-    assert facts["new"] == ["classifier.bias", "classifier.weight"]
-    assert model.classifier.weight.shape == (2, 32)
-    assert not torch.equal(model.classifier.weight, before.classifier.weight[:2])
-    assert torch.equal(model.bert.pooler.dense.weight, before.bert.pooler.dense.weight)
-
-
-def test_evaluation_matches_labels_by_name_and_refuses_others(tmp_path, tiny_bert):
-    save_classifier(tmp_path, tiny_bert, ["positive", "negative"])
-    model, _, facts = common.load_model(str(tmp_path))
-    assert common.with_labels_of(model, facts, TWO).labels == ["positive", "negative"]
-    with pytest.raises(BadInput, match="positive, negative"):
-        common.with_labels_of(model, facts, Task(name="", text=["text"], labels=["a", "b"]))
-    with pytest.raises(BadInput, match="regression"):
-        common.with_labels_of(model, facts, NUMBER)
-    model, _, facts = common.load_model(str(tiny_bert))
-    with pytest.raises(BadInput, match="no trained head"):
-        common.with_labels_of(model, facts, TWO)
-
-
-def test_weights_are_float32_whatever_the_checkpoint_holds(tmp_path, tiny_bert):
-    model = save_classifier(tmp_path, tiny_bert, TWO.labels)
-    model.half().save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float16"
-    loaded, _, _ = common.load_model(str(tmp_path), TWO)
-    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
-
-
-def test_broken_model_folders_are_bad_input(tmp_path, tiny_bert):
-    save_classifier(tmp_path, tiny_bert, TWO.labels)
-    weights = load_file(tmp_path / "model.safetensors")
-    weights["classifier.bias"][0] = float("nan")
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(BadInput, match=r"classifier\.bias hold NaN"):
-        common.load_model(str(tmp_path), TWO)
-    (tmp_path / "config.json").unlink()
-    with pytest.raises(BadInput, match="cannot be loaded"):
-        common.load_model(str(tmp_path), TWO)
-
-
-def test_half_a_weights_file_is_bad_input(tmp_path, tiny_bert):
-    save_classifier(tmp_path, tiny_bert, TWO.labels)
-    weights = tmp_path / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(BadInput, match="cannot be loaded"):
-        common.load_model(str(tmp_path), TWO)
-
-
 # -------------------------------------------------------------------------------------------------- losses and scores
 
 
@@ -197,18 +113,63 @@ def test_losses_are_per_example_and_their_mean_is_torchs_own():
 def test_evaluation_takes_the_argmax_and_the_majority_is_that_of_the_training_labels():
     logits = np.array([[2.0, 1.0], [0.0, 1.0], [0.0, 3.0], [1.0, 0.0]], dtype=np.float32)
     task = Task(name="", text=["text"], labels=["a", "b"], metrics=["accuracy", "f1"])
-    result = common.evaluate(task, logits, [0, 1, 0, 0])
+    result = common.evaluate(task, logits, np.array([0, 1, 0, 0]), majority=1)
     assert result["predictions"].tolist() == [0, 1, 1, 0]
     assert result["scores"] == {"accuracy": 0.75, "f1": pytest.approx(2 / 3)}
+    assert result["majority"] == {"accuracy": 0.25, "f1": pytest.approx(0.4)}
     assert common.majority(task, np.array([1, 1, 0])) == 1
-    assert common.majority_scores(task, 1, [0, 1, 0, 0]) == {"accuracy": 0.25, "f1": pytest.approx(0.4)}
     assert common.majority(NUMBER, np.array([1.0, 2.0, 6.0])) == 3.0
-    assert common.majority_scores(NUMBER, 3.0, [1.0, 2.0]) == {"pearson": None}
+    assert common.majority_scores(NUMBER, 3.0, np.array([1.0, 2.0])) == {"pearson": None}
+
+
+def test_balanced_weights_are_inverse_to_the_frequencies():
+    weights = common.balanced_weights(MANY, np.array([0, 0, 0, 1]))  # nobody has class 2
+    torch.testing.assert_close(weights[:2], torch.tensor([4 / (2 * 3), 4 / 2]))
+    assert weights[[0, 0, 0, 1]].mean() == pytest.approx(1)
+
+
+def test_losses_of_several_labels_are_the_binary_cross_entropy_that_transformers_takes(tiny_bert):
+    """One loss per example, the mean over its labels; their mean is the loss of transformers' own multi-label head."""
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(9, 3, generator=generator), torch.randint(2, (9, 3), generator=generator)
+    losses = common.example_losses(MANY, logits, labels.to(torch.int8))
+    probabilities = 1 / (1 + torch.exp(-logits))
+    by_hand = -(labels * probabilities.log() + (1 - labels) * (1 - probabilities).log()).mean(1)
+    torch.testing.assert_close(losses, by_hand)
+    model, tokenizer, _ = common.load_model(str(tiny_bert), MANY)
+    assert model.config.problem_type == "multi_label_classification"
+    inputs = tokenizer(["the room was good .", "bad"], padding=True, return_tensors="pt")
+    output = model.eval()(**inputs, labels=labels[:2].float())
+    torch.testing.assert_close(common.example_losses(MANY, output.logits, labels[:2]).mean(), output.loss)
+
+
+def test_several_labels_are_those_above_one_half_and_the_majority_is_of_each_label():
+    labels = np.array([[1, 1, 0], [1, 0, 0], [1, 1, 0], [0, 0, 1]], dtype=np.int8)
+    assert common.majority(MANY, labels) == [1, 0, 0]  # b: exactly a half is no majority
+    logits = np.array([[2, 1, -1], [3, -1, -1], [-1, 1, -1], [-4, -5, 0]], dtype=np.float32)
+    result = common.evaluate(MANY, logits, labels, majority=[1, 0, 0])
+    assert result["predictions"].tolist() == [[1, 1, 0], [1, 0, 0], [0, 1, 0], [0, 0, 0]]
+    # tp, fp, fn: a 2 0 1, b 2 0 0, c 0 0 1
+    assert result["scores"] == {"f1_micro": pytest.approx(8 / 10), "f1_macro": pytest.approx(1.8 / 3), "accuracy": 0.5}
+    # a 3 1 0, b 0 0 2, c 0 0 1
+    majority = {"f1_micro": pytest.approx(6 / 10), "f1_macro": pytest.approx(6 / 7 / 3), "accuracy": 0.25}
+    assert result["majority"] == majority
+
+
+def test_predictions_of_several_labels_are_joined_and_have_the_probability_of_them_all():
+    logits = np.log(np.array([[3, 1 / 3, 4], [1 / 9, 1 / 3, 1 / 4], [1, 1, 1]], dtype=np.float64))
+    rows = list(common.prediction_rows(MANY, logits))
+    assert common.prediction_columns(MANY)[2:] == ["probability_a", "probability_b", "probability_c"]
+    assert rows[0] == ["a; c", *map(pytest.approx, (0.75 * 0.75 * 0.8, 0.75, 0.25, 0.8))]
+    assert rows[1] == ["", *map(pytest.approx, (0.9 * 0.75 * 0.8, 0.1, 0.25, 0.2))]
+    assert rows[2] == ["", 0.125, 0.5, 0.5, 0.5]  # above a half, as a logit above 0
+    extremes = common.probabilities(MANY, np.array([[-1e30, 1e30, 0]], dtype=np.float32))
+    assert extremes.tolist() == [[pytest.approx(0, abs=1e-300), 1.0, 0.5]]
 
 
 def test_logits_that_are_not_finite_are_an_error():
     with pytest.raises(FloatingPointError, match="1 of 2 examples"):
-        common.evaluate(TWO, np.array([[0.0, np.nan], [0.0, 1.0]], dtype=np.float32), [0, 1])
+        common.evaluate(TWO, np.array([[0.0, np.nan], [0.0, 1.0]], dtype=np.float32), np.array([0, 1]), majority=0)
 
 
 def test_predictions_carry_probabilities_that_sum_to_one():
@@ -224,17 +185,6 @@ def test_predictions_carry_probabilities_that_sum_to_one():
 
 
 # ------------------------------------------------------------------------------------------------ facts we rely on
-
-
-def test_no_trained_code_of_a_model_folder_is_run(tmp_path, tiny_bert):
-    """A folder with auto_map would ask on the terminal, unless trust_remote_code=False is passed."""
-    save_classifier(tmp_path, tiny_bert, TWO.labels)
-    content = json.loads((tmp_path / "config.json").read_text())
-    content["auto_map"] = {"AutoConfig": "trap.Config", "AutoModelForSequenceClassification": "trap.Model"}
-    (tmp_path / "config.json").write_text(json.dumps(content))
-    (tmp_path / "trap.py").write_text(f"open({str(tmp_path / 'sprung')!r}, 'w')")
-    common.load_model(str(tmp_path), TWO)
-    assert not (tmp_path / "sprung").exists()
 
 
 def test_the_launchers_accumulation_is_overruled(monkeypatch, capsys):

@@ -152,7 +152,7 @@ def test_two_processes_write_what_one_does(copy, evaluate):
     )
     assert ended.returncode == 0, ended.stderr
     assert contents_of(copy / "one") == contents_of(copy / "two")
-    assert ended.stdout.count("61 examples\n") == 1 and "2 processes" in ended.stdout
+    assert ended.stdout.count(", 61 examples (majority: ") == 1 and "2 processes" in ended.stdout
 
 
 def test_a_file_is_scored_instead_of_a_split(copy, evaluate):
@@ -184,7 +184,7 @@ def test_a_made_validation_split_is_made_again(reviews, vocabulary, run_inside, 
     (reviews / "made.yaml").write_text(yaml.safe_dump({**task, "split": {"validation": 0.2, "seed": 5}}))
     flags = ["--task", "made.yaml", "--threads", 1, "--max_steps", 3, "--learning_rate", 0.01, "--output_dir", "run"]
     code, printed, errors = run_inside("train.py", *flags, cwd=reviews)
-    assert code == 0 and "validation: 40 examples" in printed, errors
+    assert code == 0 and "validation: 40 rows" in printed, errors
     evaluate("--model", "run", cwd=reviews)
     evaluation = read_json(reviews / "run/evaluation-validation/evaluation.json")
     assert evaluation["scores"] == read_json(reviews / "run/results.json")["scores"]["validation"]
@@ -243,6 +243,123 @@ def test_regression(reviews, vocabulary, run_inside, evaluate, refused):
     assert evaluation["loss"] == pytest.approx(evaluation["scores"]["mse"], rel=1e-5)
     write_table(reviews / "words.csv", make_rows(5), header=("text", "score"))
     assert "a number" in refused("--model", "run", "--file", "words.csv", cwd=reviews)
+
+
+# ---------------------------------------------------------------------------------- what the training said of its data
+
+
+def change_saved_task(folder, **changes):
+    file = folder / "run/model/task.json"
+    file.write_text(json.dumps({**read_json(file), **changes}))
+
+
+def test_the_majority_is_that_of_the_training_labels(copy, evaluate):
+    """Not of the labels that are scored: train is mostly positive here, and this file mostly negative."""
+    assert read_json(copy / "run/model/metrics.json")["majority"] in (0, 1)
+    (copy / "run/model/metrics.json").write_text(json.dumps({"majority": 1, "mixed_precision": "no"}))
+    write_table(copy / "more.csv", [*make_rows(10, 1, ("negative",)), *make_rows(5, 1, ("positive",))])
+    printed = evaluate("--model", "run", "--file", "more.csv", cwd=copy)
+    baseline = read_json(copy / "run/evaluation-more/evaluation.json")["majority_baseline"]
+    assert baseline == {"accuracy": pytest.approx(1 / 3), "f1": pytest.approx(0.5)}
+    assert "15 examples (majority: accuracy 0.3333, f1 0.5000)" in printed
+    # Of a model that does not say, the majority of these very labels: no baseline is higher.
+    (copy / "run/model/metrics.json").unlink()
+    evaluate("--model", "run", "--file", "more.csv", "--mixed_precision", "no", cwd=copy)
+    baseline = read_json(copy / "run/evaluation-more/evaluation.json")["majority_baseline"]
+    assert baseline == {"accuracy": pytest.approx(2 / 3), "f1": 0.0}
+
+
+def test_bad_rows_are_left_out_listed_and_counted(copy, evaluate, refused):
+    rows = make_rows(20, 9)
+    text = "".join(f"{text},{label}\n" for text, label in rows)
+    bad = "the room,was,good\n,positive\nthe film was good .,9\n"
+    (copy / "more.csv").write_text("text,label\n" + bad + text)
+    assert "more.csv, line 2" in refused("--model", "run", "--file", "more.csv", cwd=copy)
+    printed = evaluate("--model", "run", "--file", "more.csv", "--on_bad_row", "skip", cwd=copy)
+    assert "scored 20 of 23 examples (majority: " in printed
+    output = copy / "run/evaluation-more"
+    assert [(row["text"], row["label"]) for row in read_table(output / "predictions.csv")] == rows
+    file = "more.csv"  # as it was typed
+    assert read_table(output / "bad_rows.csv") == [
+        {"split": "file", "file": file, "row": row, "reason": reason}
+        for row, reason in (
+            ("2", "3 fields, but the header has 2 columns (text, label)"),
+            ("3", 'column "text" is empty'),
+            ("4", "column \"label\" holds '9', no label"),
+        )
+    ]
+    assert read_json(output / "evaluation.json")["bad_rows"] == 3
+
+
+def test_rules_of_the_training_hold_again(reviews, vocabulary, run_inside, evaluate):
+    """on_bad_row, limit, truncate, encoding, delimiter and the columns' names: all in task.json, none typed again."""
+    for name, number, seed in (("train", 120, 1), ("validation", 60, 2)):
+        rows = [f"{text};{label};é" for text, label in make_rows(number, seed)]
+        text = "\n".join(["sentence;verdict;note", *rows[:3], ";positive;é", *rows[3:]]) + "\n"
+        (reviews / f"{name}.csv").write_bytes(text.encode("latin-1"))
+    task = {
+        "files": {name: f"{name}.csv" for name in ("train", "validation")},
+        "model": bert_config(vocabulary),
+        "defaults": {"mixed_precision": "no", "learning_rate": 0.01, "max_steps": 12, "batch_size": 16},
+    }
+    (reviews / "odd.yaml").write_text(yaml.safe_dump(task))
+    flags = ["--encoding", "latin-1", "--delimiter", ";", "--on_bad_row", "skip", "--limit", "validation=41"]
+    flags += ["--text_columns", "sentence", "--label_column", "verdict", "--truncate", "tail", "--max_length", 9]
+    code, _, errors = run_inside("train.py", "--task", "odd.yaml", *SAME, *flags, "--output_dir", "run", cwd=reviews)
+    assert code == 0, errors
+    saved = read_json(reviews / "run/model/task.json")
+    assert (saved["encoding"], saved["delimiter"], saved["on_bad_row"]) == ("latin-1", ";", "skip")
+    assert (saved["limit"], saved["truncate"], saved["max_length"]) == ({"validation": 41}, "tail", 9)
+    evaluate("--model", "run", cwd=reviews)
+    evaluation = read_json(reviews / "run/evaluation-validation/evaluation.json")
+    assert evaluation["scores"] == read_json(reviews / "run/results.json")["scores"]["validation"]
+    assert (evaluation["examples"], evaluation["bad_rows"]) == (41, 1)
+    # The ends of the texts were read, by the probabilities of transformers.
+    model = AutoModelForSequenceClassification.from_pretrained(reviews / "run" / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(reviews / "run" / "model", truncation_side="left")
+    rows = read_table(reviews / "run/evaluation-validation/predictions.csv")
+    inputs = tokenizer(
+        [row["sentence"] for row in rows], truncation=True, max_length=9, padding=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        expected = model(**inputs).logits.softmax(-1)[:, 1].numpy()
+    assert [float(row["probability_positive"]) for row in rows] == pytest.approx(expected.tolist(), abs=1e-5)
+    # A limit that is asked for here goes before, and is no change of the data.
+    evaluate("--model", "run", "--limit", "validation=10", "--output_dir", "ten", cwd=reviews)
+    assert read_json(reviews / "ten/evaluation.json")["examples"] == 10
+    # A file is scored whole.
+    evaluate("--model", "run", "--file", "validation.csv", "--output_dir", "whole", cwd=reviews)
+    assert read_json(reviews / "whole/evaluation.json")["examples"] == 60
+
+
+def test_every_split_of_the_name_is_scored(copy, evaluate, monkeypatch):
+    """As MNLI has them, on the Hub. The names of files' splits are fixed, so they are renamed as they are read."""
+    import common
+
+    def load(task, refresh=False):
+        task, splits, fingerprints, bad_rows = load_splits(task, refresh)
+        names = {"validation_matched": "validation", "validation_mismatched": "test", "validationary": "train"}
+        splits, fingerprints = (
+            {name: values[theirs] for name, theirs in names.items()} for values in (splits, fingerprints)
+        )
+        return task, splits, fingerprints, bad_rows
+
+    load_splits = common.load_splits
+    monkeypatch.setattr(common, "load_splits", load)
+    both = ["validation_matched", "validation_mismatched"]
+    printed = evaluate("--model", "run", cwd=copy)
+    results = read_json(copy / "run/results.json")["scores"]
+    for name, split, examples in zip(both, ("validation", "test"), (50, 61), strict=True):
+        evaluation = read_json(copy / f"run/evaluation-{name}/evaluation.json")
+        assert (evaluation["split"], evaluation["examples"]) == (name, examples)
+        assert evaluation["scores"] == results[split]
+        assert len(read_table(copy / f"run/evaluation-{name}/predictions.csv")) == examples
+        assert f"\n{name}: accuracy " in printed
+    assert {path.name for path in (copy / "run").glob("evaluation-*")} == {f"evaluation-{name}" for name in both}
+    evaluate("--model", "run", "--output_dir", "here", cwd=copy)
+    assert sorted(path.name for path in (copy / "here").iterdir()) == both
+    evaluate("--model", "run", "--split", both[1], "--output_dir", "one", cwd=copy)
+    assert read_json(copy / "one/evaluation.json")["examples"] == 61
 
 
 # ------------------------------------------------------------------------------------------------------- refusals

@@ -99,6 +99,45 @@ def test_hand_computed_values():
     assert scores == pytest.approx(expected, **EXACT)
 
 
+@pytest.mark.parametrize("labels", [2, 5, 20])
+def test_several_labels_agree_with_scikit_learn(labels):
+    names, compared = list(metrics.MULTI_LABEL), 0
+    for seed in range(12):
+        generator = np.random.default_rng([labels, seed])
+        for rows in SIZES:
+            rates = generator.random(labels) ** 2  # some labels are rare, and in neither column
+            references = (generator.random((rows, labels)) < rates).astype(np.int8)
+            guess = (generator.random((rows, labels)) < rates).astype(np.int64)
+            predictions = np.where(generator.random((rows, labels)) < generator.random(), references, guess)
+            if not (predictions.any() or references.any()):
+                continue  # see the degenerate ones
+            expected = {
+                "f1_micro": sklearn_metrics.f1_score(references, predictions, average="micro", zero_division=0),
+                "f1_macro": sklearn_metrics.f1_score(references, predictions, average="macro", zero_division=0),
+                "accuracy": np.mean([list(a) == list(b) for a, b in zip(references, predictions, strict=True)]),
+            }
+            assert expected["accuracy"] == pytest.approx(sklearn_metrics.accuracy_score(references, predictions))
+            assert metrics.compute(names, predictions, references) == pytest.approx(expected, **EXACT)
+            compared += 1
+    assert compared > 40
+
+
+def test_hand_computed_values_of_several_labels():
+    references = np.array([[1, 0, 1, 0], [0, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]])
+    predictions = np.array([[1, 0, 0, 0], [0, 1, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0]])
+    # tp, fp, fn by label: 2 0 0, 2 0 0, 0 1 1, 0 0 0
+    scores = metrics.compute(["f1_micro", "f1_macro", "accuracy"], predictions, references)
+    assert scores == pytest.approx({"f1_micro": 8 / 10, "f1_macro": (1 + 1 + 0 + 0) / 4, "accuracy": 0.5}, **EXACT)
+    assert all(type(score) is float for score in scores.values()) and json.dumps(scores)
+
+
+def test_no_label_anywhere_has_no_f1_micro():
+    nothing = np.zeros((3, 2), dtype=int)
+    with pytest.warns(UserWarning, match="f1_micro is undefined: no label is predicted or present") as caught:
+        scores = metrics.compute(list(metrics.MULTI_LABEL), nothing, nothing)
+    assert scores == {"f1_micro": None, "f1_macro": 0.0, "accuracy": 1.0} and len(caught) == 1
+
+
 def test_majority_class_of_mrpc():
     references = np.repeat([1, 0], [279, 129])  # the 408 pairs of the validation split
     scores = metrics.compute(["accuracy", "f1"], np.ones(408, int), references)
@@ -212,6 +251,11 @@ def test_random_state_is_left_alone():
         ("accuracy", [0, 1], [0], "equally long"),
         ("accuracy", [[0.1, 0.9], [0.2, 0.8]], [0, 1], "equally long"),
         ("mse", [[1.0], [2.0]], [[1.0], [2.0]], "equally long"),
+        ("f1", [[1, 0], [0, 1]], [[1, 0], [0, 1]], "equally long"),
+        ("f1_micro", [[1, 0]], [[1], [0]], "equally long"),
+        ("f1_micro", [[[1, 0]]], [[[1, 0]]], "equally long"),
+        ("f1_micro", [[0.9, 0.1]], [[1, 0]], "predictions are float64"),
+        ("f1_macro", [[1, 0]], [[1, -1]], "hold -1"),
         ("accuracy", [0.3, 1.7], [0, 1], "predictions are float64"),
         ("f1", [0, 1], [0.0, 1.0], "references are float64"),
         ("f1", [0, 1], [-1, 1], "hold -1"),
@@ -235,7 +279,7 @@ def test_direction():
     with pytest.raises(ValueError, match="unknown metric"):
         metrics.is_better("loss", 1.0, 2.0)
     names = "accuracy f1 matthews_correlation f1_macro f1_weighted precision_weighted recall_weighted"
-    assert list(metrics.DIRECTION) == [*names.split(), "pearson", "spearmanr", "mse"]
+    assert list(metrics.DIRECTION) == [*names.split(), "f1_micro", "pearson", "spearmanr", "mse"]
 
 
 @pytest.mark.parametrize(
@@ -257,7 +301,21 @@ def test_check_refuses_in_one_line(names, number_of_labels, message):
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "labels", "multi_label", "message"),
+    [
+        ("f1", 2, True, "f1 is not for several labels a text: use f1_micro, f1_macro, accuracy"),
+        ("pearson", 2, True, "pearson is not for several labels a text"),
+        ("f1_micro", 3, False, "f1_micro is for several labels a text; with one label it is the accuracy"),
+    ],
+)
+def test_check_knows_what_several_labels_need(name, labels, multi_label, message):
+    with pytest.raises(ValueError, match=message):
+        metrics.check([name], labels, multi_label)
+
+
 def test_check_accepts_what_fits():
+    metrics.check(list(metrics.MULTI_LABEL), 5, multi_label=True)
     metrics.check(list(metrics.CLASSIFICATION), 2)
     metrics.check([name for name in metrics.CLASSIFICATION if name != "f1"], 77)
     metrics.check(list(metrics.REGRESSION), None)

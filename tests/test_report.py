@@ -2,11 +2,14 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from accelerate import Accelerator
+from datasets import Dataset
 
+import batching
 import common
 import report
 from tasks import Task
@@ -44,10 +47,10 @@ def test_progress_adds_up_and_writes_lines_of_metrics(tmp_path, log_lines, monke
     progress.train(5, np.array([8.0, 16, 100, 160]), 1e-3, float("inf"))
     progress.train(10, np.array([4.0, 16, 100, 160]), 5e-4, 0.5)
     scores = {"f1": 0.8, "accuracy": None}
-    evaluations = {"validation": {"loss": 0.3, "scores": scores}}
-    progress.evaluation(10, 5e-4, evaluations, {"validation": {"f1": 0.7, "accuracy": 0.5}}, is_best=True)
+    evaluations = {"validation": {"loss": 0.3, "scores": scores, "majority": {"f1": 0.7, "accuracy": 0.5}}}
+    progress.evaluation(10, 5e-4, evaluations, is_best=True)
     progress.train(15, np.array([1.0, 16, 200, 280]), 1e-4, 0.1)
-    progress.evaluation(15, 1e-4, evaluations, {"validation": {"f1": 0.7, "accuracy": 0.5}}, is_best=False)
+    progress.evaluation(15, 1e-4, evaluations, is_best=False)
     progress.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["type"], line["step"], line["epoch"]) for line in lines] == [
@@ -62,7 +65,7 @@ def test_progress_adds_up_and_writes_lines_of_metrics(tmp_path, log_lines, monke
     assert log_lines[2].endswith("| best")
     assert "train loss 0.0625" in log_lines[4]  # since the evaluation before
     totals = progress.totals()
-    assert totals["train_examples"] == 48
+    assert (totals["steps"], totals["epochs"], totals["train_examples"]) == (15, 1.5, 48)
     assert totals["padding_fraction"] == pytest.approx(1 - 400 / 600)
     assert totals["train_examples_per_second"] == pytest.approx(48 / totals["train_seconds"])
 
@@ -71,14 +74,16 @@ def test_progress_adds_up_and_writes_lines_of_metrics(tmp_path, log_lines, monke
     ("f1", "predictions", "words"),
     [
         (0.9, [0, 1, 1], None),
-        (0.9, [1, 1, 1], "THE MODEL PREDICTS 'positive' FOR EVERY EXAMPLE"),
+        (0.9, [1, 1, 1], "THE MODEL PREDICTS THE SAME FOR EVERY EXAMPLE: 'positive'"),
+        (0.9, [[0, 1], [0, 1]], "THE MODEL PREDICTS THE SAME FOR EVERY EXAMPLE"),
+        (0.9, [[0, 1], [1, 1]], None),
         (0.7, [0, 1, 1], "NO BETTER THAN THE MAJORITY CLASS"),
         (None, [0, 0, 1], "NO BETTER THAN THE MAJORITY CLASS"),
     ],
 )
 def test_a_model_that_learnt_nothing_is_warned_of(log_lines, f1, predictions, words):
     evaluation = {"scores": {"f1": f1, "accuracy": 0.5}, "predictions": np.array(predictions)}
-    report.warn_of_collapse(TASK, "validation", evaluation, {"f1": 0.7, "accuracy": 0.5})
+    report.warn_of_collapse(TASK, "validation", {**evaluation, "majority": {"f1": 0.7, "accuracy": 0.5}})
     if words is None:
         assert log_lines == []
     else:
@@ -102,3 +107,63 @@ def test_the_model_card_has_scores_baselines_and_a_way_to_load():
     assert "| validation | accuracy | undefined | 0.5000 |" in card
     assert "negative, positive" in card
     assert 'pipeline("text-classification"' in card
+
+
+# ---------------------------------------------------------------------------------------------------------- a dry run
+
+
+def describe(monkeypatch, log_lines, tmp_path, differences, device="npu", **changes):
+    """What describe_run says of 100 steps of 4 after a few of them, on a device whose numbers differ so much."""
+    args = {"batch_size": 4, "micro_batch_size": None, "eval_every": "epoch", "eval_train_rows": None}
+    args = SimpleNamespace(output_dir="runs/two", **{**args, **changes})
+    monkeypatch.setattr(report.facts, "compare_with_cpu", lambda *arguments: differences)
+    monkeypatch.setattr(report.facts, "peak_memory", lambda device: 3 * 2**29)
+    progress = SimpleNamespace(lines=tmp_path / "metrics.jsonl", steps_per_epoch=25, evaluation_seconds=7.0)
+    # 100 positions a second, once the slow first steps are over.
+    progress.intervals = [(9.0, 10), (3.0, 10), (0.1, 10), (0.3, 30)]
+    (tmp_path / "checkpoints" / "step-00000004").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-00000004" / "model.safetensors").write_bytes(b"0" * 4_600_000)
+    examples = {
+        "train": Dataset.from_dict({"length": [10] * 100}),
+        "validation": Dataset.from_dict({"length": [6] * 50}),
+    }
+    accelerator = SimpleNamespace(
+        device=SimpleNamespace(type=device),
+        num_processes=2,
+        is_main_process=True,
+        mixed_precision="bf16",
+        autocast=lambda: None,
+    )
+    batches = batching.plan(100, 4, seed=1, steps=100)
+    micro_batch = {"inputs": {}, "labels": None}
+    report.describe_run(TASK, args, accelerator, None, batches, examples, ["validation"], progress, micro_batch)
+    return dict(line.split(maxsplit=1) for line in log_lines[-1].splitlines())
+
+
+def test_a_dry_run_counts_what_is_to_come(monkeypatch, log_lines, tmp_path):
+    table = describe(monkeypatch, log_lines, tmp_path, [1e-3, 2e-3])
+    assert list(table) == ["steps", "batch", "memory", "time", "files", "check"]
+    assert table["steps"] == "100 of 4, 25 an epoch; 4 evaluations"
+    assert table["batch"] == "4 = 2 process(es) x 2, 2 at a time"
+    assert table["memory"].startswith("1.50 GiB for each process")
+    # 100 steps of 4 x 10 positions; 4 evaluations of 300 tokens at a third of the price, and 7 seconds that were seen.
+    assert table["time"].startswith("0:00:51 (0:00:40 training, 0:00:11 evaluating)")
+    assert table["files"].startswith("runs/two/: model/ 5 MB")
+    assert table["check"] == "largest difference from fp32 on the CPU: logits 1.0e-03, gradients 2.0e-03"
+    assert len(log_lines) == 1
+
+
+def test_rows_of_train_that_are_scored_cost_time(monkeypatch, log_lines, tmp_path):
+    table = describe(monkeypatch, log_lines, tmp_path, [0, 0], eval_every="10", eval_train_rows=900)
+    assert table["steps"].endswith("; 10 evaluations")
+    assert table["time"].startswith("0:01:30 (0:00:40 training, 0:00:50 evaluating)")  # 10 x (300 + 1000) / 300 + 7
+
+
+@pytest.mark.parametrize("differences", [[0.5, 1e-3], [1e-3, 0.5], [float("nan"), 0.0], [0.0, float("nan")]])
+def test_a_device_that_computes_other_numbers_is_warned_of(monkeypatch, log_lines, tmp_path, differences):
+    describe(monkeypatch, log_lines, tmp_path, differences)
+    assert log_lines[0].startswith("WARNING: NPU COMPUTES OTHER NUMBERS THAN THE CPU: largest difference")
+
+
+def test_a_cpu_is_not_compared_with_itself(monkeypatch, log_lines, tmp_path):
+    assert "check" not in describe(monkeypatch, log_lines, tmp_path, [1.0, 1.0], device="cpu")

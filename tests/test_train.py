@@ -4,6 +4,8 @@ import csv
 import json
 import os
 import shutil
+import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -511,7 +513,7 @@ def test_a_file_without_a_task_names_the_run_and_its_model(reviews, tiny_bert, r
     run = reviews / "runs" / f"train,max_length=24,model={tiny_bert.name},max_steps=2"
     results = read_results(run)
     assert results["task"] == "train" and list(results["scores"]["validation"]) == ["f1_macro", "accuracy"]
-    assert "train: 180 examples" in printed and "validation: 20 examples" in printed
+    assert "train: 180 rows | " in printed and "validation: 20 rows | " in printed
     assert "newly initialised: classifier" in printed
 
 
@@ -578,9 +580,11 @@ def test_a_second_run_takes_all_tokens_from_the_cache(review_task, train):
     write_table(review_task.parent / "train.csv", make_rows(200, 1234))  # rows that no other test has tokenised
     write_table(review_task.parent / "validation.csv", make_rows(50, 1235))
     change_task(review_task, files={"train": "train.csv", "validation": "validation.csv"})
-    assert train(review_task, "--max_steps", 1, output="first").count(" tokens, tokenised") == 2
+    assert "tokenised: train, validation\n" in train(review_task, "--max_steps", 1, output="first")
     printed = train(review_task, "--max_steps", 1, output="second")
-    assert printed.count("tokens from the cache") == 2 and "tokenised" not in printed
+    assert "tokens from the cache\n" in printed and "tokenised" not in printed
+    write_table(review_task.parent / "validation.csv", make_rows(50, 1236))
+    assert "tokenised: validation\n" in train(review_task, "--max_steps", 1, output="third")
 
 
 def test_an_empty_folder_is_used(review_task, train):
@@ -748,6 +752,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_naming_step_and_examples(review_
 def test_a_model_that_has_learnt_nothing_is_warned_of(review_task, train):
     printed = train(review_task, "--learning_rate", 0, "--max_steps", 1, output="nothing")
     assert "WARNING: ON VALIDATION THE MODEL" in printed
+    seen = [text for text, _ in make_rows(200, 1)]  # rows that are in train too would be warned of
+    rows = [row for row in make_rows(60, 2) if row[0] not in seen]
+    write_table(review_task.parent / "validation.csv", rows[:50])
     printed = train(review_task, *LEARNING, output="something")
     assert "WARNING" not in printed
 
@@ -806,9 +813,15 @@ def test_defaults_of_a_task_are_checked_like_flags(review_task, refused, default
     assert next(iter(defaults)) in errors
 
 
-def test_class_weights_are_not_for_regression(review_task, refused):
-    make_regression(review_task)
-    assert "regression" in refused("--task", review_task, "--class_weights", "balanced", cwd=review_task.parent)
+@pytest.mark.parametrize("flag", [("--class_weights", "balanced"), ("--label_smoothing", "0.1")])
+@pytest.mark.parametrize("kind", ["regression", "multi-label"])
+def test_class_weights_and_label_smoothing_are_for_one_class_a_text(review_task, refused, kind, flag):
+    if kind == "regression":
+        make_regression(review_task)
+    else:
+        change_task(review_task, problem="multi_label", metrics=None)
+    errors = refused("--task", review_task, *flag, cwd=review_task.parent)
+    assert "--label_smoothing and --class_weights are for tasks with one class for each text" in errors
 
 
 def test_a_tracker_that_is_not_installed_is_refused(review_task, refused):
@@ -874,3 +887,292 @@ def test_two_processes_that_accelerate_would_run_as_one_are_refused(review_task)
     assert "asked for several processes, but started one" in ended.stderr and "multi_cpu.yaml" in ended.stderr
     assert ended.stderr.count("Traceback") == 1  # the launcher's
     assert files_under(review_task.parent) == before
+
+
+# ------------------------------------------------------------------------------------------------- facts of the data
+
+
+def test_facts_of_the_data_are_told_and_kept(review_task, vocabulary, train):
+    rows = make_rows(60, 1)
+    rows[7] = (rows[3][0], {"positive": "negative", "negative": "positive"}[rows[3][1]])
+    write_table(review_task.parent / "train.csv", rows)
+    seen = {text for text, _ in rows}
+    fresh = [row for row in make_rows(60, 2) if row[0] not in seen][:18]
+    write_table(review_task.parent / "validation.csv", [*fresh, rows[5], rows[3]])
+    change_task(review_task, files={"train": "train.csv", "validation": "validation.csv"})
+    printed = train(review_task, "--max_steps", 4, "--max_length", 14, "--micro_batch_size", 5, output="run")
+    data = read_results(review_task.parent / "run")["data"]
+
+    lengths = [len(ids) for ids in BertTokenizer(str(vocabulary))([text for text, _ in rows])["input_ids"]]
+    counts = Counter(label for _, label in rows)
+    found = data["splits"]["train"]
+    assert (found["rows"], found["labels"]) == (60, {name: counts[name] for name in ("negative", "positive")})
+    tokens = {"median": np.median(lengths), "p95": np.percentile(lengths, 95), "longest": max(lengths)}
+    assert found["tokens"] == pytest.approx(tokens)
+    assert 0 < found["truncated"] < 1 and found["truncated"] == np.mean(np.array(lengths) > 14)
+    assert found["unknown"] == 0 and found["conflicts"]["texts"] == 1
+    assert found["tokens_per_character"] == pytest.approx((sum(lengths) - 120) / sum(len(text) for text, _ in rows))
+    assert data["duplicates"]["validation"] == {"rows": 2, "share": 0.1, "position": 18}
+    # The plan's first epoch is what these 4 steps are: what was trained on is what was foretold.
+    assert data["padding"] == pytest.approx(read_results(review_task.parent / "run")["padding_fraction"], abs=1e-12)
+
+    def percent(label):
+        return f"{label} {counts[label]} ({counts[label] / 60:.1%})"
+
+    assert f"train: 60 rows | labels: {percent('negative')}, {percent('positive')} | tokens: median " in printed
+    assert f"longest {max(lengths)}; {found['truncated']:.1%} of the texts cut, 0.00% of the tokens unknown" in printed
+    assert f"padding: {data['padding']:.1%} of what a step computes" in printed
+    assert f"WARNING: train: 1 texts occur with different labels, such as {rows[3][0][:80]!r}" in printed
+    assert "WARNING: 2 of 20 rows of validation (10.0%) are in train too" in printed
+    assert f"such as {rows[5][0][:80]!r}" in printed
+    assert "THE TOKENIZER DOES NOT KNOW" not in printed and "fewer than" not in printed
+
+
+def test_a_tokenizer_of_another_language_is_warned_of(review_task, train):
+    for name in ("train", "validation"):
+        rows = [(f"这家酒店很好{number}", ("negative", "positive")[number % 2]) for number in range(40)]
+        write_table(review_task.parent / f"{name}.csv", rows)
+    printed = train(review_task, "--max_steps", 1, output="run")
+    unknown = read_results(review_task.parent / "run")["data"]["splits"]["train"]["unknown"]
+    assert unknown > 0.9
+    assert f"THE TOKENIZER DOES NOT KNOW THIS LANGUAGE: {unknown:.0%} OF THE TOKENS ARE UNKNOWN" in printed
+    assert "--model google-bert/bert-base-chinese" in printed
+
+
+def test_variants_of_a_label_and_rare_classes_are_warned_of(reviews, review_task, train):
+    rows = [*make_rows(60, 1), ("the room was good .", "Positive"), ("the film was fine .", "Positive")]
+    write_table(reviews / "train.csv", rows)
+    change_task(review_task, labels=None, metrics=None, files={"train": "train.csv", "validation": "validation.csv"})
+    printed = train(review_task, "--max_steps", 1, output="run")
+    assert "labels that differ only in case or blanks: 'Positive', 'positive'; one class each" in printed
+    assert "classes with fewer than 16 rows in train: Positive (2)" in printed
+
+
+def test_a_warm_up_longer_than_the_run_is_a_warning(review_task, train):
+    words = "WARNING: the warm-up of 6 steps is longer than the run of 5"
+    assert words in train(review_task, "--warmup_steps", 6, "--max_steps", 5, output="longer")
+    rates = values_of(review_task.parent / "longer", "learning_rate")
+    assert read_state(review_task.parent / "longer")["status"] == "done" and rates[-1] < 0.003
+    assert "the warm-up" not in train(review_task, "--warmup_steps", 5, "--max_steps", 5, output="as long")
+
+
+# ------------------------------------------------------------------------------ rows of train, bad rows, several splits
+
+
+def test_rows_of_train_are_scored_at_each_evaluation(review_task, train):
+    flags = ["--eval_train_rows", 40, "--eval_every", 10, "--log_every", 1]
+    printed = train(review_task, *flags, *LEARNING, output="run")
+    lines = lines_of(review_task.parent / "run", "eval")
+    assert [(line["step"], line["split"]) for line in lines] == [
+        (step, split) for step in (10, 20, 26) for split in ("validation", "train")
+    ]
+    results = read_results(review_task.parent / "run")
+    best = {line["split"]: line for line in lines if line["step"] == results["best_step"]}
+    assert results["scores"] == {split: line["scores"] for split, line in best.items()}
+    assert printed.count("validation loss") == printed.count("train_sample loss") == 3
+    labels = results["data"]["splits"]["train"]["labels"]  # which the sample keeps
+    share = round(40 * labels["positive"] / 200) / 40
+    assert results["majority_baseline"]["train"]["accuracy"] == pytest.approx(max(share, 1 - share))
+    train(review_task, "--eval_every", 10, "--log_every", 1, *LEARNING, output="without")
+    assert_same_training_of_validation(review_task.parent / "without", review_task.parent / "run")
+
+
+def assert_same_training_of_validation(run, other):
+    assert values_of(other) == values_of(run)
+    lines = [line for line in lines_of(other, "eval") if line["split"] == "validation"]
+    assert lines == lines_of(run, "eval")
+
+
+def test_scores_of_train_rows_stay_apart_in_tensorboard(review_task, train):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    flags = ["--trackers", "tensorboard", "--max_steps", 4, "--log_every", 1, "--eval_train_rows", 10]
+    train(review_task, *flags, output="run")
+    events = reader.EventAccumulator(str(review_task.parent / "run" / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
+    assert [event.step for event in events.Scalars("train_sample/loss")] == [4]
+
+
+BAD = {
+    "train": [
+        ("text,label\n", None),
+        ("the room was bad .,negative,extra\n", "3 fields, but the header has 2 columns (text, label)"),
+        (",positive\n", 'column "text" is empty'),
+        ('"the ""film"" was\nfine .",positive\n', None),
+        ("the film was good .,postive\n", "column \"label\" holds 'postive', no label"),
+        ("the book was fine .,\n", 'column "label" holds no label'),
+    ],
+    "validation": [("text,label\n", None), ('"  ",positive\n', "column \"text\" holds '  ', not text")],
+}
+
+
+@pytest.fixture
+def bad_rows(review_task):
+    """Put bad rows in front of the reviews; return what bad_rows.csv should hold."""
+    expected = []
+    for name, rows in BAD.items():
+        file = review_task.parent / f"{name}.csv"
+        good, line = file.read_text().partition("\n")[2], 1
+        for text, reason in rows:
+            if reason:
+                expected.append({"split": name, "file": str(file), "row": str(line), "reason": reason})
+            line += text.count("\n")
+        file.write_text("".join(text for text, _ in rows) + good)
+    return expected
+
+
+def read_bad_rows(file):
+    with open(file, encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_bad_rows_end_the_run_unless_they_are_to_be_skipped(review_task, bad_rows, train, refused, run_inside):
+    folder = review_task.parent
+    assert "train.csv, line 2: 3 fields, but the header has 2 columns" in refused("--task", review_task, cwd=folder)
+    flags = ["--on_bad_row", "skip", "--max_steps", 3]
+    for _ in range(2):  # the second time from the cache
+        printed = train(review_task, *flags, "--overwrite", output="run")
+        assert read_bad_rows(folder / "run" / "bad_rows.csv") == bad_rows
+        assert "WARNING: train: 4 bad rows left out, listed in bad_rows.csv; the first: 3 fields" in printed
+        assert "WARNING: validation: 1 bad rows left out" in printed
+    assert files_under(folder / "run") == RUN_FILES | {"bad_rows.csv"}
+    assert read_results(folder / "run")["data"]["splits"]["train"]["rows"] == 201
+
+    code, printed, errors = run_inside("evaluate.py", "--model", "run", *ONE_THREAD, cwd=folder)
+    assert code == 0, errors
+    assert "scored 50 of 51 examples" in printed and "predictions.csv, bad_rows.csv" in printed
+    output = folder / "run" / "evaluation-validation"
+    assert read_bad_rows(output / "bad_rows.csv") == [row for row in bad_rows if row["split"] == "validation"]
+    evaluation = json.loads((output / "evaluation.json").read_text())
+    assert (evaluation["examples"], evaluation["bad_rows"]) == (50, 1)
+    assert evaluation["scores"] == read_results(folder / "run")["scores"]["validation"]
+    code, printed, errors = run_inside("evaluate.py", "--model", "run", "--split", "test", *ONE_THREAD, cwd=folder)
+    assert code == 0 and ", 50 examples (majority" in printed, errors
+    assert not (folder / "run" / "evaluation-test" / "bad_rows.csv").exists()
+
+
+def test_a_run_without_bad_rows_says_nothing_of_them(review_task, train):
+    printed = train(review_task, "--on_bad_row", "skip", "--max_steps", 1, output="run")
+    assert "bad" not in printed.replace("bad_rows.csv", "bad").split("WARNING")[0]
+    assert not (review_task.parent / "run" / "bad_rows.csv").exists()
+
+
+def test_the_first_validation_split_chooses_and_all_are_scored(review_task, train, monkeypatch):
+    """As MNLI has them, on the Hub. The names of files' splits are fixed, so they are renamed as they are read."""
+    import common
+
+    def load(task, refresh=False):
+        task, splits, fingerprints, bad_rows = load_splits(task, refresh)
+        names = {"train": "train", "validation_matched": "validation", "validation_mismatched": "test"}
+        splits, fingerprints = (
+            {name: values[theirs] for name, theirs in names.items()} for values in (splits, fingerprints)
+        )
+        return task, splits, fingerprints, bad_rows
+
+    load_splits = common.load_splits
+    monkeypatch.setattr(common, "load_splits", load)
+    printed = train(review_task, "--eval_every", 10, *LEARNING, output="run")
+    lines = lines_of(review_task.parent / "run", "eval")
+    both = ["validation_matched", "validation_mismatched"]
+    assert [(line["step"], line["split"]) for line in lines] == [(step, name) for step in (10, 20, 26) for name in both]
+    results = read_results(review_task.parent / "run")
+    assert list(results["scores"]) == list(results["majority_baseline"]) == both
+    scores = {line["step"]: line["scores"]["accuracy"] for line in lines if line["split"] == both[0]}
+    assert results["best_step"] == max(scores, key=scores.get)
+    assert f"{both[0]}: accuracy" in printed and f"{both[1]}: accuracy" in printed
+    card = (review_task.parent / "run" / "model" / "README.md").read_text()
+    assert all(f"| {name} | accuracy | " in card for name in both)
+
+
+# ---------------------------------------------------------------------------------------------------------- dry runs
+
+
+def without_torchs_own(folder):
+    """The names in a temporary folder that are not of torch's or its launcher's making."""
+    return [path.name for path in folder.iterdir() if not path.name.startswith(("torchinductor", "torchelastic"))]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_dry_run_tells_what_the_run_takes_and_leaves_nothing(review_task, processes):
+    before = contents_of(review_task.parent)
+    with tempfile.TemporaryDirectory() as scratch:
+        ended = run_script(
+            *("train.py", "--task", review_task, *ONE_THREAD, "--dry_run", "--epochs", 100, "--eval_every", 5),
+            *("--micro_batch_size", 3, "--eval_train_rows", 100, "--trackers", "tensorboard"),
+            cwd=review_task.parent,
+            launcher=TORCHRUN_2 if processes == 2 else (sys.executable,),
+            environment={"TMPDIR": scratch},
+        )
+        assert ended.returncode == 0, ended.stderr
+        assert without_torchs_own(Path(scratch)) == []
+    assert contents_of(review_task.parent) == before
+    table = dict(line.split(maxsplit=1) for line in ended.stdout.splitlines()[-5:])
+    assert list(table) == ["steps", "batch", "memory", "time", "files"]
+    assert table["steps"] == "1300 of 16, 13 an epoch; 260 evaluations"
+    assert table["batch"] == f"16 = {processes} process(es) x {16 // processes}, 3 at a time"
+    assert 0.1 < float(table["memory"].split()[0]) < 16 and "GiB" in table["memory"]
+    hours, minutes, seconds = (int(part) for part in table["time"].split()[0].split(":"))
+    assert 0 < hours * 3600 + minutes * 60 + seconds < 3600
+    assert table["files"].startswith("runs/reviews,epochs=100.0,eval_every=5/: model/ 0 MB")
+    assert ended.stdout.count("validation loss") == 1 and "train: 200 rows | " in ended.stdout
+
+
+def test_a_dry_run_foretells_the_time(review_task, train):
+    """Roughly: on a machine that others use, too."""
+    flags = ["--epochs", 40, "--eval_every", 100]
+    printed = train(review_task, *flags, "--dry_run")
+    time = next(line for line in printed.splitlines() if line.startswith("time"))
+    hours, minutes, seconds = (int(part) for part in time.split()[1].split(":"))
+    train(review_task, *flags, output="run")
+    taken = read_results(review_task.parent / "run")["train_seconds"]
+    assert taken / 4 - 2 < hours * 3600 + minutes * 60 + seconds < 4 * taken + 4
+
+
+@pytest.mark.parametrize("metrics", ["f1", "pearson"])
+def test_a_score_without_a_value_does_not_break_a_dry_run(review_task, train, metrics):
+    if metrics == "pearson":
+        make_regression(review_task)
+    else:
+        for name in ("train", "validation"):  # hardly a positive one: none in the one batch that is scored
+            rows = [*make_rows(60, 1, ("negative",)), ("the room was good .", "positive")]
+            write_table(review_task.parent / f"{name}.csv", rows)
+    before = contents_of(review_task.parent)
+    flags = ["--metrics", metrics, "--eval_batch_size", 1, "--learning_rate", 0.001]
+    with pytest.warns(UserWarning, match=f"{metrics} is undefined"):
+        printed = train(review_task, *flags, "--dry_run")
+    assert f"{metrics} undefined" in printed and "\ntime " in printed
+    assert contents_of(review_task.parent) == before
+
+
+def test_a_dry_run_finds_mistakes_and_leaves_nothing_then(review_task, refused, run_inside, monkeypatch, tmp_path):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    for flags in (["--trackers", "tensorbored"], ["--freeze", "nonsense"], ["--final_test", "--metrics", "pearson"]):
+        refused("--task", review_task, "--dry_run", *flags, cwd=review_task.parent)
+    flags = ["--task", review_task, "--learning_rate", 1e30, "--dry_run"]
+    before = contents_of(review_task.parent)
+    code, _, errors = run_inside("train.py", *ONE_THREAD, *flags, cwd=review_task.parent)
+    assert code == 1 and "step 2: the loss is" in errors
+    assert contents_of(review_task.parent) == before and list(scratch.iterdir()) == []
+
+
+def test_two_processes_leave_nothing_of_a_dry_run_that_failed(review_task):
+    before = contents_of(review_task.parent)
+    with tempfile.TemporaryDirectory() as scratch:
+        ended = run_script(
+            *("train.py", "--task", review_task, *ONE_THREAD, "--dry_run", "--learning_rate", "1e30"),
+            cwd=review_task.parent,
+            launcher=TORCHRUN_2,
+            environment={"TMPDIR": scratch},
+        )
+        assert ended.returncode == 1 and "step 2: the loss is" in ended.stderr
+        assert without_torchs_own(Path(scratch)) == []
+    assert contents_of(review_task.parent) == before
+
+
+def test_a_dry_run_beside_a_finished_run_touches_nothing(finished, run_inside):
+    folder, _ = finished
+    before = contents_of(folder)
+    code, printed, errors = run_inside("train.py", *TYPED, *ONE_THREAD, "--dry_run", cwd=folder)
+    assert (code, errors) == (0, "") and "already complete" not in printed and "\nsteps   26 of 16" in printed
+    assert contents_of(folder) == before

@@ -1,0 +1,257 @@
+"""Facts about data on small tables, by hand; how far a device's numbers are from a CPU's."""
+
+import copy
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import bert_config, write_table
+from datasets import Dataset
+
+import batching
+import common
+import facts
+import splits
+from tasks import Task
+
+TASK = Task(name="", text=["text"], labels=["no", "yes"])
+MANY = Task(name="", text=["text"], labels=["a", "b", "c"], problem="multi_label")
+NUMBER = Task(name="", text=["text"], labels="regression")
+
+
+def rows_of(*pairs):
+    """Rows of (hash, label): a hash is written as one or two characters, and filled up to 16 bytes."""
+    hashes = [(text.encode() * 16)[:16] if isinstance(text, str) else text for text, _ in pairs]
+    return Dataset.from_dict({"hash": hashes, "label": [label for _, label in pairs]})
+
+
+# ------------------------------------------------------------------------------------------------- a table, by hand
+
+
+@pytest.fixture
+def table(tmp_path, vocabulary):
+    """Task, splits, tokenised splits and tokenizer of two files of a few rows, cut to 6 tokens."""
+    write_table(
+        tmp_path / "train.csv",
+        [
+            ("the room was good .", "yes"),  # 5 tokens and 2 special ones, 19 characters
+            ("the film was bad", "no"),  # 4, 16
+            ("the room was good .", "no"),  # 5, 19; with another label
+            ("zzz the", "yes"),  # 2, one of them unknown, 7
+        ],
+    )
+    write_table(tmp_path / "validation.csv", [("fine", "yes"), ("zzz the", "yes"), ("the film was bad", "no")])
+    files = {name: str(tmp_path / f"{name}.csv") for name in ("train", "validation")}
+    task = Task(name="", text=["text"], labels=["no", "yes"], files=files, max_length=6)
+    task, found, fingerprints, _ = splits.load_splits(task)
+    model, tokenizer, _ = common.load_model(bert_config(vocabulary), task)
+    task, examples = batching.tokenize_splits(task, found, fingerprints, model, tokenizer)
+    return task, found, examples
+
+
+def test_facts_of_a_table(table):
+    task, found, examples = table
+    batches = [np.array([0, 1]), np.array([3, 2]), np.array([0, 2])]  # an epoch, and the start of another
+    data = facts.data_facts(task, found, examples, batches, micro_batch_size=2, processes=1, special_tokens=2)
+    assert data["splits"]["train"] == {
+        "rows": 4,
+        "labels": {"no": 2, "yes": 2},
+        "tokens": {"median": 6.5, "p95": 7.0, "longest": 7},  # of 4, 6, 7 and 7: before the cut
+        "truncated": 0.5,
+        "unknown": 1 / 16,
+        "tokens_per_character": 16 / 61,
+        "conflicts": {"texts": 1, "position": 2},
+    }
+    assert data["splits"]["validation"] == {
+        "rows": 3,
+        "labels": {"no": 1, "yes": 2},
+        "tokens": {"median": 4.0, "p95": pytest.approx(5.8), "longest": 6},  # of 3, 4 and 6
+        "truncated": 0.0,
+        "unknown": 1 / 7,
+        "tokens_per_character": 7 / 27,
+        "conflicts": {"texts": 0, "position": None},
+    }
+    assert data["duplicates"] == {"validation": {"rows": 2, "share": 2 / 3, "position": 1}}
+    assert data["label_variants"] == []
+    # Lengths after the cut: 6 6 6 4. The first epoch: 12 tokens in 2 x 6, and 10 in 2 x 6.
+    assert data["padding"] == pytest.approx(1 - 22 / 24)
+    data = facts.data_facts(task, found, examples, batches, micro_batch_size=1, processes=1, special_tokens=2)
+    assert data["padding"] == 0
+
+
+def test_padding_follows_micro_batches_and_processes():
+    lengths = np.array([3, 5, 2, 8, 4, 6, 7])
+    batches = [np.array([0, 1, 2, 3]), np.array([4, 5, 6])]
+
+    def filled(micro_batch_size, processes):
+        return facts.positions(lengths, batches, micro_batch_size, processes)
+
+    assert filled(4, 1) == 4 * 8 + 3 * 7
+    assert filled(2, 1) == 2 * 5 + 2 * 8 + 2 * 6 + 7
+    assert filled(3, 1) == 3 * 5 + 8 + 3 * 7
+    assert filled(4, 2) == 2 * 3 + 2 * 8 + 2 * 7 + 6  # rank 0 has 0 2 and 4 6, rank 1 has 1 3 and 5
+    assert filled(1, 2) == filled(1, 1) == filled(9, 8) == lengths.sum()
+
+
+@pytest.mark.parametrize(("micro_batch_size", "processes"), [(5, 1), (2, 1), (5, 3), (2, 2), (100, 2)])
+def test_positions_are_those_that_the_loader_lays_out(micro_batch_size, processes):
+    lengths = np.random.default_rng(0).integers(1, 30, 23)
+    rows = {"input_ids": [[1] * n for n in lengths], "length": lengths, "label": [0] * 23}
+    examples, batches = Dataset.from_dict(rows), batching.plan(23, 5, seed=1, steps=7)
+    counted = 0
+    for rank in range(processes):
+        accelerator = Accelerator(cpu=True)
+        process = type("P", (), {"process_index": rank, "num_processes": processes, "device": accelerator.device})
+        for micro_batches in batching.step_loader(examples, batches, process, micro_batch_size, pad_token_id=0):
+            counted += sum(part["positions"] for part in micro_batches)
+    assert facts.positions(lengths, batches, micro_batch_size, processes) == counted
+
+
+# ------------------------------------------------------------------------------------------------------------ labels
+
+
+def test_labels_are_counted_by_name():
+    assert facts.label_counts(TASK, np.array([1, 1, 0, -1])) == {"no": 1, "yes": 2}
+    assert facts.label_counts(MANY, np.array([[1, 0, 0], [1, 1, 0], [-1, -1, -1]])) == {"a": 2, "b": 1, "c": 0}
+    assert facts.label_counts(NUMBER, np.array([1.0, np.nan, 4.0, 2.5])) == {"min": 1.0, "mean": 2.5, "max": 4.0}
+    assert facts.label_counts(NUMBER, np.array([np.nan])) == {}
+
+
+def test_label_variants_differ_in_case_and_blanks_alone():
+    labels = ["Positive", "negative", "positive ", "POSITIVE", "two  words", "two words", "twowords"]
+    variants = facts.label_variants(Task(name="", labels=labels))
+    assert variants == [["Positive", "positive ", "POSITIVE"], ["two  words", "two words"]]
+    assert facts.label_variants(TASK) == facts.label_variants(NUMBER) == []
+
+
+# -------------------------------------------------------------------------------------------- the same text, twice
+
+
+def test_texts_with_different_labels():
+    assert facts.conflicts(rows_of(("a", 0), ("b", 1), ("c", 0))) == {"texts": 0, "position": None}
+    assert facts.conflicts(rows_of(("a", 0), ("b", 1), ("a", 0))) == {"texts": 0, "position": None}  # the same label
+    assert facts.conflicts(rows_of(("a", 0), ("b", 1), ("a", 1))) == {"texts": 1, "position": 2}
+    for labels in ((0, 1, 0), (0, 0, 1), (0, 1, 2)):  # three copies are one text
+        found = facts.conflicts(rows_of(*(("a", label) for label in labels), ("b", 7)))
+        assert found["texts"] == 1 and found["position"] in (1, 2)
+    two = rows_of(("b", 0), ("a", 1), ("b", 1), ("a", 0), ("c", 3))
+    assert facts.conflicts(two)["texts"] == 2 and facts.conflicts(two)["position"] in (2, 3)
+    assert facts.conflicts(rows_of(("a", 0.5), ("a", 0.25)))["texts"] == 1
+    assert facts.conflicts(rows_of(("a", [1, 0]), ("a", [1, 0]), ("b", [0, 0])))["texts"] == 0
+    assert facts.conflicts(rows_of(("a", [1, 0]), ("a", [1, 1]), ("b", [0, 0])))["texts"] == 1
+
+
+def test_rows_that_are_in_train_too():
+    train = rows_of(("a", 0), ("b", 1), ("b", 1))
+    assert facts.duplicates(train, rows_of(("c", 0), ("d", 0))) == {"rows": 0, "share": 0.0, "position": None}
+    other = rows_of(("c", 0), ("b", 0), ("a", 1), ("b", 1))  # each row counts, whatever its label
+    assert facts.duplicates(train, other) == {"rows": 3, "share": 0.75, "position": 1}
+
+
+def test_a_collision_of_half_a_hash_is_none():
+    half = b"12345678"
+    first, second, third = half + b"aaaaaaaa", half + b"bbbbbbbb", half + b"cccccccc"
+    both = rows_of((first, 0), (second, 1))
+    assert facts.conflicts(both) == {"texts": 0, "position": None}
+    assert facts.duplicates(both, rows_of((third, 0)))["rows"] == 0
+    assert facts.duplicates(both, rows_of((third, 0), (second, 0), (first, 0)))["rows"] == 2  # and none is overlooked
+    assert facts.conflicts(rows_of((first, 0), (second, 1), (second, 0), (first, 1)))["texts"] == 2
+
+
+@pytest.mark.parametrize("byte", range(16))
+def test_hashes_that_differ_in_one_bit_are_two_texts(byte):
+    first = b"abcdefghijklmnop"
+    second = first[:byte] + bytes([first[byte] ^ 1]) + first[byte + 1 :]
+    assert facts.conflicts(rows_of((first, 0), (second, 1)))["texts"] == 0
+    assert facts.duplicates(rows_of((first, 0)), rows_of((second, 0)))["rows"] == 0
+
+
+def test_rows_that_were_drawn_are_compared_not_those_of_the_file():
+    train = rows_of(("a", 0), ("b", 1), ("a", 1)).select([1, 2])
+    assert facts.conflicts(train) == {"texts": 0, "position": None}
+    assert facts.duplicates(train, rows_of(("a", 0), ("b", 0), ("c", 0)).select([2, 1]))["position"] == 1
+
+
+def test_hashes_tell_a_pair_from_its_texts_in_one(tmp_path):
+    """The texts of load_splits: `a b` with `c` is not `a` with `b c`, and no blank is lost."""
+    pairs = [("a b", "c"), ("a", "b c"), ("a b ", "c"), ("a b", "c")]
+    file = write_table(
+        tmp_path / "t.csv", [(*pair, str(i % 2)) for i, pair in enumerate(pairs * 6)], ("x", "y", "label")
+    )
+    task = Task(name="", text=["x", "y"], files={"train": str(file), "validation": str(file)}, labels=["0", "1"])
+    _, found, _, _ = splits.load_splits(task)
+    assert len(set(found["train"]["hash"])) == 3 and {len(one) for one in found["train"]["hash"]} == {16}
+    assert facts.conflicts(found["train"])["texts"] == 1
+
+
+# ---------------------------------------------------------------------------------------------------- the language
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (["这家酒店很好。"], True),
+        (["这家 hotel 很好,下次还来"], True),
+        (["the room was good", "the hotel 好"], False),
+        (["部屋はとてもきれいでした"], False),  # Japanese is mostly kana
+        (["123 !?"], False),
+        ([], False),
+    ],
+)
+def test_is_chinese(texts, expected):
+    assert facts.is_chinese(texts) == expected
+
+
+# ------------------------------------------------------------------------------------------- a device and the CPU
+
+
+@pytest.fixture
+def batch(vocabulary):
+    """A model with dropout in training, and a batch of it."""
+    model, tokenizer, _ = common.load_model(bert_config(vocabulary, hidden_dropout_prob=0.5), TASK)
+    inputs = tokenizer(["the room was good .", "bad", "the film was very dull"], padding=True, return_tensors="pt")
+    return model.train(), dict(inputs), torch.tensor([1, 0, 0])
+
+
+def loss_of(logits, labels):
+    return common.example_losses(TASK, logits, labels).mean()
+
+
+def test_a_model_computes_what_its_copy_does(batch):
+    model, inputs, labels = batch
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert facts.compare_with_cpu(model, inputs, labels, loss_of, nullcontext()) == pytest.approx([0, 0], abs=1e-6)
+    assert model.training and all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_frozen_parts_have_no_gradients_to_compare(batch):
+    model, inputs, labels = batch
+    model.base_model.requires_grad_(False)
+    assert facts.compare_with_cpu(model, inputs, labels, loss_of, nullcontext()) == pytest.approx([0, 0], abs=1e-6)
+
+
+def test_bf16_stays_within_its_tolerance_and_is_seen(batch):
+    found = facts.compare_with_cpu(*batch, loss_of, torch.autocast("cpu", dtype=torch.bfloat16))
+    assert 1e-5 < max(found) < facts.TOLERANCE["bf16"]
+
+
+def test_wrong_numbers_are_far_off(batch):
+    model, inputs, labels = batch
+
+    def perturbed(memo):
+        del model.__deepcopy__
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            other.classifier.weight.mul_(-1)
+        return other
+
+    model.__deepcopy__ = perturbed
+    logits, gradients = facts.compare_with_cpu(model, inputs, labels, loss_of, nullcontext())
+    assert min(logits, gradients) > facts.TOLERANCE["bf16"]
+
+
+def test_peak_memory_is_that_of_this_process():
+    assert 2**26 < facts.peak_memory(torch.device("cpu")) < 2**37
