@@ -6,6 +6,7 @@ of a micro-batch changes which examples make a step, and going on at step N is a
 """
 
 from dataclasses import replace
+from functools import partial
 from itertools import count
 
 import numpy as np
@@ -29,15 +30,19 @@ def longest_input(model, tokenizer):
     return min(limit, tokenizer.model_max_length)
 
 
+def token_columns(tokenizer):
+    """Return the columns that a model of this tokenizer reads, besides the mask."""
+    return [name for name in ("input_ids", "token_type_ids") if name in tokenizer.model_input_names]
+
+
 def encode(task, tokenizer, texts, max_length):
     """Tokenise texts (one list, or two of equal length) and cut those above max_length; return (columns, facts).
 
-    columns: `input_ids` and perhaps `token_type_ids`, ragged lists. facts: for each example its `full_length` in tokens
-    before the cut, its number of `unknown` tokens and of `characters`.
+    columns: token_columns, ragged lists. facts: for each example its `full_length` in tokens before the cut, its number
+    of `unknown` tokens and of `characters`.
     Of a pair, tokens are taken from the longer text until both fit. `head_tail` keeps a quarter from the start and the
     rest from the end, the proportion of Sun et al. 2019, https://arxiv.org/abs/1905.05583 (128 and 382 tokens).
     """
-    columns = [name for name in ("input_ids", "token_type_ids") if name in tokenizer.model_input_names]
     encoded = tokenizer(*texts, return_special_tokens_mask=True)
     ids = encoded["input_ids"]
     facts = {
@@ -48,9 +53,9 @@ def encode(task, tokenizer, texts, max_length):
     for example, length in enumerate(facts["full_length"]):
         if length > max_length:
             keep = _kept(encoded["special_tokens_mask"][example], max_length, task.truncate)
-            for name in columns:
+            for name in token_columns(tokenizer):
                 encoded[name][example] = [encoded[name][example][position] for position in keep]
-    return {name: encoded[name] for name in columns}, facts
+    return {name: encoded[name] for name in token_columns(tokenizer)}, facts
 
 
 def _kept(is_special, max_length, truncate):
@@ -76,31 +81,26 @@ def _kept(is_special, max_length, truncate):
 
 
 def tokenize(task, rows, fingerprint, model, tokenizer):
-    """Return (examples, made): a Dataset of ragged `input_ids` (and `token_type_ids`), `length`, `label` and the facts
-    of `encode`.
+    """Return (examples, made): a Dataset of the columns and facts of `encode`, `length` and `label`.
 
     Made once, and cached under the content of the rows, the tokenizer and the settings.
-    Raises BadInput for a max_length beyond the model's positions, and for token ids beyond its vocabulary.
     """
     import pyarrow as pa
 
     limit = longest_input(model, tokenizer)
-    if task.max_length and task.max_length > limit:
-        raise BadInput(
-            f"max_length {task.max_length} is more than the model's {limit} positions", f"--max_length {limit}"
-        )
     max_length = task.max_length or limit
+    if max_length > limit:
+        raise BadInput(f"max_length {max_length} is more than the model's {limit} positions", f"--max_length {limit}")
     specials = tokenizer.num_special_tokens_to_add(pair=len(task.text) == 2)
-    if max_length <= specials + len(task.text) - 1:
-        raise BadInput(
-            f"--max_length {max_length} leaves no room beside {specials} special tokens", "Give a larger one."
-        )
-    columns = [name for name in ("input_ids", "token_type_ids") if name in tokenizer.model_input_names]
+    if max_length < specials + len(task.text):
+        words = f"--max_length {max_length} leaves no room beside {specials} special tokens"
+        raise BadInput(words, "Give a larger one.")
+    columns = token_columns(tokenizer)
     label_type = rows.features.arrow_schema.field("label").type
     counts = ["length", "full_length", "unknown", "characters"]
     schema = [(name, pa.list_(pa.int32())) for name in columns] + [(name, pa.int32()) for name in counts]
 
-    def token_columns():
+    def tokens():
         for start_row in range(0, len(rows), 1000):
             some = rows[start_row : start_row + 1000]
             encoded, facts = encode(task, tokenizer, [some[column] for column in task.text], max_length)
@@ -115,7 +115,7 @@ def tokenize(task, rows, fingerprint, model, tokenizer):
     # The labels' order is part of the key: `label` holds ids.
     settings = [columns, task.text, task.labels, max_length, task.truncate]
     key = digest("tokens", fingerprint, type(tokenizer).__name__, vocabulary, settings)
-    examples, made = cached_table(key, pa.schema([*schema, ("label", label_type)]), token_columns)
+    examples, made = cached_table(key, pa.schema([*schema, ("label", label_type)]), tokens)
     largest = max((int(chunk.values.to_numpy().max()) for chunk in examples.data.column("input_ids").chunks), default=0)
     vocabulary_size = model.get_input_embeddings().num_embeddings
     if largest >= vocabulary_size:
@@ -168,10 +168,7 @@ def share(batch, rank, number_of_processes, micro_batch_size):
 
 
 def pad(examples, pad_token_id):
-    """Lay examples out as a rectangle, as wide as the longest: a dict of tensors, shape (examples, tokens).
-
-    examples: a dict of columns, with ragged `input_ids` and perhaps `token_type_ids`.
-    """
+    """Lay the token_columns of examples out as rectangles, as wide as the longest: a dict of tensors."""
     lengths = [len(ids) for ids in examples["input_ids"]]
     mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
     inputs = {"attention_mask": torch.from_numpy(mask.astype(np.int64))}
@@ -189,13 +186,12 @@ def step_loader(examples, batches, accelerator, micro_batch_size, pad_token_id, 
     A micro-batch is a dict of `ids`, `inputs` (tensors for the model), `labels`, `weight`, and counts; all of it still
     on the CPU. The loader is not for accelerator.prepare(): it is divided among the processes already.
     """
-    divided = [
-        share(batch, accelerator.process_index, accelerator.num_processes, micro_batch_size) for batch in batches
-    ]
+    rank, number_of_processes = accelerator.process_index, accelerator.num_processes
+    divided = [share(batch, rank, number_of_processes, micro_batch_size) for batch in batches]
     return DataLoader(
-        _Rows(examples, pad_token_id),
-        sampler=divided,  # an "index" is the list of micro-batches of one step
+        divided,
         batch_size=None,
+        collate_fn=partial(_laid_out, examples, pad_token_id),  # no closure: worker processes must receive it
         num_workers=num_workers,
         pin_memory=accelerator.device.type == "cuda",
         # Without a generator of its own the loader draws from torch's, and the model's dropout would depend on it.
@@ -203,31 +199,24 @@ def step_loader(examples, batches, accelerator, micro_batch_size, pad_token_id, 
     )
 
 
-class _Rows:
-    """Looks up the micro-batches of a step; a class and not a closure, so that worker processes can receive it."""
-
-    def __init__(self, examples, pad_token_id):
-        self.examples = examples
-        self.pad_token_id = pad_token_id
-
-    def __len__(self):
-        return len(self.examples)
-
-    def __getitem__(self, micro_batches):
-        return [self.lay_out(ids, weight) for ids, weight in micro_batches]
-
-    def lay_out(self, ids, weight):
-        rows = self.examples[ids]
-        inputs = pad(rows, self.pad_token_id)
-        return {
-            "ids": ids,
-            "inputs": inputs,
-            "labels": torch.tensor(rows["label"]),
-            "weight": weight,
-            "examples": len(ids) * weight,
-            "tokens": sum(rows["length"]) * weight,
-            "positions": inputs["input_ids"].numel() * weight,
-        }
+def _laid_out(examples, pad_token_id, micro_batches):
+    """Return the micro-batches of one step, given as (ids, weight), as the dicts of step_loader."""
+    step = []
+    for ids, weight in micro_batches:
+        rows = examples[ids]
+        inputs = pad(rows, pad_token_id)
+        step.append(
+            {
+                "ids": ids,
+                "inputs": inputs,
+                "labels": torch.tensor(rows["label"]),
+                "weight": weight,
+                "examples": len(ids) * weight,
+                "tokens": sum(rows["length"]) * weight,
+                "positions": inputs["input_ids"].numel() * weight,
+            }
+        )
+    return step
 
 
 @torch.inference_mode()
@@ -250,10 +239,10 @@ def all_logits(model, examples, accelerator, batch_size, pad_token_id):
     model.train(was_training)
     mine = [(batch, logits.cpu().numpy()) for batch, logits in mine]
     # As objects: tensors of uneven shapes must not be gathered, and the processes have uneven numbers of batches.
-    gathered = gather_object(mine)
+    everywhere = gather_object(mine)
     logits = np.zeros((len(examples), model.config.num_labels), dtype=np.float32)
     seen = np.zeros(len(examples), dtype=int)
-    for batch, values in gathered:
+    for batch, values in everywhere:
         logits[batch] = values
         seen[batch] += 1
     if not (seen == 1).all():

@@ -27,11 +27,24 @@ def digest(*parts):
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
+def write_text(path, text):
+    """Write a file under a temporary name and rename it: it is complete or absent."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, content):
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
 def cached_table(key, schema, make_columns):
     """Return (Dataset, made): the table named `key` from the cache, made first where it is not there.
 
-    make_columns() yields the columns of some rows at a time, as dicts of lists. The file is complete or absent: it is
-    written under a temporary name and renamed.
+    make_columns() yields the columns of some rows at a time, as dicts of lists. The file is complete or absent.
     """
     import pyarrow as pa
     from datasets import Dataset
@@ -51,13 +64,10 @@ def cached_table(key, schema, make_columns):
 
 
 def one_process_at_a_time():
-    """A lock for preparing data: one process of a machine downloads and tokenises, the others wait and read its cache.
-
-    A file lock, not a barrier: a process that waits at a barrier dies of the collective's timeout when the data are
-    large.
-    """
+    """A lock for preparing data: one process of a machine makes the tables, the others wait and read its cache."""
     from filelock import FileLock
 
+    # Not a barrier: a process that waits there dies of the collective's timeout when the data are large.
     return FileLock(cache_folder() / "prepare.lock")
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import hardware
 import metrics
 import tasks
-from cache import array_of, one_process_at_a_time
+from cache import array_of, one_process_at_a_time, write_text
 from labels import UNLABELLED
 from models import load_model, with_labels_of  # noqa: F401 - for the scripts
 from reader import BadInput
@@ -38,9 +38,8 @@ def argument_parser(description, data=False):
     def fail(message):
         raise BadInput(message, "See --help.")
 
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    as_it_is = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=as_it_is, allow_abbrev=False)
     parser.error = fail
     if data:
         tasks.add_data_arguments(parser)
@@ -56,17 +55,15 @@ def parse_arguments(parser, default=None):
 
 def add_machine_arguments(parser):
     """Add the flags that say how to compute: they change no result beyond rounding."""
-    group = parser.add_argument_group("machine")
-    group.add_argument(
+    add = parser.add_argument_group("machine").add_argument
+    add(
         "--mixed_precision",
         choices=["auto", "no", "fp16", "bf16"],
         default="auto",
         help="auto: the launcher's, else what this hardware computes natively (default: %(default)s)",
     )
-    group.add_argument(
-        "--threads", type=positive, help="CPU threads of each process (default: cores / local processes)"
-    )
-    group.add_argument("--eval_batch_size", type=positive, default=64, help="examples at a time (default: %(default)s)")
+    add("--threads", type=positive, help="CPU threads of each process (default: cores / local processes)")
+    add("--eval_batch_size", type=positive, default=64, help="examples at a time (default: %(default)s)")
 
 
 # --------------------------------------------------------------------------------------------------------- processes
@@ -101,8 +98,7 @@ def run(main):
 def start(args, stream=None, **accelerator_options):
     """Return the Accelerator for this process: precision and threads chosen, libraries quiet, processes counted.
 
-    Log lines of the main process go to `stream` (standard output). Raises BadInput where the processes that a launcher
-    started would not form one group.
+    Log lines of the main process go to `stream` (standard output).
     """
     import torch
     from accelerate import Accelerator
@@ -112,20 +108,17 @@ def start(args, stream=None, **accelerator_options):
     environment = os.environ
     device = "cpu" if environment.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") else best_device()
     capability = torch.cuda.get_device_capability() if device in ("cuda", "rocm") else None
+    launcher_precision = environment.get("ACCELERATE_MIXED_PRECISION")
     try:
         precision, precision_words = hardware.choose_precision(
-            args.mixed_precision,
-            environment.get("ACCELERATE_MIXED_PRECISION"),
-            device,
-            capability,
-            hardware.cpu_flags(),
+            args.mixed_precision, launcher_precision, device, capability, hardware.cpu_flags()
         )
         threads, threads_words = hardware.choose_threads(
             args.threads,
             environment.get("OMP_NUM_THREADS"),
             hardware.available_cores(),
             int(environment.get("LOCAL_WORLD_SIZE", "1")),
-            launched="ACCELERATE_MIXED_PRECISION" in environment or "TORCHELASTIC_RUN_ID" in environment,
+            launched=launcher_precision is not None or "TORCHELASTIC_RUN_ID" in environment,
         )
     except ValueError as error:
         reason, _, advice = str(error).partition("\n")
@@ -141,19 +134,9 @@ def start(args, stream=None, **accelerator_options):
     log.handlers = [logging.StreamHandler(stream or sys.stdout)]
     log.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     log.propagate = False
-    if hardware.asked_for_more_processes(environment):
-        raise BadInput(
-            "the launcher was asked for several processes, but started one (as accelerate does with --cpu, MULTI_CPU)",
-            "Launch with --config_file accelerate_configs/multi_cpu.yaml or torchrun --nproc_per_node N; "
-            "for one process, drop --num_processes and unset MASTER_ADDR.",
-        )
-    started = int(environment.get("WORLD_SIZE", accelerator.num_processes))
-    if started != accelerator.num_processes:
-        raise BadInput(
-            f"the launcher started {started} processes, but each believes it is one of {accelerator.num_processes}",
-            "Launch with: accelerate launch --config_file accelerate_configs/multi_cpu.yaml (or multi_gpu.yaml).",
-        )
-    processes = f"{started} process{'es' if started > 1 else ''}"
+    number = accelerator.num_processes
+    check_processes(number)
+    processes = f"{number} process{'es' if number > 1 else ''}"
     log.info(f"{accelerator.device.type}, {processes}, precision {precision_words}, {threads_words}")
     accumulation = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if accumulation != "1":
@@ -162,6 +145,22 @@ def start(args, stream=None, **accelerator_options):
             "step, --micro_batch_size cuts it"
         )
     return accelerator
+
+
+def check_processes(number):
+    """Raise BadInput where a launcher started, or was to start, other than this number of processes as one group."""
+    if hardware.asked_for_more_processes(os.environ):
+        raise BadInput(
+            "the launcher was asked for several processes, but started one (as accelerate does with --cpu, MULTI_CPU)",
+            "Launch with --config_file accelerate_configs/multi_cpu.yaml or torchrun --nproc_per_node N; "
+            "for one process, drop --num_processes and unset MASTER_ADDR.",
+        )
+    started = int(os.environ.get("WORLD_SIZE", number))
+    if started != number:
+        raise BadInput(
+            f"the launcher started {started} processes, but each believes it is one of {number}",
+            "Launch with: accelerate launch --config_file accelerate_configs/multi_cpu.yaml (or multi_gpu.yaml).",
+        )
 
 
 def best_device():
@@ -205,9 +204,8 @@ def load_data(task, args):
         task, splits, fingerprints, bad_rows = load_splits(task, args.refresh)
     for name in dict.fromkeys(bad_row["split"] for bad_row in bad_rows):
         reasons = [bad_row["reason"] for bad_row in bad_rows if bad_row["split"] == name]
-        log.warning(
-            f"WARNING: {name}: {len(reasons)} bad rows left out, listed in bad_rows.csv; the first: {reasons[0]}"
-        )
+        words = f"{len(reasons)} bad rows left out, listed in bad_rows.csv; the first: {reasons[0]}"
+        log.warning(f"WARNING: {name}: {words}")
     return task, splits, fingerprints, bad_rows
 
 
@@ -218,7 +216,14 @@ def write_bad_rows(folder, bad_rows):
         write_row = csv_row_writer(stream)
         for fields in [list(bad_rows[0]), *(bad_row.values() for bad_row in bad_rows)]:
             write_row(fields)
-        tasks.write_text(Path(folder) / "bad_rows.csv", stream.getvalue())
+        write_text(Path(folder) / "bad_rows.csv", stream.getvalue())
+
+
+def counted_dropout(model, seed):
+    """Make a model's dropout a function of the examples, see dropout.py; return the Masks, to be told which come."""
+    import dropout
+
+    return dropout.install(model, seed)
 
 
 def check_splits(task, splits, names):
@@ -316,11 +321,14 @@ def evaluate(task, logits, labels, majority):
     else:
         predictions = (logits > 0).astype(int) if task.is_multi_label else logits.argmax(axis=1)
     loss = example_losses(task, torch.from_numpy(logits), torch.tensor(labels)).mean().item()
+    with warnings.catch_warnings():  # a constant has no correlation: that is known, and no news
+        warnings.simplefilter("ignore")
+        majority_scores = metrics.compute(task.metrics, np.broadcast_to(majority, labels.shape), labels)
     return {
         "loss": loss,
         "scores": metrics.compute(task.metrics, predictions, labels),
         "predictions": predictions,
-        "majority": majority_scores(task, majority, labels),
+        "majority": majority_scores,
     }
 
 
@@ -332,18 +340,16 @@ def majority(task, labels):
     return float(np.mean(labels)) if task.is_regression else int(np.bincount(labels).argmax())
 
 
-def majority_scores(task, constant, labels):
-    """Return the task's metrics of always predicting `constant`."""
-    with warnings.catch_warnings():  # a constant has no correlation: that is known, and no news
-        warnings.simplefilter("ignore")
-        return metrics.compute(task.metrics, np.broadcast_to(constant, labels.shape), labels)
+def number_words(number):
+    """Return a score as a word: 0.8123, or undefined."""
+    return "undefined" if number is None else f"{number:.4f}"
+
+
+def score_words(values):
+    """Return scores as words: `f1 0.8123, accuracy 0.6838`."""
+    return ", ".join(f"{name} {number_words(value)}" for name, value in values.items())
 
 
 def is_better(task, score, best):
     """Return whether a score of the task's first metric beats the best so far; an undefined one never does."""
     return metrics.is_better(task.metrics[0], score, best)
-
-
-def score_words(values):
-    """Return scores as words: `f1 0.8123, accuracy 0.6838`."""
-    return ", ".join(f"{name} {'undefined' if value is None else f'{value:.4f}'}" for name, value in values.items())

@@ -17,7 +17,7 @@ import batching
 import checkpoint
 import common
 import tasks
-from cache import array_of
+from cache import array_of, write_json
 from common import BadInput, log
 
 
@@ -113,7 +113,7 @@ def main():
             output.mkdir(parents=True, exist_ok=True)
             common.write_bad_rows(output, [bad_row for bad_row in bad_rows if bad_row["split"] == name])
             write_predictions(output / "predictions.csv", task, splits[name], logits)
-            tasks.write_json(output / "evaluation.json", evaluation)
+            write_json(output / "evaluation.json", evaluation)
         log.info(f"written: {output}/evaluation.json, predictions.csv{', bad_rows.csv' if left_out else ''}")
     common.finish(accelerator, model)
 

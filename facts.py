@@ -18,7 +18,8 @@ def data_facts(task, splits, examples, batches, micro_batch_size, processes, spe
     splits: rows with `hash` and the texts; examples: the same, tokenised (see batching.encode); batches: the plan;
     special_tokens: in each example. Shares are of rows, `unknown` and `tokens_per_character` of tokens of the text.
     """
-    facts = {"splits": {}, "label_variants": label_variants(task), "duplicates": {}}
+    facts = {"splits": {}, "label_variants": label_variants(task)}
+    facts["duplicates"] = {name: duplicates(splits["train"], splits[name]) for name in splits if name != "train"}
     for name, rows in examples.items():
         full, length = array_of(rows, "full_length"), array_of(rows, "length")
         text_tokens = max(1, int((full - special_tokens).sum()))
@@ -35,9 +36,6 @@ def data_facts(task, splits, examples, batches, micro_batch_size, processes, spe
             "tokens_per_character": text_tokens / max(1, int(array_of(rows, "characters").sum())),
             "conflicts": conflicts(splits[name]),
         }
-    for name in splits:
-        if name != "train":
-            facts["duplicates"][name] = duplicates(splits["train"], splits[name])
     lengths = array_of(examples["train"], "length")
     of_epoch = batches[: -(-len(lengths) // len(batches[0]))]
     filled = positions(lengths, of_epoch, micro_batch_size, processes)

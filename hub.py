@@ -3,9 +3,8 @@
 import re
 from pathlib import Path
 
-from cache import cache_folder
+from cache import cache_folder, write_text
 from reader import BadInput
-from tasks import write_text
 
 
 def download(path, name, commit):
@@ -16,10 +15,8 @@ def download(path, name, commit):
     try:
         return load_dataset(path, name, revision=commit)
     except (DatasetsError, FileNotFoundError, ValueError) as error:
-        raise BadInput(
-            f"{path}{f' ({name})' if name else ''}: {' '.join(str(error).split())[:300]}",
-            "Check `dataset: {path, name}` of the task.",
-        ) from None
+        words = f"{path}{f' ({name})' if name else ''}: {' '.join(str(error).split())[:300]}"
+        raise BadInput(words, "Check `dataset: {path, name}` of the task.") from None
     except (OSError, HTTPError) as error:  # ConnectionError is an OSError
         raise unreachable_hub(path, error) from None
 
@@ -28,7 +25,6 @@ def hub_commit(repository, kind, revision=None, refresh=False):
     """Return the commit of a Hub repository: the one it had when it was first used here; `refresh` asks the Hub again.
 
     kind is "model" or "dataset"; a revision that is a commit needs no asking.
-    Raises BadInput where the Hub is out of reach or has no such repository.
     """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError

@@ -41,8 +41,7 @@ def with_label_names(task, sources):
     source = sources["train"]
     column = source.rows.data.column("label").combine_chunks()
     is_list = task.is_multi_label
-    names = (column.flatten() if is_list else column).unique().to_pylist()
-    names = [name for name in names if name is not None]
+    names = (column.flatten() if is_list else column).unique().drop_null().to_pylist()
 
     def first_place(name):
         labels = ((row["row"], row["label"]) for row in source.rows)
@@ -68,15 +67,13 @@ def with_label_names(task, sources):
             f'{source.where}: the label column "{task.label}" has {len(names)} value(s): {", ".join(names)}',
             "A classifier needs two or more; is it the right column (--label_column)?",
         )
-    return replace(
-        task, labels=sorted(names, key=lambda name: (0, int(name), name) if is_whole(name) else (1, 0, name))
-    )
+    return replace(task, labels=sorted(whole, key=lambda name: (int(name), name)) + sorted(words))
 
 
 def is_number(text):
     try:
         return bool(np.isfinite(float(text)))
-    except ValueError:
+    except (TypeError, ValueError):  # None, words
         return False
 
 
@@ -91,20 +88,17 @@ def label_ids(task, values):
     multi-label, where a row's list is empty).
     """
     if task.is_regression:
-        known = np.array([value is None or is_number(value) for value in values], dtype=bool)
-        numbers = [
-            float(value) if value is not None and ok else np.nan for value, ok in zip(values, known, strict=True)
-        ]
-        return np.array(numbers), known
+        numbers = [float(value) if is_number(value) else np.nan for value in values]
+        known = [value is None or is_number(value) for value in values]
+        return np.array(numbers, dtype=np.float64), np.array(known, dtype=bool)
     ids = {name: position for position, name in enumerate(task.labels)}
-    if not any(is_whole(name) for name in task.labels):
+    if not any(map(is_whole, task.labels)):
         ids |= {str(position): position for position in range(len(task.labels))}
     if not task.is_multi_label:  # there, -1 would be a column of the matrix
         ids = {None: UNLABELLED, str(UNLABELLED): UNLABELLED} | ids
-    return (
-        np.array([ids.get(value, UNLABELLED) for value in values], dtype=np.int64),
-        np.array([value in ids for value in values], dtype=bool),
-    )
+    numbers = [ids.get(value, UNLABELLED) for value in values]
+    known = [value in ids for value in values]
+    return np.array(numbers, dtype=np.int64), np.array(known, dtype=bool)
 
 
 def with_label_ids(task, split, source):
@@ -161,11 +155,10 @@ def _ids_of_column(task, column):
     if not task.is_multi_label:
         return ids, unknown
     row_of = pc.list_parent_indices(column).to_numpy()
-    matrix, unknown_rows = np.zeros((len(column), len(task.labels)), dtype=np.int8), np.zeros(len(column), dtype=bool)
+    matrix = np.zeros((len(column), len(task.labels)), dtype=np.int8)
     matrix[row_of[~unknown], ids[~unknown]] = 1
     matrix[column.is_null().to_numpy(zero_copy_only=False)] = UNLABELLED
-    unknown_rows[row_of[unknown]] = True
-    return matrix, unknown_rows
+    return matrix, np.isin(np.arange(len(column)), row_of[unknown])
 
 
 def _arrow_column(ids):

@@ -1,13 +1,9 @@
 """Metrics: the GLUE scores and their kin, as in-memory `evaluate.Metric` objects: no network, no files.
 
-Every score is a fraction between 0 and 1 (correlations: -1 to 1; mse: squared label units), equal to scikit-learn's
-and scipy's in float64. A score that has no value is None (null in JSON), with one warning, and never wins a comparison.
-
     compute(["f1", "accuracy"], predictions, references)      -> {"f1": 0.8122, "accuracy": 0.6838}
-    load("f1").compute(predictions=..., references=...)       -> {"f1": 0.8122}
 
-Predictions and references are columns of equal length: integer class ids (after the argmax), floats for regression, or
-for multi-label problems arrays of 0 and 1, shape [rows, labels].
+Scores equal scikit-learn's and scipy's in float64; one that has no value is None. Predictions and references are
+integer class ids (after the argmax), floats for regression, or 0 and 1 of shape (rows, labels) for multi-label.
 """
 
 import difflib
@@ -20,17 +16,14 @@ from pathlib import Path
 
 import numpy as np
 
-REGRESSION = ("pearson", "spearmanr", "mse")
-CLASSIFICATION = ("accuracy", "f1", "matthews_correlation", "f1_macro", "f1_weighted")
-CLASSIFICATION += ("precision_weighted", "recall_weighted")
-MULTI_LABEL = ("f1_micro", "f1_macro", "accuracy")
-# Every metric, and which way is better.
-DIRECTION = dict.fromkeys(CLASSIFICATION + MULTI_LABEL + REGRESSION, "max") | {"mse": "min"}
-LARGEST = 1e100  # beyond this the squares of a regression score overflow float64
+REGRESSION = "pearson spearmanr mse".split()
+CLASSIFICATION = "accuracy f1 matthews_correlation f1_macro f1_weighted precision_weighted recall_weighted".split()
+MULTI_LABEL = "f1_micro f1_macro accuracy".split()
+DIRECTION = dict.fromkeys(CLASSIFICATION + MULTI_LABEL + REGRESSION, "max") | {"mse": "min"}  # which way is better
 
 
-def is_better(name: str, score: float | None, best: float | None) -> bool:
-    """True where `score` beats `best`. None never wins, anything beats None, a tie keeps the older one."""
+def is_better(name, score, best):
+    """Return whether `score` beats `best`: None never wins, anything beats None, a tie keeps the older one."""
     require_known(name)
     if score is None or math.isnan(score):
         return False
@@ -39,16 +32,15 @@ def is_better(name: str, score: float | None, best: float | None) -> bool:
     return score > best if DIRECTION[name] == "max" else score < best
 
 
-def require_known(name: str) -> None:
-    """Raises ValueError, with the nearest name and the list, where there is no such metric."""
+def require_known(name):
     if name not in DIRECTION:
         nearest = difflib.get_close_matches(str(name), DIRECTION, n=1)
         hint = f"did you mean {nearest[0]}? " if nearest else ""
         raise ValueError(f"unknown metric {name!r}: {hint}Allowed: {', '.join(DIRECTION)}")
 
 
-def check(names: list[str], number_of_labels: int | None, multi_label: bool = False) -> None:
-    """Raises ValueError, in one line, where a metric is unknown or does not fit; regression: None labels."""
+def check(names, number_of_labels, multi_label=False):
+    """Raise ValueError, in one line, where a metric is unknown or does not fit; regression: None labels."""
     if not names:
         raise ValueError(f"no metric is named. Allowed: {', '.join(DIRECTION)}")
     for name in names:
@@ -66,12 +58,8 @@ def check(names: list[str], number_of_labels: int | None, multi_label: bool = Fa
             raise ValueError(f"f1 is for two labels, this task has {number_of_labels}: use f1_macro")
 
 
-def compute(names: list[str], predictions, references) -> dict[str, float | None]:
-    """Scores two equally long columns. Warns once, with the reasons, where scores are undefined.
-
-    Raises ValueError for unknown names, columns that are not one-dimensional and equally long, and, in classification,
-    for values that are not integers (`evaluate` would cut 1.7 to 1 in silence) and for unlabelled rows (-1).
-    """
+def compute(names, predictions, references):
+    """Return {name: score}. Warns once, with the reasons, where scores are undefined."""
     predictions, references = np.asarray(predictions), np.asarray(references)
     if predictions.ndim not in (1, 2) or predictions.shape != references.shape:
         raise ValueError(f"need two equally long columns, got shapes {predictions.shape} and {references.shape}")
@@ -82,7 +70,7 @@ def compute(names: list[str], predictions, references) -> dict[str, float | None
             raise ValueError(f"{name} needs two equally long columns, got shape {references.shape}")
         if name not in REGRESSION and len(references):
             for side, values in (("predictions", predictions), ("references", references)):
-                if values.dtype.kind not in "biu":
+                if values.dtype.kind not in "biu":  # `evaluate` would cut 1.7 to 1 in silence
                     raise ValueError(f"{name} needs integer class ids, the {side} are {values.dtype}: take the argmax")
             if references.min() < 0:
                 raise ValueError(f"{name} needs labels, the references hold {references.min()}: leave such rows out")
@@ -95,8 +83,8 @@ def compute(names: list[str], predictions, references) -> dict[str, float | None
     return scores
 
 
-def load(name: str, multi_label: bool = False):
-    """An `evaluate.Metric`, as `evaluate.load` would give, made here; add, add_batch and compute work as usual."""
+def load(name, multi_label=False):
+    """Return an `evaluate.Metric`, as `evaluate.load` would; add, add_batch and compute work as usual."""
     require_known(name)
     evaluate = import_evaluate()
     from datasets import Features, List, Value
@@ -106,13 +94,8 @@ def load(name: str, multi_label: bool = False):
 
     class Metric(evaluate.Metric):
         def _info(self):
-            # No format="numpy": the library would hand over float32. Lists keep float64.
-            return evaluate.MetricInfo(
-                description=FORMULAS[name].__doc__,
-                citation="",
-                inputs_description="predictions, references: columns of equal length.",
-                features=Features(predictions=column, references=column),
-            )
+            features = Features(predictions=column, references=column)  # as format="numpy" it would be float32
+            return evaluate.MetricInfo(description=FORMULAS[name].__doc__, citation="", features=features)
 
         def _build_data_dir(self):
             return ""  # the library makes an empty folder in the cache here, even with keep_in_memory
@@ -128,15 +111,13 @@ def load(name: str, multi_label: bool = False):
 
 @functools.cache
 def import_evaluate():
-    """The `evaluate` library, whatever file of that name lies nearby; the import costs seconds, so only on first use.
+    """Return the `evaluate` library, which this project's script evaluate.py hides from every script beside it.
 
-    This project's script evaluate.py hides the library from every script beside it. For this one import, folders that
-    hold a file evaluate.py ("" and "." are such folders too) leave sys.path, and that script leaves sys.modules.
+    For this one import, folders with a file evaluate.py leave sys.path, and that script leaves sys.modules.
     """
-    found = sys.modules.get("evaluate")
+    path, found = sys.path, sys.modules.get("evaluate")
     if hasattr(found, "__path__"):  # a package: the library is there already
         return found
-    path = sys.path
     sys.path = [entry for entry in path if not Path(entry, "evaluate.py").is_file()]
     sys.modules.pop("evaluate", None)
     try:
@@ -147,18 +128,18 @@ def import_evaluate():
             sys.modules["evaluate"] = found
 
 
-def why_undefined(name: str, predictions: np.ndarray, references: np.ndarray) -> str:
-    """Why this score has no value, in plain words; an empty string where it has one."""
+def why_undefined(name, predictions, references):
+    """Return why this score has no value, in plain words; an empty string where it has one."""
     if len(references) == 0:
         return "there are no rows"
-    if name == "f1_micro" and not (predictions.any() or references.any()):
-        return "no label is predicted or present, 0/0"
-    if name == "f1" and not (predictions == 1).any() and not (references == 1).any():
-        return "class 1 is neither predicted nor present, 0/0"
+    if name in ("f1", "f1_micro") and not ((predictions == 1).any() or (references == 1).any()):
+        nothing = "class 1 is neither predicted nor present" if name == "f1" else "no label is predicted or present"
+        return f"{nothing}, 0/0"
     if name in REGRESSION:
         for side, values in (("predictions", predictions), ("references", references)):
-            if not (np.abs(values.astype(np.float64)) < LARGEST).all():  # NaN is not below anything
-                return f"the {side} hold NaN, infinity or values beyond {LARGEST:g}"
+            # The squares of larger ones overflow; NaN is not below anything.
+            if not (np.abs(values.astype(np.float64)) < 1e100).all():
+                return f"the {side} hold NaN, infinity or values beyond 1e+100"
             if name != "mse" and len(values) < 2:
                 return "one row has no correlation"
             if name != "mse" and (values == values[0]).all():
@@ -166,21 +147,14 @@ def why_undefined(name: str, predictions: np.ndarray, references: np.ndarray) ->
     return ""
 
 
-# The formulas: (predictions, references) -> score, for columns of shape [rows] where why_undefined has no objection.
-
-
-def count_classes(predictions: np.ndarray, references: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Diagonal, predicted rows and actual rows of the confusion matrix, each of shape [classes], int64.
-
-    The classes are those that occur in either column. The class metrics need no more of the matrix than this.
-    In multi-label: of every label, the rows where it is right, predicted and present.
-    """
+def count_classes(predictions, references):
+    """Return in how many rows each class that occurs (in multi-label: each) is right, is predicted, is present."""
     if references.ndim == 2:
         return (predictions & references).sum(axis=0), predictions.sum(axis=0), references.sum(axis=0)
-    _, codes = np.unique(np.concatenate([predictions, references]), return_inverse=True)
-    predicted, actual = codes[: len(predictions)], codes[len(predictions) :]
+    classes, codes = np.unique(np.concatenate([predictions, references]), return_inverse=True)
+    predicted, actual = np.split(codes, 2)
     columns = (predicted[predicted == actual], predicted, actual)
-    return tuple(np.bincount(column, minlength=codes.max() + 1) for column in columns)
+    return tuple(np.bincount(column, minlength=len(classes)) for column in columns)
 
 
 def accuracy(predictions, references):
@@ -194,27 +168,8 @@ def f1(predictions, references):
     return 2 * hits / (np.sum(predictions == 1) + np.sum(references == 1))
 
 
-def matthews_correlation(predictions, references):
-    """R_K for any number of classes (Gorodkin 2004, doi:10.1016/j.compbiolchem.2004.09.006); for two, Matthews 1975.
-
-    0.0 where predictions or references are all of one class, which is 0/0: scikit-learn's convention.
-    """
-    hits, predicted, actual = (counts.astype(np.float64) for counts in count_classes(predictions, references))
-    rows = actual.sum()
-    covariance = hits.sum() * rows - predicted @ actual
-    variances = (rows**2 - predicted @ predicted) * (rows**2 - actual @ actual)
-    return covariance / math.sqrt(variances) if variances else 0.0
-
-
-def f1_micro(predictions, references):
-    """F1 of all labels of all rows together (as scikit-learn)."""
-    hits, predicted, actual = count_classes(predictions, references)
-    return 2 * hits.sum() / (predicted.sum() + actual.sum())
-
-
 def f1_macro(predictions, references):
-    """Plain mean of each class's F1, over the classes that occur in predictions or references (as scikit-learn); in
-    multi-label over all labels, 0 for one that occurs in neither."""
+    """Plain mean of each class's F1; 0 for a label of a multi-label task that is neither predicted nor present."""
     hits, predicted, actual = count_classes(predictions, references)
     return np.mean(2 * hits / np.maximum(predicted + actual, 1))
 
@@ -231,29 +186,30 @@ def precision_weighted(predictions, references):
     return np.average(hits / np.maximum(predicted, 1), weights=actual)
 
 
-def recall_weighted(predictions, references):
-    """Mean of each class's recall, weighted by its rows in the references: the same number as accuracy."""
-    return accuracy(predictions, references)
+def matthews_correlation(predictions, references):
+    """R_K for any number of classes (Gorodkin 2004, doi:10.1016/j.compbiolchem.2004.09.006); for two, Matthews 1975."""
+    hits, predicted, actual = (counts.astype(np.float64) for counts in count_classes(predictions, references))
+    rows = actual.sum()
+    covariance = hits.sum() * rows - predicted @ actual
+    variances = (rows**2 - predicted @ predicted) * (rows**2 - actual @ actual)
+    return covariance / math.sqrt(variances) if variances else 0.0  # 0/0 is 0, as in scikit-learn
 
 
 def pearson(predictions, references):
     """Covariance / (standard deviation * standard deviation) (Pearson 1895), as scipy.stats.pearsonr computes it."""
-    predictions, references = predictions - predictions.mean(), references - references.mean()
+    deviations = [values - values.mean() for values in (predictions, references)]
     # Scaled to a largest value of 1 first: the squares of tiny deviations would be 0.
-    predictions, references = predictions / np.abs(predictions).max(), references / np.abs(references).max()
-    correlation = predictions @ references / math.sqrt((predictions @ predictions) * (references @ references))
-    return np.clip(correlation, -1.0, 1.0)  # rounding may give 1 + 2e-16
+    x, y = (values / np.abs(values).max() for values in deviations)
+    return np.clip(x @ y / math.sqrt((x @ x) * (y @ y)), -1.0, 1.0)  # rounding may give 1 + 2e-16
 
 
 def spearmanr(predictions, references):
     """Pearson's correlation of the ranks, ties sharing their average rank (Spearman 1904)."""
-    return pearson(average_ranks(predictions), average_ranks(references))
-
-
-def average_ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1 in float64, shape [rows]; equal values get the mean of the ranks they fill."""
-    _, codes, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[codes]
+    ranks = []
+    for values in (predictions, references):
+        _, codes, counts = np.unique(values, return_inverse=True, return_counts=True)
+        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[codes])
+    return pearson(*ranks)
 
 
 def mse(predictions, references):
@@ -261,4 +217,7 @@ def mse(predictions, references):
     return np.mean((predictions - references) ** 2)
 
 
+f1_micro = f1  # of all labels of all rows together
+recall_weighted = accuracy  # each class's recall, weighted by its rows in the references: the same number
+# (predictions, references) -> score, where why_undefined has no objection.
 FORMULAS = {name: globals()[name] for name in DIRECTION}

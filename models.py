@@ -16,8 +16,6 @@ def load_model(name, task=None, refresh=False):
 
     With a task, a head that does not fit its labels is replaced by a new one. Weights are float32 whatever the
     checkpoint's type. `facts` holds `model`, `commit` and `new`: the names of newly initialised weights.
-    Raises BadInput for a name that is neither on the Hub nor a model folder, for a mapping with unknown keys, for files
-    that are damaged or do not belong together, and for weights that are not finite.
     """
     import torch
 
@@ -31,8 +29,8 @@ def load_model(name, task=None, refresh=False):
         head |= {"num_labels": len(names), "problem_type": f"{problem}_classification"}
     if isinstance(name, dict):
         model, tokenizer = _new_model(name, head, f"task {task.name}: " if task else "")
-        facts = {"model": {key: value for key, value in name.items() if key != "vocab"}, "commit": None}
-        facts["new"] = ["every weight"]
+        values = {key: value for key, value in name.items() if key != "vocab"}
+        facts = {"model": values, "commit": None, "new": ["every weight"]}
     else:
         model, tokenizer, facts = _pretrained_model(str(name), head, task, refresh)
     if facts["new"] and task:  # without a task, nothing is learnt, and with_labels_of refuses the model
@@ -40,14 +38,12 @@ def load_model(name, task=None, refresh=False):
         log.info(f"newly initialised: {', '.join(parts)} (not in the checkpoint: learnt in this training)")
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes an empty one where it finds no files
         where = name["vocab"] if isinstance(name, dict) else name
-        raise BadInput(
-            f"{where}: holds no vocabulary", "Copy the tokenizer's files (tokenizer.json, ...) into the folder."
-        )
+        hint = "Copy the tokenizer's files (tokenizer.json, ...) into the folder."
+        raise BadInput(f"{where}: holds no vocabulary", hint)
     # Types such as token_type_ids are made by some tokenizers for models that do not know them.
     known = inspect.signature(model.forward).parameters
     tokenizer.model_input_names = [key for key in tokenizer.model_input_names if key in known]
-    broken = [key for key, value in model.named_parameters() if not torch.isfinite(value).all()]
-    if broken:
+    if broken := [key for key, value in model.named_parameters() if not torch.isfinite(value).all()]:
         raise BadInput(f"{name}: the weights {broken[0]} hold NaN or infinity", "Take another checkpoint.")
     return model, tokenizer, facts
 
@@ -117,9 +113,8 @@ def _check_hub_name(name):
     """Raise BadInput where a name that is no folder was meant for one, before the Hub is asked for it."""
     path = Path(name)
     if path.is_file():
-        raise BadInput(
-            f"{name}: is a file, not a model folder", "Give the folder with config.json, or a name of the Hub."
-        )
+        hint = "Give the folder with config.json, or a name of the Hub."
+        raise BadInput(f"{name}: is a file, not a model folder", hint)
     if name.startswith((".", "/", "~")):
         siblings = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
         raise BadInput(f"{name}: no such folder{nearest(path.name, siblings)}", "Check --model.")
@@ -154,10 +149,7 @@ def _check_encoder(name, model, info):
 
 
 def with_labels_of(model, facts, task):
-    """Return the task with its labels in the order of the model's head; without a task's labels, with the model's.
-
-    Labels are matched by name, never by position. Raises BadInput where model and task do not fit.
-    """
+    """Return the task with its labels in the order of the model's head; matched by name, never by position."""
     name, names = facts["model"], list(model.config.id2label.values())
     head_is_multi_label = model.config.problem_type == "multi_label_classification"
     head_is_regression = model.config.num_labels == 1 and not head_is_multi_label

@@ -14,7 +14,8 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import facts
-from common import BadInput, example_losses, is_better, log, score_words
+import metrics
+from common import BadInput, example_losses, log, number_words, score_words
 
 SECONDS_BETWEEN_LINES = 10
 
@@ -62,8 +63,7 @@ class Progress:
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,  # an overflow in fp16
             "examples_per_second": round(examples_per_second, 2),
         }
-        self._note("train", step, values)
-        self._track("train", step, values)
+        self._note("train", step, values, "train", values)
         epoch = step / self.steps_per_epoch
         self.bar.set_postfix_str(f"epoch {epoch:.2f}, loss {loss:.4f}, lr {learning_rate:.2e}", refresh=False)
         self.bar.update(step - self.bar.n)
@@ -81,9 +81,9 @@ class Progress:
         self.sums_at_evaluation = self.sums.copy()
         for split, evaluation in evaluations.items():
             loss, scores = evaluation["loss"], evaluation["scores"]
-            self._note("eval", step, {"split": split, "loss": loss, "scores": scores})
             name = "train_sample" if split == "train" else split  # "train loss" is that of the steps
-            self._track(name, step, {"loss": loss, **scores})
+            values = {"split": split, "loss": loss, "scores": scores}
+            self._note("eval", step, values, name, {"loss": loss, **scores})
             log.info(
                 f"epoch {step / self.steps_per_epoch:.2f}, step {step} | train loss {loss_sum / examples:.4f}, "
                 f"{name} loss {loss:.4f}, lr {learning_rate:.2e} | {score_words(scores)} | "
@@ -113,14 +113,14 @@ class Progress:
             "padding_fraction": 1 - tokens / positions,
         }
 
-    def _note(self, kind, step, values):
-        line = {"type": kind, "step": step, "epoch": round(step / self.steps_per_epoch, 4), **values}
+    def _note(self, kind, step, values, group, numbers):
+        """Write values as a line of metrics.jsonl; tell the trackers the numbers that are not None, as GROUP/NAME."""
         if self.accelerator.is_main_process:
+            line = {"type": kind, "step": step, "epoch": round(step / self.steps_per_epoch, 4), **values}
             with open(self.lines, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line, allow_nan=False) + "\n")
-
-    def _track(self, group, step, values):
-        self.accelerator.log({f"{group}/{k}": value for k, value in values.items() if value is not None}, step=step)
+        numbers = {f"{group}/{name}": number for name, number in numbers.items() if number is not None}
+        self.accelerator.log(numbers, step=step)
 
     def close(self):
         """Take the bar off the terminal."""
@@ -143,53 +143,59 @@ def tracker_names(words):
 def describe_data(task, splits, examples, batches, micro_batch_size, accelerator, tokenizer):
     """Log the facts of the data, and what may be wrong with them; return the facts (see facts.data_facts)."""
     special = tokenizer.num_special_tokens_to_add(pair=len(task.text) == 2)
-    processes = accelerator.num_processes
-    data = facts.data_facts(task, splits, examples, batches, micro_batch_size, processes, special)
-
-    def text(split, row):
-        return repr(" / ".join(splits[split][row][column] for column in task.text)[:80])
-
+    data = facts.data_facts(task, splits, examples, batches, micro_batch_size, accelerator.num_processes, special)
     for name, of_split in data["splits"].items():
-        rows, tokens = of_split["rows"], of_split["tokens"]
-        if task.is_regression:
-            words = ", ".join(f"{what} {value:.2f}" for what, value in of_split["labels"].items())
-        else:
-            words = ", ".join(f"{label} {n:,} ({n / rows:.1%})" for label, n in list(of_split["labels"].items())[:10])
-        log.info(
-            f"{name}: {rows:,} rows | labels: {words} | tokens: median {tokens['median']:.0f}, 95 % up to "
-            f"{tokens['p95']:.0f}, longest {tokens['longest']}; {of_split['truncated']:.1%} of the texts cut, "
-            f"{of_split['unknown']:.2%} of the tokens unknown, {of_split['tokens_per_character']:.2f} a character"
-        )
+        log.info(f"{name}: {_split_words(task, of_split)}")
     log.info(f"padding: {data['padding']:.1%} of what a step computes")
-    warnings = []
-    unknown = data["splits"]["train"]["unknown"]
-    if unknown > 0.2:
-        chinese = facts.is_chinese(splits["train"][:1000][task.text[0]])
-        better = "google-bert/bert-base-chinese" if chinese else "FacebookAI/xlm-roberta-base"
-        warnings.append(
-            f"THE TOKENIZER DOES NOT KNOW THIS LANGUAGE: {unknown:.0%} OF THE TOKENS ARE UNKNOWN. The model cannot "
-            f"read them; try --model {better}"
-        )
-    elif unknown > 0.01:
-        warnings.append(f"{unknown:.1%} of the tokens are unknown to the tokenizer: does the model fit the language?")
-    for variants in data["label_variants"]:
-        warnings.append(f"labels that differ only in case or blanks: {', '.join(map(repr, variants))}; one class each")
-    for name, of_split in data["splits"].items():
-        if number := of_split["conflicts"]["texts"]:
-            row = text(name, of_split["conflicts"]["position"])
-            warnings.append(f"{name}: {number} texts occur with different labels, such as {row}")
-    for name, found in data["duplicates"].items():
-        if found["rows"]:
-            warnings.append(
-                f"{found['rows']} of {len(splits[name])} rows of {name} ({found['share']:.1%}) are in train too: its "
-                f"scores are too good by that; such as {text(name, found['position'])}"
-            )
-    of_train = {} if task.is_regression else data["splits"]["train"]["labels"]
-    if few := [f"{label} ({number})" for label, number in of_train.items() if number < facts.FEW]:
-        warnings.append(f"classes with fewer than {facts.FEW} rows in train: {', '.join(few[:10])}")
-    for warning in warnings:
+    for warning in _data_warnings(task, splits, data):
         log.warning(f"WARNING: {warning}")
     return data
+
+
+def _split_words(task, of_split):
+    """Return the facts of one split in words."""
+    rows, tokens, labels = of_split["rows"], of_split["tokens"], list(of_split["labels"].items())
+    if task.is_regression:
+        words = ", ".join(f"{what} {value:.2f}" for what, value in labels)
+    else:
+        words = ", ".join(f"{label} {number:,} ({number / rows:.1%})" for label, number in labels[:10])
+    return (
+        f"{rows:,} rows | labels: {words} | tokens: median {tokens['median']:.0f}, 95 % up to {tokens['p95']:.0f}, "
+        f"longest {tokens['longest']}; {of_split['truncated']:.1%} of the texts cut, {of_split['unknown']:.2%} of the "
+        f"tokens unknown, {of_split['tokens_per_character']:.2f} a character"
+    )
+
+
+def _data_warnings(task, splits, data):
+    """Yield in words what may be wrong with the data."""
+
+    def example(split, row):
+        return repr(" / ".join(splits[split][row][column] for column in task.text)[:80])
+
+    of_train = data["splits"]["train"]
+    if of_train["unknown"] > 0.2:
+        chinese = facts.is_chinese(splits["train"][:1000][task.text[0]])
+        better = "google-bert/bert-base-chinese" if chinese else "FacebookAI/xlm-roberta-base"
+        unknown = f"{of_train['unknown']:.0%} OF THE TOKENS ARE UNKNOWN"
+        yield f"THE TOKENIZER DOES NOT KNOW THIS LANGUAGE: {unknown}. The model cannot read them; try --model {better}"
+    elif of_train["unknown"] > 0.01:
+        yield f"{of_train['unknown']:.1%} of the tokens are unknown to the tokenizer: does the model fit the language?"
+    for variants in data["label_variants"]:
+        yield f"labels that differ only in case or blanks: {', '.join(map(repr, variants))}; one class each"
+    for name, of_split in data["splits"].items():
+        found = of_split["conflicts"]
+        if found["texts"]:
+            row = example(name, found["position"])
+            yield f"{name}: {found['texts']} texts occur with different labels, such as {row}"
+    for name, found in data["duplicates"].items():
+        if found["rows"]:
+            row = example(name, found["position"])
+            words = f"{found['rows']} of {len(splits[name])} rows of {name} ({found['share']:.1%}) are in train too"
+            yield f"{words}: its scores are too good by that; such as {row}"
+    counts = {} if task.is_regression else of_train["labels"]
+    few = [f"{label} ({number})" for label, number in counts.items() if number < facts.FEW]
+    if few:
+        yield f"classes with fewer than {facts.FEW} rows in train: {', '.join(few[:10])}"
 
 
 def describe_run(task, args, accelerator, model, plan, examples, validation_splits, progress, micro_batch):
@@ -199,42 +205,46 @@ def describe_run(task, args, accelerator, model, plan, examples, validation_spli
     evaluating, without the start.
     """
     processes, steps = accelerator.num_processes, len(plan)
-    micro_batch_size = min(args.micro_batch_size or args.batch_size, math.ceil(args.batch_size / processes))
-    intervals = progress.intervals[len(progress.intervals) // 2 :]  # the first steps warm up
-    rate = sum(filled for _, filled in intervals) / sum(seconds for seconds, _ in intervals)
+    of_process = math.ceil(args.batch_size / processes)
+    micro_batch_size = min(args.micro_batch_size or of_process, of_process)
+    seconds, filled = np.sum(progress.intervals[len(progress.intervals) // 2 :], axis=0)  # the first steps warm up
+    rate = filled / seconds
     lengths = facts.array_of(examples["train"], "length")
-    training = facts.positions(lengths, plan, args.micro_batch_size or args.batch_size, processes) / rate
+    training = facts.positions(lengths, plan, micro_batch_size, processes) / rate
     every = progress.steps_per_epoch if args.eval_every == "epoch" else int(args.eval_every)
     evaluations = math.ceil(steps / every)
     tokens = sum(int(facts.array_of(examples[name], "length").sum()) for name in validation_splits)
     tokens += lengths.mean() * min(args.eval_train_rows or 0, len(lengths))
     # A forward pass alone takes a third of a training step; once, the metrics are loaded.
     evaluating = evaluations * tokens / (3 * rate) + progress.evaluation_seconds
+    whole, parts = clock(training + evaluating), f"{clock(training)} training, {clock(evaluating)} evaluating"
     saved = sum(file.stat().st_size for file in (progress.lines.parent / "checkpoints").rglob("*") if file.is_file())
+    memory = facts.peak_memory(accelerator.device) / 2**30
     table = {
         "steps": f"{steps} of {args.batch_size}, {progress.steps_per_epoch} an epoch; {evaluations} evaluations",
-        "batch": f"{args.batch_size} = {processes} process(es) x {math.ceil(args.batch_size / processes)}, "
-        f"{micro_batch_size} at a time",
-        "memory": f"{facts.peak_memory(accelerator.device) / 2**30:.2f} GiB for each process in these steps; the longest texts may need more",
-        "time": f"{clock(training + evaluating)} ({clock(training)} training, {clock(evaluating)} evaluating), give or "
-        "take 20 %",
+        "batch": f"{args.batch_size} = {processes} process(es) x {of_process}, {micro_batch_size} at a time",
+        "memory": f"{memory:.2f} GiB in each process; the longest texts may need more",
+        "time": f"{whole} ({parts}), give or take 20 %",
         "files": f"{args.output_dir}/: model/ {saved / 1e6:.0f} MB, while it trains the best checkpoint, as large",
     }
     if accelerator.device.type != "cpu" and accelerator.is_main_process:
-
-        def loss_of(logits, labels):
-            return example_losses(task, logits, labels).mean()
-
-        logits, gradients = facts.compare_with_cpu(
-            model, micro_batch["inputs"], micro_batch["labels"], loss_of, accelerator.autocast()
-        )
-        table["check"] = f"largest difference from fp32 on the CPU: logits {logits:.1e}, gradients {gradients:.1e}"
-        tolerance = facts.TOLERANCE[accelerator.mixed_precision]
-        if not (logits < tolerance and gradients < tolerance):  # NaN is not below anything, and no maximum
-            log.warning(
-                f"WARNING: {accelerator.device.type.upper()} COMPUTES OTHER NUMBERS THAN THE CPU: {table['check']}"
-            )
+        table["check"] = _check_against_cpu(task, accelerator, model, micro_batch)
     log.info("\n".join(f"{name:8}{words}" for name, words in table.items()))
+
+
+def _check_against_cpu(task, accelerator, model, micro_batch):
+    """Return in words how far the device's numbers are from the CPU's; warn where that is too far."""
+
+    def loss_of(logits, labels):
+        return example_losses(task, logits, labels).mean()
+
+    inputs, labels = micro_batch["inputs"], micro_batch["labels"]
+    logits, gradients = facts.compare_with_cpu(model, inputs, labels, loss_of, accelerator.autocast())
+    words = f"largest difference from fp32 on the CPU: logits {logits:.1e}, gradients {gradients:.1e}"
+    tolerance = facts.TOLERANCE[accelerator.mixed_precision]
+    if not (logits < tolerance and gradients < tolerance):  # NaN is not below anything, and no maximum
+        log.warning(f"WARNING: {accelerator.device.type.upper()} COMPUTES OTHER NUMBERS THAN THE CPU: {words}")
+    return words
 
 
 def summary(results):
@@ -263,9 +273,9 @@ def warn_of_collapse(task, split, evaluation):
         what = f"ON {split.upper()} THE MODEL PREDICTS THE SAME FOR EVERY EXAMPLE"
         if predictions.ndim == 1:
             what += f": {float(predictions[0]) if task.is_regression else task.labels[predictions[0]]!r}"
-    elif limit is not None and not is_better(task, score, limit):
-        words = "undefined" if score is None else f"{score:.4f}"
-        what = f"ON {split.upper()} THE MODEL IS NO BETTER THAN THE MAJORITY CLASS ({metric} {words} to {limit:.4f})"
+    elif limit is not None and not metrics.is_better(metric, score, limit):
+        words = f"{metric} {number_words(score)} to {number_words(limit)}"
+        what = f"ON {split.upper()} THE MODEL IS NO BETTER THAN THE MAJORITY CLASS ({words})"
     else:
         return
     log.warning(
@@ -276,12 +286,12 @@ def warn_of_collapse(task, split, evaluation):
 
 def model_card(task, results):
     """Return the README.md of a model folder: what it is, its scores, and how to load it."""
-    rows = "\n".join(
-        f"| {split} | {name} | {'undefined' if value is None else f'{value:.4f}'} | "
-        + ("undefined |" if (base := results["majority_baseline"][split][name]) is None else f"{base:.4f} |")
-        for split, scores in results["scores"].items()
-        for name, value in scores.items()
-    )
+    rows = []
+    for split, scores in results["scores"].items():
+        for name, score in scores.items():
+            majority = results["majority_baseline"][split][name]
+            rows.append(f"| {split} | {name} | {number_words(score)} | {number_words(majority)} |")
+    table = "\n".join(rows)
     model = results["model"] if isinstance(results["model"], str) else "no checkpoint: trained from scratch"
     return f"""# {task.name}
 
@@ -295,7 +305,7 @@ A text classifier, fine-tuned from {model}{f" at commit {results['model_commit']
 
 | split | metric | score | majority class |
 |---|---|---|---|
-{rows}
+{table}
 
 ```python
 from transformers import pipeline

@@ -8,11 +8,11 @@ from itertools import islice
 
 import numpy as np
 
-from cache import array_of, cache_folder, cached_table, digest, download_file
+from cache import array_of, cache_folder, cached_table, digest, download_file, write_json
 from hub import download, hub_commit
 from labels import label_words, with_label_ids, with_label_names
 from reader import BadInput, BadRow, nearest, place, read_rows, table_format
-from tasks import SPLIT_NAMES, is_url, with_metrics, write_json
+from tasks import SPLIT_NAMES, is_url, with_metrics
 
 log = logging.getLogger("classifier")
 
@@ -96,12 +96,11 @@ def _file_splits(task, refresh):
 
 def _file_values(task, split, file, options):
     """Return a function of on_bad_row that yields (row, texts, label, group) of a file, checked."""
+    needed, needs_label = _needed_columns(task, split), not split.startswith("test")
+    group = task.split.get("group") if split == "train" else None
+    is_json = table_format(file).startswith("json")  # there, each row has its own columns
 
     def values(on_bad_row):
-        # A test file may be without labels: it can still be predicted.
-        group = task.split.get("group") if split == "train" else None
-        needed = [*task.text, *([] if split.startswith("test") else [task.label]), *([group] if group else [])]
-        is_json = table_format(file).startswith("json")
         kinds = {}  # of labels: true beside "positive" would make a class of its own
         for line, row in read_rows(file, **options, on_bad_row=on_bad_row):
             absent = next((column for column in needed if column not in row), None)
@@ -111,19 +110,10 @@ def _file_values(task, split, file, options):
                     raise BadInput(f"{place(file, line)}: {what}", advice)
                 on_bad_row(BadRow(file, line, what, f"{advice} Mend this row,"))
                 continue
-            texts, flaw = [row[column] for column in task.text], None
-            for column, text in zip(task.text, texts, strict=True):
-                if not isinstance(text, str) or not text.strip():
-                    flaw = f'column "{column}" {"is empty" if text in (None, "") else f"holds {text!r}, not text"}'
-            label = None
             try:
-                label = label_words(task, row.get(task.label))
+                texts, label = _texts_and_label(task, row, needs_label)
             except ValueError as error:
-                flaw = flaw or f'column "{task.label}" {error}'
-            if label is None and not split.startswith("test"):
-                flaw = flaw or f'column "{task.label}" holds no label'
-            if flaw:
-                on_bad_row(BadRow(file, line, flaw))
+                on_bad_row(BadRow(file, line, str(error)))
                 continue
             if label is not None and not (task.is_multi_label or task.is_regression):
                 value = row[task.label]
@@ -136,6 +126,28 @@ def _file_values(task, split, file, options):
     return values
 
 
+def _needed_columns(task, split):
+    """Return the columns that a file must have; one of train has all that the task names."""
+    label = [] if split.startswith("test") else [task.label]  # without labels, it can still be predicted
+    group = [task.split["group"]] if split == "train" and "group" in task.split else []
+    return [*task.text, *label, *group]
+
+
+def _texts_and_label(task, row, needs_label):
+    """Return (texts, label) of a row of a file. Raises ValueError that says what is wrong with the row."""
+    texts = [row[column] for column in task.text]
+    for column, text in zip(task.text, texts, strict=True):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f'column "{column}" {"is empty" if text in (None, "") else f"holds {text!r}, not text"}')
+    try:
+        label = label_words(task, row.get(task.label))
+    except ValueError as error:
+        raise ValueError(f'column "{task.label}" {error}') from None
+    if label is None and needs_label:
+        raise ValueError(f'column "{task.label}" holds no label')
+    return texts, label
+
+
 def _missing_column(column, row, task):
     option = {task.label: "--label_column", task.split.get("group"): "--group_column"}.get(column, "--text_columns")
     advice = f"Columns: {', '.join(row)}. Name the right one with {option}."
@@ -145,14 +157,13 @@ def _missing_column(column, row, task):
 def _only_text_column(row, task, where):
     """The column `text`, or the only one besides the label and the group that holds text."""
     others = (task.label, task.split.get("group"))
-    columns = [name for name, value in row.items() if name not in others and isinstance(value, str)]
     if "text" in row and "text" not in others:
         return "text"
+    columns = [name for name, value in row.items() if name not in others and isinstance(value, str)]
     if len(columns) != 1:
-        raise BadInput(
-            f"{where}: cannot tell the text column among: {', '.join(columns) or 'none'}",
-            "Name it with --text_columns COLUMN, or two for sentence pairs: --text_columns FIRST,SECOND.",
-        )
+        words = f"{where}: cannot tell the text column among: {', '.join(columns) or 'none'}"
+        advice = "Name it with --text_columns COLUMN, or two for sentence pairs: --text_columns FIRST,SECOND."
+        raise BadInput(words, advice)
     return columns[0]
 
 
@@ -166,21 +177,15 @@ def _hub_splits(task, refresh):
     if not listing.exists():
         downloaded = download(path, name, commit)
         features = next(iter(downloaded.values())).features
-        write_json(
-            listing,
-            {
-                "splits": list(downloaded),
-                "columns": {column: getattr(feature, "dtype", "list") for column, feature in features.items()},
-                "names": {column: _class_names(feature) for column, feature in features.items()},
-            },
-        )
+        types = {column: getattr(feature, "dtype", "list") for column, feature in features.items()}
+        names = {column: _class_names(feature) for column, feature in features.items()}
+        write_json(listing, {"splits": list(downloaded), "columns": types, "names": names})
     content = json.loads(listing.read_text())
-    columns = content["columns"]
+    columns, their_splits = content["columns"], content["splits"]
     if not task.text:
         types = {column: "" if kind == "string" else None for column, kind in columns.items()}
         task = replace(task, text=[_only_text_column(types, task, path)])
-    group = task.split.get("group")
-    for column in [*task.text, task.label, *([group] if group else [])]:
+    for column in _needed_columns(task, "train"):
         if column not in columns:
             what, advice = _missing_column(column, columns, task)
             raise BadInput(f"{path}: {what}", advice)
@@ -188,19 +193,17 @@ def _hub_splits(task, refresh):
             raise BadInput(f'{path}: the column "{column}" holds {columns[column]}, not text', "Name another one.")
     if task.labels is None:
         task = replace(task, labels=content["names"].get(task.label))
-    wanted = task.splits or {split: split for split in content["splits"] if split.startswith(SPLIT_NAMES)}
-    unused = [split for split in content["splits"] if split not in wanted.values()]
+    wanted = task.splits or {split: split for split in their_splits if split.startswith(SPLIT_NAMES)}
+    unused = [split for split in their_splits if split not in wanted.values()]
     if not task.splits and unused:
         log.info(f"{path}: not used: {', '.join(unused)} (`splits: {{validation: {unused[0]}}}` in a YAML would)")
     sources = {}
     for split, theirs in wanted.items():
-        if theirs not in content["splits"]:
-            raise BadInput(
-                f'{path}: has no split "{theirs}"{nearest(theirs, content["splits"])}',
-                f"Splits: {', '.join(content['splits'])}.",
-            )
+        if theirs not in their_splits:
+            words = f'{path}: has no split "{theirs}"{nearest(theirs, their_splits)}'
+            raise BadInput(words, f"Splits: {', '.join(their_splits)}.")
         key = digest("rows", source, split, theirs, task.text, task.label, task.problem, task.separator)
-        table = digest(key, group)
+        table = digest(key, task.split.get("group"))
         if downloaded is None and not (cache_folder() / f"{table}.arrow").exists():
             downloaded = download(path, name, commit)
         values = _hub_values(task, downloaded and downloaded[theirs])
@@ -213,6 +216,8 @@ def _hub_values(task, rows):
 
     Rules that a user's own file must keep are counted here: others have published scores on these very rows.
     """
+
+    path = task.dataset["path"]
 
     def values(on_bad_row):
         names, empty = _class_names(rows.features[task.label]), 0
@@ -227,15 +232,13 @@ def _hub_values(task, rows):
             try:
                 label = label_words(task, label)
             except ValueError as error:
-                raise BadInput(
-                    f'{task.dataset["path"]}, row {number}: column "{task.label}" {error}',
-                    "Name another column of labels with --label_column.",
-                ) from None
+                words = f'{path}, row {number}: column "{task.label}" {error}'
+                raise BadInput(words, "Name another column of labels with --label_column.") from None
             texts = [row[column] or "" for column in task.text]
             empty += not all(text.strip() for text in texts)
             yield number, texts, label, row.get(task.split.get("group"))
         if empty:
-            log.warning(f"{task.dataset['path']}: {empty} of {len(rows)} rows have an empty text")
+            log.warning(f"{path}: {empty} of {len(rows)} rows have an empty text")
 
     return values
 
@@ -249,12 +252,12 @@ def _source(key, table, task, where, is_file, read_values):
     """Return a Source; its table and the list of its bad rows come from the cache (as `table`), or are read now."""
     import pyarrow as pa
 
-    clash = next((column for column in task.text if column in ("label", "group", "row", "hash")), None)
-    if clash or len(set(task.text)) < len(task.text):
-        raise BadInput(
-            f"{where}: a text column cannot be {f'named {clash!r}' if clash else 'given twice'}",
-            "Rename this column in the data." if clash else "Name two different ones with --text_columns.",
-        )
+    if len(set(task.text)) < len(task.text):
+        advice = "Name two different ones with --text_columns."
+        raise BadInput(f"{where}: a text column cannot be given twice", advice)
+    for column in task.text:
+        if column in ("label", "group", "row", "hash"):
+            raise BadInput(f"{where}: a text column cannot be named {column!r}", "Rename this column in the data.")
     label_type = pa.list_(pa.string()) if task.is_multi_label else pa.string()
     schema = pa.schema(
         [(column, pa.string()) for column in task.text]
@@ -274,13 +277,9 @@ def _source(key, table, task, where, is_file, read_values):
         while some := list(islice(values, 1000)):
             rows, texts, labels, groups = zip(*some, strict=True)
             hashes = [hashlib.blake2b("\x1f".join(each).encode(), digest_size=16).digest() for each in texts]
-            yield {
-                **dict(zip(task.text, map(list, zip(*texts, strict=True)), strict=True)),
-                "label": list(labels),
-                "group": [None if group is None else str(group) for group in groups],
-                "row": list(rows),
-                "hash": hashes,
-            }
+            groups = [None if group is None else str(group) for group in groups]
+            of_text = dict(zip(task.text, zip(*texts, strict=True), strict=True))
+            yield {**of_text, "label": labels, "group": groups, "row": rows, "hash": hashes}
         write_json(left_out, bad_rows)
 
     rows, _ = cached_table(table, schema, columns)
@@ -332,38 +331,42 @@ def make_missing_splits(task, splits):
     rules = {name: rule for name, rule in task.split.items() if name in SPLIT_NAMES and name not in splits}
     if "validation" not in rules and not any(name.startswith("validation") for name in splits):
         rules["validation"] = 0.1
-    train, splits = splits["train"], dict(splits)
-    number_of_rows, seed, group = len(train), task.split.get("seed", 42), task.split.get("group")
     ranges = {name: rule for name, rule in rules.items() if isinstance(rule, list)}
-    if isinstance(task.split.get("train"), list):
+    fractions = {name: rule for name, rule in rules.items() if name not in ranges}
+    if "train" in task.split:
         ranges["train"] = task.split["train"]
-    taken = np.zeros(number_of_rows, dtype=bool)
-    for name, (start, end) in ranges.items():
-        if end > number_of_rows:
-            raise BadInput(
-                f"task {task.name}: `split` has {name}: [{start}, {end}], the file {number_of_rows} rows",
-                "Give the whole file, or mend `split` in a YAML of your own.",
-            )
-        splits[name] = train.select(range(start, end))
-        taken[start:end] = True
-    if ranges and "train" not in ranges:
-        splits["train"] = train.select(np.flatnonzero(~taken))
-    for name, fraction in rules.items():
-        if name in ranges:
-            continue
-        train = splits["train"]
-        number = max(1, round(fraction * number_of_rows))
-        if group:
-            # Rows without a group stay together: they may belong to any.
-            groups = np.array([value or "" for value in array_of(train, "group").tolist()])
-            drawn, rest = draw_groups(groups, number, seed)
-        else:
-            drawn, rest = stratified(array_of(train, "label"), number, seed)
+    number_of_rows = len(splits["train"])
+    splits = {**splits, **_ranges_of(task, splits["train"], ranges)}
+    for name, fraction in fractions.items():
+        train, number = splits["train"], max(1, round(fraction * number_of_rows))
+        drawn, rest = _draw(task, train, number)
         if not len(rest) or not len(drawn) or number >= len(train):
-            what = f"groups of {group}" if group else "rows"
-            raise BadInput(
-                f"too few {what} (in {number_of_rows} rows) to make a {name} split",
-                f"Give --{name}_file, or more rows.",
-            )
+            what = f"groups of {task.split['group']}" if "group" in task.split else "rows"
+            words = f"too few {what} (in {number_of_rows} rows) to make a {name} split"
+            raise BadInput(words, f"Give --{name}_file, or more rows.")
         splits[name], splits["train"] = train.select(drawn), train.select(rest)
     return splits
+
+
+def _ranges_of(task, train, ranges):
+    """Return {name: rows} of ranges of train; where none of them is for train itself, it keeps the rows between."""
+    splits, is_taken = {}, np.zeros(len(train), dtype=bool)
+    for name, (start, end) in ranges.items():
+        if end > len(train):
+            words = f"task {task.name}: `split` has {name}: [{start}, {end}], the file {len(train)} rows"
+            raise BadInput(words, "Give the whole file, or mend `split` in a YAML of your own.")
+        splits[name] = train.select(range(start, end))
+        is_taken[start:end] = True
+    if ranges and "train" not in ranges:
+        splits["train"] = train.select(np.flatnonzero(~is_taken))
+    return splits
+
+
+def _draw(task, train, number):
+    """Draw about `number` rows, or whole groups where the task names a column of them; return (drawn, rest)."""
+    seed = task.split.get("seed", 42)
+    if "group" not in task.split:
+        return stratified(array_of(train, "label"), number, seed)
+    # Rows without a group stay together: they may belong to any.
+    groups = np.array([value or "" for value in array_of(train, "group").tolist()])
+    return draw_groups(groups, number, seed)

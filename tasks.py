@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import pairwise
@@ -10,6 +11,7 @@ from pathlib import Path
 import yaml
 
 import metrics
+from cache import write_json
 from reader import BadInput, nearest
 
 DATA_FOLDER = Path(__file__).resolve().parent / "data"
@@ -136,57 +138,67 @@ def task_from_mapping(content, path):
         raise BadInput(f"{path}: is not a mapping of keys to values", "See data/demo.yaml for the form of a task.")
     content = dict(content)
     if isinstance(content.get("labels"), list):
-        # YAML reads `no` as False and 1 as a number: a name must be a string, whatever it looks like.
-        for name in content["labels"]:
-            if not isinstance(name, (str, int)) or isinstance(name, bool):
-                raise BadInput(f'{path}: the label {name!r} in "labels" is not a name', "Put each name in quotes.")
-        content["labels"] = names = [str(name) for name in content["labels"]]
-        if len(names) < 2 or len(set(names)) < len(names):
-            raise BadInput(f'{path}: "labels" is {names}', "Write two or more names, each of them once.")
+        content["labels"] = _label_names(content["labels"], path)
     for key, value in content.items():
-        if key not in TYPES:
-            raise BadInput(f'{path}: unknown key "{key}"{nearest(key, TYPES)}', f"Keys: {', '.join(TYPES)}.")
-        if not any(KINDS[kind](value) for kind in TYPES[key].split(" or ")):
-            raise BadInput(
-                f'{path}: "{key}" is {value!r}, a {type(value).__name__}',
-                f"Write {TYPES[key]}; put a word that YAML reads as something else in quotes.",
-            )
-        if value not in CHOICES.get(key, [value]):
-            raise BadInput(f'{path}: "{key}" is {value!r}', f"Allowed: {', '.join(CHOICES[key])}.")
-        for inner in value if key in INNER_KEYS else ():
-            if inner not in INNER_KEYS[key]:
-                raise BadInput(
-                    f'{path}: unknown key "{inner}" in "{key}"{nearest(inner, INNER_KEYS[key])}',
-                    f"Keys: {', '.join(sorted(INNER_KEYS[key]))}.",
-                )
-        for inner, word in value.items() if key in ("dataset", "files", "splits") else ():
-            if not KINDS["a word"](word):
-                raise BadInput(f'{path}: "{key}" has {inner}: {word!r}', "Write a word; put what is none in quotes.")
+        _check_key(key, value, path)
+
+    folder = Path(path).resolve().parent
     if ("dataset" in content) == ("files" in content):
         raise BadInput(f"{path}: needs either `dataset` (on the Hub) or `files`", "See data/mrpc.yaml, data/demo.yaml.")
-    if "splits" in content and "files" in content:
-        raise BadInput(f"{path}: `splits` renames those of a data set on the Hub", "Name files in `files` as you wish.")
-    if isinstance(content.get("text"), str):
-        content["text"] = [content["text"]]
-    if isinstance(content.get("labels", ""), str) and content.get("labels", "regression") != "regression":
-        raise BadInput(f'{path}: "labels" is {content["labels"]!r}', "Write a list of names, or: labels: regression")
-    if content.get("problem") and content.get("labels") == "regression":
-        raise BadInput(f"{path}: is both multi_label and regression", "Drop `problem` or `labels`.")
-    _check_split(content.get("split", {}), path)
-    if "path" not in content.get("dataset", {"path": ""}):
-        raise BadInput(
-            f'{path}: "dataset" has no path', "Write dataset: {path: ...}, and name: ... where it has parts."
-        )
-    if isinstance(content.get("model"), dict) and "vocab" not in content["model"]:
-        raise BadInput(f'{path}: "model" has no vocab', "Name a vocabulary file: model: {model_type: ..., vocab: ...}.")
-    folder = Path(path).resolve().parent
+    if "dataset" in content and "path" not in content["dataset"]:
+        advice = "Write dataset: {path: ...}, and name: ... where it has parts."
+        raise BadInput(f'{path}: "dataset" has no path', advice)
     if "files" in content:
         content["files"] = {split: _located(folder, file) for split, file in content["files"].items()}
-    if isinstance(content.get("model"), dict):
-        content["model"] = {**content["model"], "vocab": str(folder / str(content["model"]["vocab"]))}
+    if "files" in content and "splits" in content:
+        raise BadInput(f"{path}: `splits` renames those of a data set on the Hub", "Name files in `files` as you wish.")
     if "delimiter" in content:
         content["delimiter"] = _delimiter(content["delimiter"], f"{path}: ")
+    if isinstance(content.get("text"), str):
+        content["text"] = [content["text"]]
+    labels = content.get("labels")
+    if isinstance(labels, str) and labels != "regression":
+        raise BadInput(f'{path}: "labels" is {labels!r}', "Write a list of names, or: labels: regression")
+    if labels == "regression" and "problem" in content:
+        raise BadInput(f"{path}: is both multi_label and regression", "Drop `problem` or `labels`.")
+    _check_split(content.get("split", {}), path)
+    model = content.get("model")
+    if isinstance(model, dict):
+        if "vocab" not in model:
+            advice = "Name a vocabulary file: model: {model_type: ..., vocab: ...}."
+            raise BadInput(f'{path}: "model" has no vocab', advice)
+        content["model"] = {**model, "vocab": str(folder / str(model["vocab"]))}
     return Task(name="", **content)
+
+
+def _label_names(labels, path):
+    """Return the names in `labels`, each a string: YAML reads 1 as a number, which is a name, and `no` as False."""
+    for name in labels:
+        if not isinstance(name, (str, int)) or isinstance(name, bool):
+            raise BadInput(f'{path}: the label {name!r} in "labels" is not a name', "Put each name in quotes.")
+    names = [str(name) for name in labels]
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise BadInput(f'{path}: "labels" is {names}', "Write two or more names, each of them once.")
+    return names
+
+
+def _check_key(key, value, path):
+    """Raise BadInput unless there is such a key, and its value is of the type and among the choices that it has."""
+    if key not in TYPES:
+        raise BadInput(f'{path}: unknown key "{key}"{nearest(key, TYPES)}', f"Keys: {', '.join(TYPES)}.")
+    if not any(KINDS[kind](value) for kind in TYPES[key].split(" or ")):
+        advice = f"Write {TYPES[key]}; put a word that YAML reads as something else in quotes."
+        raise BadInput(f'{path}: "{key}" is {value!r}, a {type(value).__name__}', advice)
+    if value not in CHOICES.get(key, [value]):
+        raise BadInput(f'{path}: "{key}" is {value!r}', f"Allowed: {', '.join(CHOICES[key])}.")
+    known = INNER_KEYS.get(key)
+    for inner in value if known else ():
+        if inner not in known:
+            words = f'{path}: unknown key "{inner}" in "{key}"{nearest(inner, known)}'
+            raise BadInput(words, f"Keys: {', '.join(sorted(known))}.")
+    for inner, word in value.items() if key in ("dataset", "files", "splits") else ():
+        if not KINDS["a word"](word):
+            raise BadInput(f'{path}: "{key}" has {inner}: {word!r}', "Write a word; put what is none in quotes.")
 
 
 def _located(folder, file):
@@ -206,23 +218,22 @@ def _delimiter(word, where="--"):
 
 
 def _check_split(split, path):
-    """Raise BadInput unless each made split is a fraction of train's rows or a range of them."""
+    """Raise BadInput unless each made split is a fraction of train's rows, or a range apart from the others."""
     for name, value in split.items():
-        is_range = (
-            isinstance(value, list)
-            and len(value) == 2
-            and all(isinstance(end, int) for end in value)
-            and 0 <= value[0] < value[1]
-        )
-        is_fraction = isinstance(value, float) and 0 < value < 1 and name != "train"
-        if name in SPLIT_NAMES and not (is_range or is_fraction):
-            raise BadInput(
-                f'{path}: "split" has {name}: {value!r}',
-                f"Write a fraction of the rows ({name}: 0.1), or a range ({name}: [0, 500], without row 500).",
-            )
-        is_seed = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-        if (name == "seed" and not is_seed) or (name == "group" and not KINDS["a word"](value)):
-            raise BadInput(f'{path}: "split" has {name}: {value!r}', "Write seed: 42, group: COLUMN.")
+        advice = f"Write a fraction of the rows ({name}: 0.1), or a range ({name}: [0, 500], without row 500)."
+        match name, value:
+            case (("seed" | "group"), _):
+                is_seed = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+                fits = is_seed if name == "seed" else KINDS["a word"](value)
+                advice = "Write seed: 42, group: COLUMN."
+            case _, [int(start), int(end)]:
+                fits = 0 <= start < end
+            case _, float():
+                fits = 0 < value < 1 and name != "train"
+            case _:
+                fits = False
+        if not fits:
+            raise BadInput(f'{path}: "split" has {name}: {value!r}', advice)
     ranges = sorted((value, name) for name, value in split.items() if isinstance(value, list))
     for (first, name), (second, other) in pairwise(ranges):
         if second[0] < first[1]:
@@ -232,64 +243,43 @@ def _check_split(split, path):
 # ------------------------------------------------------------------------------------------- the flags of scripts
 
 
-def positive(text):
-    """A whole number above 0, as a type of argparse."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return int(text)
+def _flag_type(name, convert, is_allowed, words):
+    """Return a type of argparse for numbers; a text that is no number at all is an "invalid NAME value" to argparse."""
+
+    def checked(text):
+        if not is_allowed(text):
+            raise argparse.ArgumentTypeError(f"{text} is not {words}")
+        return convert(text)
+
+    checked.__name__ = name
+    return checked
 
 
-def count(text):
-    """A whole number from 0, as a type of argparse."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0")
-    return int(text)
-
-
-def amount(text):
-    """A finite number from 0, as a type of argparse."""
-    if not 0 <= float(text) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0")
-    return float(text)
-
-
-def share(text):
-    """A number from 0 to below 1, as a type of argparse."""
-    if not 0 <= float(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not from 0 to below 1")
-    return float(text)
+positive = _flag_type("positive", int, lambda text: text.isdecimal() and int(text) > 0, "a whole number above 0")
+count = _flag_type("count", int, lambda text: text.isdecimal(), "a whole number from 0")
+amount = _flag_type("amount", float, lambda text: 0 <= float(text) < math.inf, "a number from 0")
+share = _flag_type("share", float, lambda text: 0 <= float(text) < 1, "from 0 to below 1")
 
 
 def add_data_arguments(parser):
     """Add the flags that say which data: the same in every script that reads a data set."""
-    group = parser.add_argument_group("data")
-    group.add_argument("--task", metavar="NAME|FILE", help="a task of data/, or a YAML file of your own")
-    group.add_argument("--dataset", metavar="ID[:CONFIG]", help="a data set of the Hub, without a YAML")
+    add = parser.add_argument_group("data").add_argument
+    add("--task", metavar="NAME|FILE", help="a task of data/, or a YAML file of your own")
+    add("--dataset", metavar="ID[:CONFIG]", help="a data set of the Hub, without a YAML")
+    formats = "csv, tsv, json, jsonl (.gz), parquet; a path or URL"
     for split in SPLIT_NAMES:
-        group.add_argument(
-            f"--{split}_file", metavar="FILE", help=f"{split} data: csv, tsv, json, jsonl (.gz), parquet; a path or URL"
-        )
-    group.add_argument("--text_columns", metavar="A[,B]", help="one text column, or two for pairs (default: text)")
-    group.add_argument("--label_column", metavar="NAME", help="the column of labels (default: label)")
-    group.add_argument(
-        "--group_column", metavar="NAME", help="rows of one value stay in one split, where splits are made"
-    )
-    group.add_argument("--encoding", metavar="NAME", help="of text files (default: utf-8)")
-    group.add_argument("--delimiter", metavar="MARK", help="between columns, such as ';' or tab (default: by the name)")
-    group.add_argument(
-        "--on_bad_row", choices=["fail", "skip"], help="skip: leave bad rows out, list them (default: fail)"
-    )
-    group.add_argument("--metrics", metavar="A[,B]", help="scores; the first one chooses the best checkpoint")
-    group.add_argument(
-        "--max_length", type=positive, metavar="TOKENS", help="longer texts are cut (default: the model's limit)"
-    )
-    group.add_argument(
-        "--truncate", choices=CHOICES["truncate"], help="which end of a long text to keep (default: head)"
-    )
-    group.add_argument(
-        "--limit", action="append", metavar="SPLIT=N", help="use N rows of a split, drawn seeded and stratified"
-    )
-    group.add_argument("--refresh", action="store_true", help="ask the Hub for newer commits of the data and the model")
+        add(f"--{split}_file", metavar="FILE", help=f"{split} data: {formats}")
+    add("--text_columns", metavar="A[,B]", help="one text column, or two for pairs (default: text)")
+    add("--label_column", metavar="NAME", help="the column of labels (default: label)")
+    add("--group_column", metavar="NAME", help="rows of one value stay in one split, where splits are made")
+    add("--encoding", metavar="NAME", help="of text files (default: utf-8)")
+    add("--delimiter", metavar="MARK", help="between columns, such as ';' or tab (default: by the name)")
+    add("--on_bad_row", choices=["fail", "skip"], help="skip: leave bad rows out, list them (default: fail)")
+    add("--metrics", metavar="A[,B]", help="scores; the first one chooses the best checkpoint")
+    add("--max_length", type=positive, metavar="TOKENS", help="longer texts are cut (default: the model's limit)")
+    add("--truncate", choices=CHOICES["truncate"], help="which end of a long text to keep (default: head)")
+    add("--limit", action="append", metavar="SPLIT=N", help="use N rows of a split, drawn seeded and stratified")
+    add("--refresh", action="store_true", help="ask the Hub for newer commits of the data and the model")
 
 
 def task_of(args, default=None):
@@ -300,12 +290,9 @@ def task_of(args, default=None):
         raise BadInput("--dataset beside --task or a file: the data are given twice", "Give one of them.")
     if args.dataset:
         path, _, name = args.dataset.partition(":")
-        content = {"dataset": {"path": path, **({"name": name} if name else {})}, "files": None}
-        task = (
-            replace(default, **content, limit={})
-            if isinstance(default, Task)
-            else Task(name or Path(path).name, **content)
-        )
+        task = default if isinstance(default, Task) else Task(name or Path(path).name)
+        dataset = {"path": path, "name": name} if name else {"path": path}
+        task = replace(task, dataset=dataset, files=None, limit={})
     elif args.task or not files or isinstance(default, Task):
         task = default if isinstance(default, Task) and not args.task else read_task(args.task or default)
         # New files replace the task's own data; everything else it says still holds.
@@ -330,20 +317,16 @@ def task_of(args, default=None):
 def set_defaults(parser, task):
     """Make the task's `defaults` those of the parser, so that a flag on the command line still goes before."""
     actions = {action.dest: action for action in parser._actions}
-    of_data = [
-        action.dest for group in parser._action_groups if group.title == "data" for action in group._group_actions
-    ]
+    groups = {group.title: group._group_actions for group in parser._action_groups}
+    of_data = {action.dest for action in groups.get("data", [])}
     for name, value in task.defaults.items():
-        action = actions.get(name)
+        action, where = actions.get(name), f'task {task.name}: "{name}" in `defaults`'
         if name in of_data:
-            raise BadInput(
-                f'task {task.name}: "{name}" in `defaults` says which data, not how to train',
-                f"Say it in a key of the task: {', '.join(TYPES)}.",
-            )
+            keys = ", ".join(TYPES)
+            raise BadInput(f"{where} says which data, not how to train", f"Say it in a key of the task: {keys}.")
         if action is None:
-            raise BadInput(
-                f'task {task.name}: "{name}" in `defaults` is no flag{nearest(name, actions)}', "See --help."
-            )
+            raise BadInput(f"{where} is no flag{nearest(name, actions)}", "See --help.")
+        where = f"task {task.name}: {name}: {value!r} in `defaults`"
         try:
             if action.nargs == 0:  # a switch
                 if not isinstance(value, bool):
@@ -355,13 +338,9 @@ def set_defaults(parser, task):
                     raise ValueError
                 value = values if action.nargs else values[0]
         except (ValueError, argparse.ArgumentTypeError):
-            raise BadInput(
-                f"task {task.name}: {name}: {value!r} in `defaults` is no value for --{name}", "See --help."
-            ) from None
+            raise BadInput(f"{where} is no value for --{name}", "See --help.") from None
         if action.choices and value not in action.choices:
-            raise BadInput(
-                f"task {task.name}: {name}: {value!r} in `defaults`", f"Allowed: {', '.join(action.choices)}."
-            )
+            raise BadInput(f"{where} is no choice of --{name}", f"Allowed: {', '.join(action.choices)}.")
         parser.set_defaults(**{name: value})
 
 
@@ -413,17 +392,3 @@ def saved_task(folder):
     except (ValueError, AttributeError, TypeError, KeyError) as error:
         words = " ".join(f"{type(error).__name__}: {error}".split())
         raise BadInput(f"{path}: is damaged ({words})", "Copy the model folder again, or train again.") from None
-
-
-def write_text(path, text):
-    """Write a file under a temporary name and rename it: it is complete or absent."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path, content):
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -1,5 +1,7 @@
 """cache.py: tables that are complete or absent, digests, arrays of columns, and files from a web server of our own."""
 
+import json
+import os
 import socket
 import threading
 from pathlib import Path
@@ -167,3 +169,42 @@ def test_a_refresh_that_fails_keeps_the_file(tmp_path):
     with pytest.raises(BadInput):
         cache.download_file(f"{server}/a.csv", refresh=True)
     assert Path(path).read_text() == "old"
+
+
+# ------------------------------------------------------------------------------------------- files complete or absent
+
+
+def test_write_json(tmp_path):
+    cache.write_json(tmp_path / "a.json", {"b": [1, None, 0.1], "a": "中"})
+    assert json.loads((tmp_path / "a.json").read_bytes()) == {"b": [1, None, 0.1], "a": "中"}
+    cache.write_json(tmp_path / "a.json", 2)  # replaces
+    assert (tmp_path / "a.json").read_text() == "2\n"
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"score": float("nan")}, [np.inf], {"a": object()}, "a lone surrogate \ud800"],
+    ids=["nan", "infinity", "no JSON", "no UTF-8"],
+)
+def test_json_that_cannot_be_written_leaves_the_old_file_and_nothing_else(tmp_path, content):
+    cache.write_json(tmp_path / "a.json", {"old": 1})
+    with pytest.raises((ValueError, TypeError)):
+        cache.write_json(tmp_path / "a.json", content)
+    assert os.listdir(tmp_path) == ["a.json"]
+    assert json.loads((tmp_path / "a.json").read_text()) == {"old": 1}
+
+
+def test_a_write_that_is_cut_short_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    cache.write_text(tmp_path / "a.txt", "old")
+    at_the_end = []
+
+    def full_disk(old, new):
+        at_the_end.append((Path(old).read_text(), Path(new).read_text()))
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "replace", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        cache.write_text(tmp_path / "a.txt", "new")
+    assert at_the_end == [("new", "old")]  # written elsewhere, as a whole, before it takes the place
+    assert os.listdir(tmp_path) == ["a.txt"] and (tmp_path / "a.txt").read_text() == "old"

@@ -119,7 +119,8 @@ def test_evaluation_takes_the_argmax_and_the_majority_is_that_of_the_training_la
     assert result["majority"] == {"accuracy": 0.25, "f1": pytest.approx(0.4)}
     assert common.majority(task, np.array([1, 1, 0])) == 1
     assert common.majority(NUMBER, np.array([1.0, 2.0, 6.0])) == 3.0
-    assert common.majority_scores(NUMBER, 3.0, np.array([1.0, 2.0])) == {"pearson": None}
+    of_numbers = common.evaluate(NUMBER, np.array([[1.5], [2.0]]), np.array([1.0, 2.0]), majority=3.0)
+    assert of_numbers["majority"] == {"pearson": None}
 
 
 def test_balanced_weights_are_inverse_to_the_frequencies():

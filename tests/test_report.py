@@ -145,7 +145,7 @@ def test_a_dry_run_counts_what_is_to_come(monkeypatch, log_lines, tmp_path):
     assert list(table) == ["steps", "batch", "memory", "time", "files", "check"]
     assert table["steps"] == "100 of 4, 25 an epoch; 4 evaluations"
     assert table["batch"] == "4 = 2 process(es) x 2, 2 at a time"
-    assert table["memory"].startswith("1.50 GiB for each process")
+    assert table["memory"].startswith("1.50 GiB in each process")
     # 100 steps of 4 x 10 positions; 4 evaluations of 300 tokens at a third of the price, and 7 seconds that were seen.
     assert table["time"].startswith("0:00:51 (0:00:40 training, 0:00:11 evaluating)")
     assert table["files"].startswith("runs/two/: model/ 5 MB")

@@ -2,12 +2,10 @@
 
 import argparse
 import json
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 
@@ -537,45 +535,6 @@ def test_a_damaged_task_json(tmp_path, content):
 def test_keys_of_a_later_version_are_passed_over(tmp_path):
     (tmp_path / "task.json").write_text('{"name": "a", "key_to_come": 1, "fingerprints": {}}')
     assert tasks.saved_task(tmp_path) == (Task("a"), {})
-
-
-# ------------------------------------------------------------------------------------------- files complete or absent
-
-
-def test_write_json(tmp_path):
-    tasks.write_json(tmp_path / "a.json", {"b": [1, None, 0.1], "a": "中"})
-    assert json.loads((tmp_path / "a.json").read_bytes()) == {"b": [1, None, 0.1], "a": "中"}
-    tasks.write_json(tmp_path / "a.json", 2)  # replaces
-    assert (tmp_path / "a.json").read_text() == "2\n"
-    assert os.listdir(tmp_path) == ["a.json"]
-
-
-@pytest.mark.parametrize(
-    "content",
-    [{"score": float("nan")}, [np.inf], {"a": object()}, "a lone surrogate \ud800"],
-    ids=["nan", "infinity", "no JSON", "no UTF-8"],
-)
-def test_json_that_cannot_be_written_leaves_the_old_file_and_nothing_else(tmp_path, content):
-    tasks.write_json(tmp_path / "a.json", {"old": 1})
-    with pytest.raises((ValueError, TypeError)):
-        tasks.write_json(tmp_path / "a.json", content)
-    assert os.listdir(tmp_path) == ["a.json"]
-    assert json.loads((tmp_path / "a.json").read_text()) == {"old": 1}
-
-
-def test_a_write_that_is_cut_short_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    tasks.write_text(tmp_path / "a.txt", "old")
-    at_the_end = []
-
-    def full_disk(old, new):
-        at_the_end.append((Path(old).read_text(), Path(new).read_text()))
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(os, "replace", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        tasks.write_text(tmp_path / "a.txt", "new")
-    assert at_the_end == [("new", "old")]  # written elsewhere, as a whole, before it takes the place
-    assert os.listdir(tmp_path) == ["a.txt"] and (tmp_path / "a.txt").read_text() == "old"
 
 
 def test_every_data_flag_has_help():
