@@ -6,8 +6,9 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
+from cache import write_json, write_text
 from reader import BadInput
-from tasks import save_task, write_json, write_text
+from tasks import save_task
 
 # All that a run leaves in its folder; --overwrite removes these and nothing else.
 LEFT_BY_A_RUN = ("checkpoints", "model", "model.tmp", "tensorboard", "metrics.jsonl", "results.json", "state.json")
@@ -74,11 +75,15 @@ def begin(folder, settings, fingerprints):
         raise BadInput(f"{folder}: cannot be written ({error.strerror})", "Choose another --output_dir.") from None
 
 
+def read_state(folder):
+    """Return the content of state.json, or an empty dict."""
+    path = folder / "state.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
 def write_state(folder, status, reason="", **more):
     """Write state.json: {"status": "running|done|failed", "reason", "settings", "data"}; `more` replaces keys."""
-    path = folder / "state.json"
-    state = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    write_json(path, {**state, "status": status, "reason": reason, **more})
+    write_json(folder / "state.json", {**read_state(folder), "status": status, "reason": reason, **more})
 
 
 @contextmanager
@@ -88,7 +93,9 @@ def failure_noted(folder):
         yield
     except BaseException as error:
         reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{error}".partition("\n")[0]
-        write_state(folder, "failed", reason or type(error).__name__)
+        # One process failed first; what the others say after it ("connection closed by peer") explains nothing.
+        if read_state(folder).get("status") != "failed":
+            write_state(folder, "failed", reason or type(error).__name__)
         raise
 
 

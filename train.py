@@ -75,14 +75,10 @@ def build_parser():
 
     loss = parser.add_argument_group("loss")
     loss.add_argument("--label_smoothing", type=share, default=0.0, help="(default: %(default)s)")
-    loss.add_argument(
-        "--class_weights", choices=["none", "balanced"], default="none", help="balanced: rare classes count more"
-    )
+    loss.add_argument("--class_weights", choices=["none", "balanced"], default="none", help="balanced: by frequency")
 
     evaluation = parser.add_argument_group("evaluation")
-    evaluation.add_argument(
-        "--eval_every", default="epoch", metavar="epoch|N", help="or N steps (default: %(default)s)"
-    )
+    evaluation.add_argument("--eval_every", default="epoch", metavar="epoch|N", help="or N steps (default: epoch)")
     evaluation.add_argument(
         "--early_stopping_patience", type=positive, metavar="N", help="stop after N evaluations without a better score"
     )
@@ -245,6 +241,7 @@ def main():
     loader = batching.step_loader(examples["train"], batches, accelerator, micro_batch_size, padding, args.num_workers)
 
     # Model and optimiser are prepared; the schedule is not: accelerate would step it once per process.
+    masks = common.counted_dropout(model, args.seed)
     freeze(model, args.freeze)
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -273,6 +270,7 @@ def main():
             losses_of_step = []
             for number, micro_batch in enumerate(micro_batches, start=1):
                 inputs, labels = send_to_device((micro_batch["inputs"], micro_batch["labels"]), accelerator.device)
+                masks.begin(step, micro_batch["ids"], accelerator.device)
                 # The processes add up their gradients once in a step, with the last micro-batch.
                 with nullcontext() if number == len(micro_batches) else accelerator.no_sync(model):
                     logits = model(**inputs).logits
@@ -283,9 +281,10 @@ def main():
                 losses_of_step.append((micro_batch, losses.detach()))
             grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
             learning_rate = scheduler.get_last_lr()[0]
+            if accelerator.scaler is None:  # a step whose gradient is not finite changes nothing, as under a scaler
+                optimizer.optimizer.found_inf = (~grad_norm.isfinite()).float()
             optimizer.step()
-            if not accelerator.optimizer_step_was_skipped:  # an overflow in fp16: the scaler tries a smaller scale
-                scheduler.step()
+            scheduler.step()
             optimizer.zero_grad()
             recent.append((step, grad_norm, losses_of_step))
 

@@ -2,8 +2,10 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ EXPECTED = {
     "fp16": ("NO", 1, False, "fp16"),
     "bf16": ("NO", 1, False, "bf16"),
     "multi_gpu": ("MULTI_GPU", 2, False, None),
+    "multi_node": ("MULTI_GPU", 4, False, None),
 }
 
 # The order of the last lines matters: without it a gloo group that did all its work may abort on the way out.
@@ -91,7 +94,7 @@ def test_does_what_its_name_says(name):
     config = load_config_from_file(str(FOLDER / f"{name}.yaml"))
     seen = (config.distributed_type.value, config.num_processes, config.use_cpu, config.mixed_precision)
     assert seen == EXPECTED[name]
-    assert config.num_machines == 1
+    assert config.num_machines == (2 if name == "multi_node" else 1)
     assert (config.gpu_ids == "-1,-1") == (name == "multi_cpu")
 
 
@@ -120,6 +123,26 @@ def test_training_starts_with_the_file_of_accelerate_config_default(review_task)
     ended = run_script("train.py", *flags, cwd=review_task.parent, launcher=launcher)
     assert ended.returncode == 0, ended.stderr
     assert json.loads((review_task.parent / "run" / "state.json").read_text())["status"] == "done"
+
+
+def test_multi_node_is_one_run_of_two_launchers(review_task):
+    """Two launchers on this machine, one CPU process each, that meet at a c10d rendezvous."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--config_file", str(FOLDER / "multi_node.yaml"), "--main_process_port", str(port)]
+    flags = ["--task", review_task, "--max_steps", 2, "--output_dir", "run"]
+
+    def machine(rank):
+        launcher = (*ACCELERATE, *options, "--num_processes", "2", "--machine_rank", str(rank))
+        hidden = {"CUDA_VISIBLE_DEVICES": ""}
+        return run_script("train.py", *flags, cwd=review_task.parent, launcher=launcher, environment=hidden)
+
+    with ThreadPoolExecutor() as pool:
+        ended = list(pool.map(machine, (0, 1)))
+    assert [one.returncode for one in ended] == [0, 0], ended[0].stderr + ended[1].stderr
+    assert json.loads((review_task.parent / "run" / "results.json").read_text())["num_processes"] == 2
+    assert sum("1.00, step" in one.stdout or "step 2 |" in one.stdout for one in ended) == 1  # one of them tells
 
 
 def test_multi_cpu_trains_on_two_processes(review_task):
