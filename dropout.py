@@ -52,8 +52,6 @@ class Masks:
         The middle dimensions are positions in the text, heads, and the like; each number of them counts, not its place
         in memory, so that the width of a batch makes no difference.
         """
-        if shape[0] != len(self.keys):
-            raise RuntimeError(f"dropout of shape {tuple(shape)} for {len(self.keys)} examples")
         bits = mix(self.keys + signed(place * GOLDEN))
         # One number for four columns.
         for size in (*shape[1:-1], -(-shape[-1] // 4)):
@@ -63,6 +61,8 @@ class Masks:
 
     def drop(self, values, place, p):
         """Return values with a share p of them set to 0, and the rest scaled so that the expectation stays."""
+        if len(values) != len(self.keys) or p == 1:  # XLNet has the positions first: left to torch, and told by install
+            return nn.functional.dropout(values, p)
         return values * (2**16 / (2**16 - round(p * 2**16))) * self.keep(values.shape, place, p)
 
 
@@ -89,8 +89,10 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
     weights = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if attention_mask is None and getattr(module, "is_causal", False):  # a mask that transformers left to torch
         attention_mask = torch.ones(weights.shape[-2:], dtype=torch.bool, device=weights.device).tril()
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
         weights = weights.masked_fill(~attention_mask, torch.finfo(weights.dtype).min)
+    elif attention_mask is not None:
+        weights = weights + attention_mask
     masks, place = module.counted_dropout
     weights = masks.drop(weights.softmax(dim=-1).to(value.dtype), place, dropout)
     return (weights @ value).transpose(1, 2).contiguous(), weights
@@ -123,11 +125,12 @@ def install(model, seed):
 def draws_from_torch(model, masks):
     """Return whether a training pass depends on torch's generator, too."""
     logits, was_training = [], model.training
+    ids = torch.arange(16).reshape(2, 8) % model.get_input_embeddings().num_embeddings
     model.train()
     with torch.random.fork_rng(devices=[]):
         for seed in (0, 1):
             torch.manual_seed(seed)
             masks.begin(0, [0, 1], "cpu")
-            logits.append(model(input_ids=torch.arange(1, 17).reshape(2, 8)).logits)
+            logits.append(model(input_ids=ids).logits)
     model.train(was_training)
     return not torch.equal(*logits)

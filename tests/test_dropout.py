@@ -189,9 +189,22 @@ def test_the_models_own_rates_are_kept():
     assert len(set(places)) == len(places)
 
 
-def test_a_batch_that_was_not_named_is_an_error():
-    with pytest.raises(RuntimeError, match="for 32 examples"):
-        masks_of().keep((8, 4), 1, 0.1)
+def test_a_shape_without_the_examples_first_is_left_to_torch_and_told(caplog, monkeypatch):
+    monkeypatch.setattr(dropout.log, "propagate", True)
+    config = AutoConfig.for_model("xlnet", vocab_size=100, d_model=32, n_layer=2, n_head=2, d_inner=64, dropout=0.1)
+    dropout.install(AutoModelForSequenceClassification.from_config(config), seed=1)
+    assert "torch's own" in caplog.text
+
+
+def test_a_mask_of_numbers_is_added():
+    """Models that make their attention mask themselves hand over what eager attention adds to the weights."""
+    module = nn.Module()
+    module.training, module.counted_dropout = True, (masks_of(ids=range(2)), 1)
+    query, key, value = torch.randn(3, 2, 1, 4, 8)
+    keep = torch.tensor([True, True, False, True]).expand(2, 1, 4, 4)
+    of_numbers = torch.where(keep, 0.0, torch.finfo(torch.float32).min)
+    outputs = [dropout.attention(module, query, key, value, mask, dropout=0.5)[0] for mask in (keep, of_numbers)]
+    torch.testing.assert_close(*outputs)
 
 
 def test_dropout_that_is_torchs_own_is_told(caplog, monkeypatch):
