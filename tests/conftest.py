@@ -182,3 +182,19 @@ def run_inside(monkeypatch, capfd):
         return code, captured.out, captured.err
 
     return run
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    """A cache of its own for a test of the data layer; the folder of this project in it."""
+    from data_help import use_cache
+
+    return use_cache(monkeypatch, tmp_path / "the cache")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub that needs no network."""
+    from data_help import FakeHub
+
+    return FakeHub(monkeypatch)

@@ -3,20 +3,12 @@
 import datasets
 import huggingface_hub
 import pytest
-from data_help import COMMIT, LATER, FakeHub, use_cache
+from data_help import COMMIT, LATER
 
 from hub import download, hub_commit
 from reader import BadInput
 
-
-@pytest.fixture(autouse=True)
-def empty_cache(tmp_path, monkeypatch):
-    return use_cache(monkeypatch, tmp_path / "the cache")
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    return FakeHub(monkeypatch)
+pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
 def test_the_commit_is_asked_for_once(hub, empty_cache):

@@ -6,7 +6,7 @@ import logging
 import datasets
 import numpy as np
 import pytest
-from data_help import AB, FORMATS, FakeHub, files_task, hub_table, hub_task, put_table, refusal, text_task, use_cache
+from data_help import AB, FORMATS, files_task, hub_table, hub_task, put_table, refusal, text_task
 
 from cache import array_of
 from labels import is_number, is_whole, label_ids, label_words
@@ -17,14 +17,7 @@ REGRESSION = {"labels": "regression"}
 MULTI = {"problem": "multi_label"}
 
 
-@pytest.fixture(autouse=True)
-def empty_cache(tmp_path, monkeypatch):
-    return use_cache(monkeypatch, tmp_path / "the cache")
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    return FakeHub(monkeypatch)
+pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
 def labelled(values):

@@ -15,7 +15,6 @@ from data_help import (
     COMMIT,
     FILES,
     LATER,
-    FakeHub,
     files_task,
     first_row,
     hub_table,
@@ -24,7 +23,6 @@ from data_help import (
     refusal,
     served,
     text_task,
-    use_cache,
 )
 from sklearn.model_selection import train_test_split
 
@@ -33,16 +31,7 @@ from reader import LONGEST_FIELD
 from splits import draw_groups, load_splits, make_missing_splits, stratified
 from tasks import Task
 
-
-@pytest.fixture(autouse=True)
-def empty_cache(tmp_path, monkeypatch):
-    """A cache of its own for each test; the folder of this project in it."""
-    return use_cache(monkeypatch, tmp_path / "the cache")
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    return FakeHub(monkeypatch)
+pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
 def alternating(number):
