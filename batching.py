@@ -5,6 +5,8 @@ process takes its share of every global batch *before* the DataLoader, so neithe
 of a micro-batch changes which examples make a step, and going on at step N is an index into the plan.
 """
 
+import math
+import signal
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -12,10 +14,12 @@ from itertools import count
 import numpy as np
 import torch
 from accelerate.utils import gather_object, send_to_device
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch.utils.data import DataLoader
 
 from cache import array_of, cached_table, digest, one_process_at_a_time
-from common import log
+from common import RunFailed, log
+from preemption import SIGNALS
 from reader import BadInput
 from splits import stratified
 
@@ -193,10 +197,17 @@ def step_loader(examples, batches, accelerator, micro_batch_size, pad_token_id, 
         batch_size=None,
         collate_fn=partial(_laid_out, examples, pad_token_id),  # no closure: worker processes must receive it
         num_workers=num_workers,
+        worker_init_fn=leave_signals_to_the_parent,
         pin_memory=accelerator.device.type == "cuda",
         # Without a generator of its own the loader draws from torch's, and the model's dropout would depend on it.
         generator=torch.Generator(),
     )
+
+
+def leave_signals_to_the_parent(_):
+    """A terminal or a cluster signals all processes: a worker that dies of it ends the training before it is saved."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _laid_out(examples, pad_token_id, micro_batches):
@@ -219,12 +230,44 @@ def _laid_out(examples, pad_token_id, micro_batches):
     return step
 
 
+def largest_micro_batch(accelerator, model, masks, examples, pad_token_id, share):
+    """Return how many of the longest examples fit into memory at a time: a process's share, or a half, a quarter, ...
+
+    Tried in a forward and a backward pass, with room for AdamW's two moments set aside; the same for all processes.
+    Raises BadInput where not even one fits.
+    """
+    longest, size = np.argsort(-array_of(examples, "length"), kind="stable"), share
+    moments = []
+    while True:
+        try:
+            moments = [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]
+            inputs = send_to_device(pad(examples[longest[:size]], pad_token_id), accelerator.device)
+            masks.begin(0, longest[:size], accelerator.device)
+            with torch.random.fork_rng():  # a model may draw masks of its own
+                accelerator.backward(model(**inputs).logits.float().sum())
+            fits = True
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            fits = False
+        model.zero_grad()
+        moments.clear()
+        clear_device_cache(garbage_collection=not fits)
+        if fits:
+            return min(gather_object([size]))
+        if size == 1:
+            words = "Try --gradient_checkpointing, a smaller --max_length or model."
+            raise BadInput("not even one example at a time fits into memory", words)
+        size = math.ceil(size / 2)
+
+
 @torch.inference_mode()
-def all_logits(model, examples, accelerator, batch_size, pad_token_id):
+def all_logits(model, examples, accelerator, batch_size, pad_token_id, watch=None):
     """Return the logits of all examples, by example id: a float32 array (examples, outputs), on every process.
 
     Examples of like length go together, longest first, so that little is padded and memory runs out at once or never.
     Each process takes every n-th batch; each example is counted once, by its id. Raises RuntimeError where one is not.
+    watch: a preemption.Watch, which raises where a signal asks the run to end.
     """
     was_training = model.training
     model.eval()
@@ -232,10 +275,23 @@ def all_logits(model, examples, accelerator, batch_size, pad_token_id):
     order = np.argsort(-lengths, kind="stable")
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     mine = []
-    for batch in batches[accelerator.process_index :: accelerator.num_processes]:
-        inputs = send_to_device(pad(examples[batch], pad_token_id), accelerator.device)
-        # To the CPU at the end: asking for each batch's logits would make the GPU wait for Python.
-        mine.append((batch, model(**inputs).logits.float()))
+    if watch:
+        watch.reset()
+    for first in range(0, len(batches), accelerator.num_processes):
+        if watch:  # as often on a process that has a batch less
+            watch.look()
+        for batch in batches[first : first + accelerator.num_processes][accelerator.process_index :][:1]:
+            inputs = send_to_device(pad(examples[batch], pad_token_id), accelerator.device)
+            try:
+                # To the CPU at the end: asking for each batch's logits would make the GPU wait for Python.
+                mine.append((batch, model(**inputs).logits.float()))
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                words = f"Try --eval_batch_size {math.ceil(batch_size / 2)}: it changes no score."
+                raise RunFailed(f"out of memory with {len(batch)} examples in an evaluation\n{words}") from None
+    if watch:
+        watch.reset()
     model.train(was_training)
     mine = [(batch, logits.cpu().numpy()) for batch, logits in mine]
     # As objects: tensors of uneven shapes must not be gathered, and the processes have uneven numbers of batches.

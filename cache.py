@@ -28,10 +28,13 @@ def digest(*parts):
 
 
 def write_text(path, text):
-    """Write a file under a temporary name and rename it: it is complete or absent."""
+    """Write a file under a temporary name and rename it: it is complete or absent, after a power cut too."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ import gc
 import io
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
@@ -18,12 +19,20 @@ import metrics
 import tasks
 from cache import array_of, one_process_at_a_time, write_text
 from labels import UNLABELLED
-from models import load_model, with_labels_of  # noqa: F401 - for the scripts
+from models import freeze, load_model, with_labels_of  # noqa: F401 - for the scripts
 from reader import BadInput
 from splits import load_splits
 from tasks import amount, count, positive, share  # noqa: F401 - the types of flags, for the scripts
 
 log = logging.getLogger("classifier")
+
+
+class Preempted(KeyboardInterrupt):
+    """A signal asked the run to end; the same command goes on. Like Ctrl-C, it passes through `except Exception`."""
+
+
+class RunFailed(Exception):
+    """What the user is to know of a run that could not go on."""
 
 
 # --------------------------------------------------------------------------------------------------------- arguments
@@ -79,13 +88,16 @@ def run(main):
         return main()
     except BadInput as error:
         code, words = 2, f"{script}: error: {error.reason}\n{script}: {error.advice}"
-    except FloatingPointError as error:  # the run diverged: which step and examples, and what to try
+    except (FloatingPointError, RunFailed) as error:  # a run that diverged: which step and examples, and what to try
         code, words = 1, f"{script}: error: {error}"
+    except Preempted as error:
+        code, words = 75, f"{script}: {error}"
     except KeyboardInterrupt:
         code, words = 1, f"\n{script}: interrupted"
     # Every process finds the same mistake. The first one says it, and the launcher ends the others while they wait
     # here; a process that fails alone gets to say it too.
     if os.environ.get("RANK", "0") != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
     print(words, file=sys.stderr, flush=True)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -185,6 +197,22 @@ def quieten_libraries():
     transformers.logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+def on_main_process(accelerator, function, *arguments):
+    """Call a function on the main process alone; return its answer on all of them, or raise its BadInput on all."""
+    from accelerate.utils import broadcast_object_list
+
+    answer = [None, None]
+    if accelerator.is_main_process:
+        try:
+            answer[0] = function(*arguments)
+        except BadInput as error:
+            answer[1] = (error.reason, error.advice)
+    broadcast_object_list(answer)
+    if answer[1]:
+        raise BadInput(*answer[1])
+    return answer[0]
 
 
 def finish(accelerator, *prepared):
@@ -305,10 +333,12 @@ def balanced_weights(task, labels):
 
 
 def evaluate(task, logits, labels, majority):
-    """Return {"loss", "scores", "predictions", "majority"} of logits (examples, outputs) for labels (examples,).
+    """Return {"loss", "scores", "predictions", "constant", "majority"} of logits (examples, outputs) for labels
+    (examples,).
 
     `loss` is the mean over the examples, `scores` the task's metrics, `predictions` label ids or values (in multi-label
-    0 and 1), `majority` the metrics of always predicting `majority`.
+    0 and 1), `constant` the one prediction where all are the same, `majority` the metrics of always predicting
+    `majority`.
     Raises FloatingPointError for logits that are not finite.
     """
     import torch
@@ -321,6 +351,7 @@ def evaluate(task, logits, labels, majority):
     else:
         predictions = (logits > 0).astype(int) if task.is_multi_label else logits.argmax(axis=1)
     loss = example_losses(task, torch.from_numpy(logits), torch.tensor(labels)).mean().item()
+    is_constant = len(predictions) > 1 and (predictions == predictions[0]).all()
     with warnings.catch_warnings():  # a constant has no correlation: that is known, and no news
         warnings.simplefilter("ignore")
         majority_scores = metrics.compute(task.metrics, np.broadcast_to(majority, labels.shape), labels)
@@ -328,6 +359,7 @@ def evaluate(task, logits, labels, majority):
         "loss": loss,
         "scores": metrics.compute(task.metrics, predictions, labels),
         "predictions": predictions,
+        "constant": predictions[0].tolist() if is_constant else None,
         "majority": majority_scores,
     }
 

@@ -166,3 +166,21 @@ def with_labels_of(model, facts, task):
             f"Score it on data like those it was trained on, or fine-tune it first: train.py --model {name}",
         )
     return task if task.is_regression else replace(task, labels=names)
+
+
+def freeze(model, part):
+    """Stop the gradients of a pretrained part: none, encoder, embeddings, or N (embeddings and the first N layers)."""
+    from torch.nn import ModuleList
+
+    encoder = model.base_model
+    embeddings = [module for name, module in encoder.named_children() if "embed" in name]
+    layers = next(
+        (list(m) for m in encoder.modules() if isinstance(m, ModuleList) and len(m) == model.config.num_hidden_layers),
+        [],
+    )
+    parts = {"none": [], "encoder": [encoder], "embeddings": embeddings}
+    parts |= {str(number): embeddings + layers[:number] for number in range(1, len(layers) + 1)}
+    if part not in parts:
+        raise BadInput(f"--freeze {part}: no such part of this model", f"Parts: {', '.join(parts)}.")
+    for module in parts[part]:
+        module.requires_grad_(False)

@@ -10,11 +10,13 @@ from importlib.metadata import version
 import numpy as np
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import gather_object
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import facts
 import metrics
+from cache import write_text
 from common import BadInput, example_losses, log, number_words, score_words
 
 SECONDS_BETWEEN_LINES = 10
@@ -29,56 +31,121 @@ def clock(seconds):
 class Progress:
     """Shows and notes the progress of one run, and adds up its times. Every process calls it; the main one writes."""
 
-    def __init__(self, accelerator, folder, total_steps, steps_per_epoch):
+    def __init__(self, accelerator, folder, state, total_steps, steps_per_epoch):
         self.accelerator = accelerator
         self.lines = folder / "metrics.jsonl"
+        self.state = state  # a checkpoint.State: what is added up here must outlive a killed run
         self.total_steps = total_steps
         self.steps_per_epoch = steps_per_epoch
-        self.sums, self.sums_at_evaluation = np.zeros(4), np.zeros(4)  # as train.read_interval returns them
-        self.train_seconds, self.evaluation_seconds = 0.0, 0.0  # without saving; with
-        self.steps = 0
+        self.recent = []  # of the steps since the last look: (step, ids, gradient norm, [(micro-batch, its losses)])
+        self.grad_norm = math.nan
         self.intervals = []  # (seconds, tokens with padding)
-        self.started = self.last_line = self.last_read = time.monotonic()
+        self.last_line = self.last_look = time.monotonic()
+        self.started = self.last_look - state.train_seconds - state.evaluation_seconds - state.save_seconds
+        if accelerator.is_main_process and self.lines.exists():
+            self._cut_back()
         on_terminal = accelerator.is_main_process and sys.stderr.isatty()
-        self.bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True, disable=not on_terminal)
+        self.bar = tqdm(total=total_steps, initial=state.step, unit="step", dynamic_ncols=True, disable=not on_terminal)
         self.redirect = logging_redirect_tqdm([log])
         if on_terminal:  # else a row of the table would break the bar
             self.redirect.__enter__()
 
-    def train(self, step, sums, learning_rate, grad_norm):
-        """Note the training since the line before; show it on the bar or, every few seconds, as a line.
+    def _cut_back(self):
+        """Take the lines out of metrics.jsonl that came after the checkpoint: they will be written again."""
+        kept = []
+        for line in self.lines.read_text(encoding="utf-8").splitlines():
+            try:
+                of_step = json.loads(line)
+            except ValueError:  # cut off by a crash
+                break
+            if of_step["step"] <= (self.state.step if of_step["type"] == "train" else self.state.evaluated_step):
+                kept.append(line)
+        write_text(self.lines, "".join(f"{line}\n" for line in kept))
 
-        sums: [loss, examples, tokens, tokens with padding] since the line before, of all processes.
+    def step(self, step, ids, grad_norm, losses_of_step):
+        """Note a step: its number, its examples, the gradient's norm, [(micro-batch, losses)] of this process."""
+        self.recent.append((step, ids, grad_norm, losses_of_step))
+
+    def read(self):
+        """Add the steps since the last call up, over all processes.
+
+        Called every few steps, not in each: reading a number from a GPU makes it wait. The sums are the same on all
+        processes, so that all stop together: raises FloatingPointError, naming the first step whose loss or gradient is
+        not finite.
         """
+        # Step by step, not interval by interval: where a run is saved in between must not change how sums are rounded.
+        sums, broken = np.zeros((len(self.recent), 4)), []
+        for row, (step, ids, grad_norm, losses_of_step) in zip(sums, self.recent, strict=True):
+            for micro_batch, losses in losses_of_step:
+                losses = losses.double().numpy(force=True)
+                row += [losses.sum(), micro_batch["examples"], micro_batch["tokens"], micro_batch["positions"]]
+                wrong = ~np.isfinite(losses)
+                if wrong.any():
+                    broken.append((step, "loss", float(losses[wrong][0]), micro_batch["ids"][wrong].tolist()))
+            self.grad_norm = float(grad_norm)
+            # Under a scaler (fp16) an infinite gradient is an overflow: that step is skipped, and all is well.
+            if not (self.accelerator.scaler or math.isfinite(self.grad_norm)):
+                broken.append((step, "norm of the gradient", self.grad_norm, ids.tolist()))
+        everywhere = gather_object([(sums, broken)])
+        self.recent.clear()
+        if broken := [found for _, of_process in everywhere for found in of_process]:
+            step, what, value, _ = min(broken, key=lambda found: found[:2])
+            ids = sorted({example for found in broken if found[:2] == (step, what) for example in found[3]})
+            raise FloatingPointError(
+                f"step {step}: the {what} is {value}; training examples, from 0: {', '.join(map(str, ids))}\n"
+                "Try a lower --learning_rate, --warmup_ratio 0.1 or --mixed_precision no, and look at these examples."
+            )
+        state = self.state
+        for of_step in sum(sums for sums, _ in everywhere):
+            state.sums = (state.sums + of_step).tolist()
+            state.since_line = (state.since_line + of_step).tolist()
+            state.since_evaluation = (state.since_evaluation + of_step).tolist()
+        seconds = self._seconds()
+        state.line_seconds += seconds
+        state.train_seconds += seconds
+
+    def _seconds(self):
+        """Return the time since the last call."""
         now = time.monotonic()
-        seconds, self.last_read = now - self.last_read, now
-        self.train_seconds += seconds
-        self.steps = step
-        self.intervals.append((seconds, sums[3]))
-        self.sums += sums
-        loss, examples_per_second, grad_norm = sums[0] / sums[1], sums[1] / seconds, float(grad_norm)
+        seconds, self.last_look = now - self.last_look, now
+        return seconds
+
+    def saved(self):
+        """Note that what has passed since the last look went into saving."""
+        self.state.save_seconds += self._seconds()
+
+    def line(self):
+        """Note the training since the line before; show it on the bar or, every few seconds, as a line."""
+        self.read()
+        state, step = self.state, self.state.step
+        (loss_sum, examples, _, positions), seconds = state.since_line, state.line_seconds
+        state.since_line, state.line_seconds = [0.0] * 4, 0.0
+        self.intervals.append((seconds, positions))
+        loss, examples_per_second = loss_sum / examples, examples / seconds
         values = {
             "loss": loss,
-            "learning_rate": learning_rate,
-            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,  # an overflow in fp16
+            "learning_rate": state.learning_rate,
+            "grad_norm": self.grad_norm if math.isfinite(self.grad_norm) else None,  # an overflow in fp16
             "examples_per_second": round(examples_per_second, 2),
         }
         self._note("train", step, values, "train", values)
-        epoch = step / self.steps_per_epoch
-        self.bar.set_postfix_str(f"epoch {epoch:.2f}, loss {loss:.4f}, lr {learning_rate:.2e}", refresh=False)
+        epoch, now = step / self.steps_per_epoch, time.monotonic()
+        rate = f"lr {state.learning_rate:.2e}"
+        self.bar.set_postfix_str(f"epoch {epoch:.2f}, loss {loss:.4f}, {rate}", refresh=False)
         self.bar.update(step - self.bar.n)
         if self.bar.disable and now - self.last_line >= SECONDS_BETWEEN_LINES:
             self.last_line = now
             left = (now - self.started) / step * (self.total_steps - step)
             log.info(
-                f"step {step}/{self.total_steps}, epoch {epoch:.2f}, loss {loss:.4f}, lr {learning_rate:.2e}, "
+                f"step {step}/{self.total_steps}, epoch {epoch:.2f}, loss {loss:.4f}, {rate}, "
                 f"{examples_per_second:.0f} examples/s, {clock(left)} left"
             )
 
-    def evaluation(self, step, learning_rate, evaluations, is_best):
+    def evaluation(self, evaluations, is_best):
         """Note evaluations of splits, and show each as a row with the scores of the majority class beside its own."""
-        loss_sum, examples, *_ = self.sums - self.sums_at_evaluation
-        self.sums_at_evaluation = self.sums.copy()
+        state, step = self.state, self.state.step
+        loss_sum, examples, *_ = state.since_evaluation
+        state.since_evaluation = [0.0] * 4
         for split, evaluation in evaluations.items():
             loss, scores = evaluation["loss"], evaluation["scores"]
             name = "train_sample" if split == "train" else split  # "train loss" is that of the steps
@@ -86,30 +153,31 @@ class Progress:
             self._note("eval", step, values, name, {"loss": loss, **scores})
             log.info(
                 f"epoch {step / self.steps_per_epoch:.2f}, step {step} | train loss {loss_sum / examples:.4f}, "
-                f"{name} loss {loss:.4f}, lr {learning_rate:.2e} | {score_words(scores)} | "
+                f"{name} loss {loss:.4f}, lr {state.learning_rate:.2e} | {score_words(scores)} | "
                 f"majority: {score_words(evaluation['majority'])} | {clock(time.monotonic() - self.started)}"
                 f"{' | best' if is_best else ''}"
             )
-        now = time.monotonic()
-        self.evaluation_seconds += now - self.last_read
-        self.last_read = now
+        state.evaluation_seconds += self._seconds()
 
     def has_timed_enough(self):
         """Return whether a dry run can end, the same on all processes: after 5 seconds, and 3 steps."""
-        if self.accelerator.is_main_process and len(self.intervals) >= 3 and self.train_seconds >= 5:
+        if self.accelerator.is_main_process and len(self.intervals) >= 3 and self.state.train_seconds >= 5:
             self.accelerator.set_trigger()
         return self.accelerator.check_trigger()
 
     def totals(self):
         """Return the times and sums of the whole training, by their names in results.json."""
-        _, examples, tokens, positions = self.sums
+        state = self.state
+        _, examples, tokens, positions = state.sums
         return {
-            "steps": self.steps,
-            "epochs": self.steps / self.steps_per_epoch,
-            "train_seconds": self.train_seconds,
+            "steps": state.step,
+            "epochs": state.step / self.steps_per_epoch,
+            "train_seconds": state.train_seconds,
+            "evaluation_seconds": state.evaluation_seconds,
+            "save_seconds": state.save_seconds,
             "train_examples": int(examples),
-            "train_examples_per_second": examples / self.train_seconds,
-            "train_tokens_per_second": tokens / self.train_seconds,
+            "train_examples_per_second": examples / state.train_seconds,
+            "train_tokens_per_second": tokens / state.train_seconds,
             "padding_fraction": 1 - tokens / positions,
         }
 
@@ -206,7 +274,7 @@ def describe_run(task, args, accelerator, model, plan, examples, validation_spli
     """
     processes, steps = accelerator.num_processes, len(plan)
     of_process = math.ceil(args.batch_size / processes)
-    micro_batch_size = min(args.micro_batch_size or of_process, of_process)
+    micro_batch_size = min(progress.state.micro_batch_size, of_process)
     seconds, filled = np.sum(progress.intervals[len(progress.intervals) // 2 :], axis=0)  # the first steps warm up
     rate = filled / seconds
     lengths = facts.array_of(examples["train"], "length")
@@ -216,16 +284,18 @@ def describe_run(task, args, accelerator, model, plan, examples, validation_spli
     tokens = sum(int(facts.array_of(examples[name], "length").sum()) for name in validation_splits)
     tokens += lengths.mean() * min(args.eval_train_rows or 0, len(lengths))
     # A forward pass alone takes a third of a training step; once, the metrics are loaded.
-    evaluating = evaluations * tokens / (3 * rate) + progress.evaluation_seconds
+    evaluating = evaluations * tokens / (3 * rate) + progress.state.evaluation_seconds
     whole, parts = clock(training + evaluating), f"{clock(training)} training, {clock(evaluating)} evaluating"
     saved = sum(file.stat().st_size for file in (progress.lines.parent / "checkpoints").rglob("*") if file.is_file())
+    weights = sum(value.nbytes for value in model.state_dict().values())
     memory = facts.peak_memory(accelerator.device) / 2**30
     table = {
         "steps": f"{steps} of {args.batch_size}, {progress.steps_per_epoch} an epoch; {evaluations} evaluations",
         "batch": f"{args.batch_size} = {processes} process(es) x {of_process}, {micro_batch_size} at a time",
         "memory": f"{memory:.2f} GiB in each process; the longest texts may need more",
         "time": f"{whole} ({parts}), give or take 20 %",
-        "files": f"{args.output_dir}/: model/ {saved / 1e6:.0f} MB, while it trains the best checkpoint, as large",
+        "files": f"{args.output_dir}/: model/ {weights / 1e6:.0f} MB, and until then up to "
+        f"{args.keep_checkpoints + 2} checkpoints of {saved / 1e6:.0f} MB",
     }
     if accelerator.device.type != "cpu" and accelerator.is_main_process:
         table["check"] = _check_against_cpu(task, accelerator, model, micro_batch)
@@ -245,6 +315,23 @@ def _check_against_cpu(task, accelerator, model, micro_batch):
     if not (logits < tolerance and gradients < tolerance):  # NaN is not below anything, and no maximum
         log.warning(f"WARNING: {accelerator.device.type.upper()} COMPUTES OTHER NUMBERS THAN THE CPU: {words}")
     return words
+
+
+def results(args, task, facts, progress, evaluations, data, accelerator):
+    """Return the content of results.json; evaluations: of the best model, by split."""
+    return {
+        "task": task.name,
+        "model": facts["model"],
+        "model_commit": facts["commit"],
+        "seed": args.seed,
+        **progress.totals(),
+        "best_step": progress.state.best["step"],
+        "scores": {name: evaluation["scores"] for name, evaluation in evaluations.items()},
+        "majority_baseline": {name: evaluation["majority"] for name, evaluation in evaluations.items()},
+        "data": data,
+        "settings": vars(args),
+        **environment(accelerator),
+    }
 
 
 def summary(results):
@@ -267,12 +354,12 @@ def already_complete(folder, results, final_test):
 
 def warn_of_collapse(task, split, evaluation):
     """Warn, loudly, of a model that has learnt nothing: one prediction for all, or not better than the majority."""
-    metric, predictions = task.metrics[0], evaluation["predictions"]
+    metric, constant = task.metrics[0], evaluation["constant"]
     score, limit = evaluation["scores"][metric], evaluation["majority"][metric]
-    if len(predictions) > 1 and (predictions == predictions[0]).all():
+    if constant is not None:
         what = f"ON {split.upper()} THE MODEL PREDICTS THE SAME FOR EVERY EXAMPLE"
-        if predictions.ndim == 1:
-            what += f": {float(predictions[0]) if task.is_regression else task.labels[predictions[0]]!r}"
+        if not task.is_multi_label:
+            what += f": {constant if task.is_regression else task.labels[constant]!r}"
     elif limit is not None and not metrics.is_better(metric, score, limit):
         words = f"{metric} {number_words(score)} to {number_words(limit)}"
         what = f"ON {split.upper()} THE MODEL IS NO BETTER THAN THE MAJORITY CLASS ({words})"

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -196,9 +197,18 @@ def _check_key(key, value, path):
         if inner not in known:
             words = f'{path}: unknown key "{inner}" in "{key}"{nearest(inner, known)}'
             raise BadInput(words, f"Keys: {', '.join(sorted(known))}.")
+    if key in ("files", "splits"):
+        _check_split_names(value, path)
     for inner, word in value.items() if key in ("dataset", "files", "splits") else ():
         if not KINDS["a word"](word):
             raise BadInput(f'{path}: "{key}" has {inner}: {word!r}', "Write a word; put what is none in quotes.")
+
+
+def _check_split_names(names, path):
+    """Raise BadInput for names that are no plain words: a split's name is part of a folder's."""
+    for name in names or ():
+        if not re.fullmatch(r"\w[\w.-]*", str(name)):
+            raise BadInput(f"{path}: {name!r} cannot name a split", "Use letters, digits and _ alone.")
 
 
 def _located(folder, file):
@@ -388,6 +398,8 @@ def saved_task(folder):
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         known = {f.name for f in fields(Task)}
+        for key in ("files", "splits"):
+            _check_split_names(content.get(key), path)
         return Task(**{key: value for key, value in content.items() if key in known}), content["fingerprints"]
     except (ValueError, AttributeError, TypeError, KeyError) as error:
         words = " ".join(f"{type(error).__name__}: {error}".split())

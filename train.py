@@ -13,12 +13,11 @@ state.json. Evaluates as it goes and keeps the checkpoint that the task's first 
 import math
 import tempfile
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from accelerate.utils import gather_object, send_to_device, set_seed
-from torch.nn import ModuleList
+from accelerate.utils import send_to_device, set_seed
 from transformers import get_scheduler
 
 import batching
@@ -30,9 +29,22 @@ from common import BadInput, log
 # What these say changes no result, or only where it is written: they neither name a run's folder nor tell runs apart.
 BOOKKEEPING = {
     *("task", "output_dir", "overwrite", "final_test", "log_every", "num_workers", "trackers", "threads", "refresh"),
-    *("micro_batch_size", "eval_batch_size", "eval_train_rows", "gradient_checkpointing", "dry_run"),
+    *(
+        "resume",
+        "save_every",
+        "keep_checkpoints",
+        "micro_batch_size",
+        "eval_batch_size",
+        "eval_train_rows",
+        "gradient_checkpointing",
+        "dry_run",
+    ),
 }
 DRY_RUN_STEPS = 50  # at most; a few seconds are enough
+
+
+def number_or_auto(word):
+    return word if word == "auto" else common.positive(word)
 
 
 def build_parser():
@@ -52,7 +64,9 @@ def build_parser():
     steps.add_argument(
         "--batch_size", type=positive, default=32, help="examples per step, of all processes (default: %(default)s)"
     )
-    steps.add_argument("--micro_batch_size", type=positive, help="examples in memory at a time (default: the share)")
+    steps.add_argument(
+        "--micro_batch_size", type=number_or_auto, metavar="N|auto", help="examples at a time (default: the share)"
+    )
     steps.add_argument("--seed", type=count, default=42, help="of new weights, order, dropout (default: %(default)s)")
     steps.add_argument(
         "--num_workers", type=count, default=0, help="processes that load batches (default: %(default)s)"
@@ -88,6 +102,13 @@ def build_parser():
     output = parser.add_argument_group("output")
     output.add_argument("--output_dir", metavar="DIR", help="(default: runs/TASK, and the settings that differ)")
     output.add_argument("--overwrite", action="store_true", help="replace a run in this folder")
+    output.add_argument(
+        "--resume", default="auto", metavar="auto|never|DIR", help="go on where this run, or DIR, was saved (auto)"
+    )
+    output.add_argument(
+        "--save_every", default="epoch", metavar="epoch|N|Nm", help="or N steps, or minutes (default: epoch)"
+    )
+    output.add_argument("--keep_checkpoints", type=positive, default=2, metavar="N", help="and the best (default: 2)")
     output.add_argument("--dry_run", action="store_true", help="tell what the run takes, and write nothing")
     output.add_argument("--log_every", type=positive, default=10, help="steps between log lines (default: %(default)s)")
     output.add_argument("--trackers", metavar="A[,B]", help="log to these too: tensorboard")
@@ -101,6 +122,9 @@ def parse_arguments():
     args, task = common.parse_arguments(parser, default="demo")
     if args.eval_every != "epoch" and not (args.eval_every.isdecimal() and int(args.eval_every)):
         raise BadInput(f"--eval_every {args.eval_every}: neither epoch nor a number of steps", "Write epoch, or 500.")
+    checkpoint.save_interval(args.save_every, steps_per_epoch=1)
+    if args.overwrite and args.resume != "auto":
+        raise BadInput("--overwrite starts again, --resume goes on (or not)", "Give one of the two.")
     if not 0 < args.epochs <= 1e6:
         raise BadInput(f"--epochs {args.epochs}: not above 0 and up to a million", "Give a number such as 3 or 0.5.")
     if args.seed >= 2**32:
@@ -112,7 +136,10 @@ def parse_arguments():
         given = {name: value for name, value in settings.items() if value != parser.get_default(name)}
         args.output_dir = str(Path("runs", run_name(task.name, given)))
     of_task = ("text", "label", "labels", "problem", "metrics", "max_length", "truncate", "splits", "split", "limit")
-    return args, task, {**settings, **{key: getattr(task, key) for key in of_task}, "model": args.model or task.model}
+    model = args.model or task.model
+    if isinstance(model, dict):  # its vocabulary counts, not where the file lies
+        model = {**model, "vocab": checkpoint.sha256(model["vocab"]) if Path(model["vocab"]).is_file() else None}
+    return args, task, {**settings, **{key: getattr(task, key) for key in of_task}, "model": model}
 
 
 def run_name(name, given):
@@ -124,22 +151,6 @@ def run_name(name, given):
             words.append(f"{key}={Path(value).name}")  # of a model, the last part of its name
     name = ",".join(words)
     return name if len(name) <= 150 else f"{name[:140]},{batching.digest(name)[:8]}"  # a folder name has 255 bytes
-
-
-def freeze(model, part):
-    """Stop the gradients of a pretrained part: none, encoder, embeddings, or N (embeddings and the first N layers)."""
-    encoder = model.base_model
-    embeddings = [module for name, module in encoder.named_children() if "embed" in name]
-    layers = next(
-        (list(m) for m in encoder.modules() if isinstance(m, ModuleList) and len(m) == model.config.num_hidden_layers),
-        [],
-    )
-    parts = {"none": [], "encoder": [encoder], "embeddings": embeddings}
-    parts |= {str(number): embeddings + layers[:number] for number in range(1, len(layers) + 1)}
-    if part not in parts:
-        raise BadInput(f"--freeze {part}: no such part of this model", f"Parts: {', '.join(parts)}.")
-    for module in parts[part]:
-        module.requires_grad_(False)
 
 
 def build_optimizer(model, args):
@@ -159,188 +170,169 @@ def build_scheduler(optimizer, args, total_steps):
     return get_scheduler(args.scheduler, optimizer, warmup_steps, total_steps)
 
 
-def read_interval(recent, batches, under_scaler):
-    """Return [loss sum, examples, tokens, tokens with padding] of the steps in `recent`, over all processes; empty it.
+def choose_micro_batch_size(args, state, share, limit, probe):
+    """Return how many examples a process computes at a time, of its share of a step.
 
-    Called every few steps, not in each: reading a number from a GPU makes it wait. The sums are the same on all
-    processes, so that all stop together: raises FloatingPointError, naming the first step whose loss or gradient is not
-    finite. recent: a list of (step, gradient norm, [(micro-batch, its losses), ...]); batches: the plan.
+    limit: half of what memory could not hold when this run was last tried, or None; probe() finds what it holds.
     """
-    sums, broken = np.zeros(4), []
-    for step, grad_norm, losses_of_step in recent:
-        for micro_batch, losses in losses_of_step:
-            losses = losses.double().numpy(force=True)
-            sums += [losses.sum(), micro_batch["examples"], micro_batch["tokens"], micro_batch["positions"]]
-            wrong = ~np.isfinite(losses)
-            if wrong.any():
-                broken.append((step, "loss", float(losses[wrong][0]), micro_batch["ids"][wrong].tolist()))
-        # Under a scaler (fp16) an infinite gradient is an overflow: that step is skipped, and all is well.
-        if not (under_scaler or grad_norm.isfinite()):
-            broken.append((step, "norm of the gradient", float(grad_norm), batches[step - 1].tolist()))
-    recent.clear()
-    everywhere = gather_object([(sums, broken)])
-    broken = [found for _, of_process in everywhere for found in of_process]
-    if broken:
-        step, what, value, _ = min(broken, key=lambda found: found[:2])
-        ids = sorted({example for found in broken if found[:2] == (step, what) for example in found[3]})
-        raise FloatingPointError(
-            f"step {step}: the {what} is {value}; training examples, from 0: {', '.join(map(str, ids))}\n"
-            "Try a lower --learning_rate, --warmup_ratio 0.1 or --mixed_precision no, and look at these examples."
-        )
-    return sum(sums for sums, _ in everywhere)
+    wanted = args.micro_batch_size or share
+    if wanted == "auto":
+        wanted = state.micro_batch_size or probe()
+        log.info(f"micro-batches of {wanted} (--micro_batch_size auto)")
+    return min(wanted, share, limit or share)
 
 
-def score_split(task, model, examples, accelerator, batch_size, pad_token_id, majority):
+def score_split(task, model, examples, accelerator, batch_size, pad_token_id, majority, watch):
     """Return common.evaluate of tokenised examples, the same on every process."""
-    logits = batching.all_logits(model, examples, accelerator, batch_size, pad_token_id)
+    logits = batching.all_logits(model, examples, accelerator, batch_size, pad_token_id, watch)
     return common.evaluate(task, logits, batching.array_of(examples, "label"), majority)
 
 
 def main():
     args, task, settings = parse_arguments()
-    folder = Path(args.output_dir)
     trackers = report.tracker_names(args.trackers)
-    accelerator = common.start(args, log_with=None if args.dry_run else trackers, project_dir=folder)
+    options = {} if args.dry_run else {"log_with": trackers, "project_dir": args.output_dir}
+    accelerator = common.start(args, **options)
+    watch = checkpoint.Watch(accelerator)  # for signals that ask the run to end
 
     # The data, and the folder: is this run there already, or something else?
     task, splits, fingerprints, bad_rows = common.load_data(task, args)
     tests = [name for name in splits if name.startswith("test")]
     common.check_splits(task, splits, ["train", *((tests or ["test"]) if args.final_test else [])])
     splits = {name: rows for name, rows in splits.items() if args.final_test or name not in tests}
-    finished = None if args.dry_run else checkpoint.look_at(folder, settings, fingerprints, args.overwrite)
+    settings["mixed_precision"] = accelerator.mixed_precision  # what "auto" has come to
+    run = (Path(args.output_dir), settings, fingerprints, args.resume, args.overwrite)
+    finished = None if args.dry_run else common.on_main_process(accelerator, checkpoint.look_at, *run)
     if finished:
-        report.already_complete(folder, finished, args.final_test)
+        report.already_complete(run[0], finished, args.final_test)
         return common.finish(accelerator)
 
-    # Model and tokens. The same seed gives every process the same new head.
-    set_seed(args.seed)
-    model, tokenizer, facts = common.load_model(args.model or task.model, task, args.refresh)
-    task, examples = batching.tokenize_splits(task, splits, fingerprints, model, tokenizer)
-    padding = tokenizer.pad_token_id
+    place = tempfile.TemporaryDirectory(prefix="dry-run-") if args.dry_run else nullcontext(args.output_dir)
+    with place as name, checkpoint.claimed(folder := Path(name), accelerator) as state:
+        # Model and tokens. The same seed gives every process the same new head.
+        set_seed(args.seed)
+        model, tokenizer, facts = common.load_model(args.model or task.model, task, args.refresh)
+        task, examples = batching.tokenize_splits(task, splits, fingerprints, model, tokenizer)
+        padding = tokenizer.pad_token_id
+        labels = batching.array_of(examples["train"], "label")
+        majority = common.majority(task, labels)
 
-    # The plan: the same global batches whatever the number of processes. Each process loads its share of them.
-    steps_per_epoch = math.ceil(len(examples["train"]) / args.batch_size)
-    total_steps = args.max_steps or math.ceil(args.epochs * steps_per_epoch)
-    eval_every = steps_per_epoch if args.eval_every == "epoch" else int(args.eval_every)
-    batches = whole_plan = batching.plan(len(examples["train"]), args.batch_size, args.seed, total_steps)
-    micro_batch_size = args.micro_batch_size or args.batch_size
-    data = report.describe_data(task, splits, examples, batches, micro_batch_size, accelerator, tokenizer)
+        # The plan: the same global batches whatever the number of processes.
+        steps_per_epoch = math.ceil(len(examples["train"]) / args.batch_size)
+        total_steps = args.max_steps or math.ceil(args.epochs * steps_per_epoch)
+        batches = whole_plan = batching.plan(len(examples["train"]), args.batch_size, args.seed, total_steps)
 
-    labels = batching.array_of(examples["train"], "label")
-    majority = common.majority(task, labels)
-    scoring = (accelerator, args.eval_batch_size, padding, majority)
+        # What is scored at each evaluation; the first split chooses the best model.
+        eval_every = steps_per_epoch if args.eval_every == "epoch" else int(args.eval_every)
+        validation_splits = [name for name in splits if name.startswith("validation")]
+        evaluated = {name: examples[name] for name in validation_splits}
+        if args.eval_train_rows:
+            evaluated["train"] = batching.sample(examples["train"], args.eval_train_rows)
+        if args.dry_run:  # the same loop for a few steps, and one batch of each evaluation
+            batches, args.log_every, eval_every = batches[:DRY_RUN_STEPS], 1, DRY_RUN_STEPS
+            evaluated = {name: batching.sample(rows, args.eval_batch_size) for name, rows in evaluated.items()}
+        scoring = (accelerator, args.eval_batch_size, padding, majority, watch)
 
-    # What is scored at each evaluation; the first split chooses the best model.
-    validation_splits = [name for name in splits if name.startswith("validation")]
-    evaluated = {name: examples[name] for name in validation_splits}
-    if args.eval_train_rows:
-        evaluated["train"] = batching.sample(examples["train"], args.eval_train_rows)
-    if args.dry_run:  # the same loop for a few steps, and one batch of each evaluation
-        batches, args.log_every = batches[:DRY_RUN_STEPS], 1
-        evaluated = {name: batching.sample(rows, args.eval_batch_size) for name, rows in evaluated.items()}
-    loader = batching.step_loader(examples["train"], batches, accelerator, micro_batch_size, padding, args.num_workers)
+        # Model and optimiser are prepared; the schedule is not: accelerate would step it once per process.
+        masks = common.counted_dropout(model, args.seed)
+        common.freeze(model, args.freeze)
+        if args.gradient_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        optimizer = build_optimizer(model, args)
+        scheduler = build_scheduler(optimizer, args, total_steps)
+        model, optimizer = accelerator.prepare(model.train(), optimizer)
+        plain_model = accelerator.unwrap_model(model)  # evaluated without DDP, whose forward waits for other processes
+        is_weighted = args.class_weights == "balanced"
+        class_weights = common.balanced_weights(task, labels).to(accelerator.device) if is_weighted else None
 
-    # Model and optimiser are prepared; the schedule is not: accelerate would step it once per process.
-    masks = common.counted_dropout(model, args.seed)
-    freeze(model, args.freeze)
-    if args.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    optimizer = build_optimizer(model, args)
-    scheduler = build_scheduler(optimizer, args, total_steps)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    plain_model = accelerator.unwrap_model(model)  # evaluated without DDP, whose forward waits for other processes
-    is_weighted = args.class_weights == "balanced"
-    class_weights = common.balanced_weights(task, labels).to(accelerator.device) if is_weighted else None
+        # Go on where this run was saved, or begin. Each process loads its share of the steps that remain.
+        path, limit = common.on_main_process(accelerator, checkpoint.begin, folder, *run[1:])
+        training = (accelerator, state, plain_model, optimizer.optimizer, scheduler)
+        checkpoint.load(path, *training)
+        probe = partial(batching.largest_micro_batch, accelerator, plain_model, masks, examples["train"], padding)
+        share = math.ceil(args.batch_size / accelerator.num_processes)
+        state.micro_batch_size = choose_micro_batch_size(args, state, share, limit, partial(probe, share))
+        data = report.describe_data(task, splits, examples, batches, state.micro_batch_size, accelerator, tokenizer)
+        plan = (batches[state.step :], accelerator, state.micro_batch_size, padding, args.num_workers)
+        loader = iter(batching.step_loader(examples["train"], *plan))
+        progress = report.Progress(accelerator, folder, state, total_steps, steps_per_epoch)
+        if accelerator.is_main_process:
+            common.write_bad_rows(folder, bad_rows)
+        accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": state.step + 1}})
 
-    scratch = tempfile.TemporaryDirectory(prefix="dry-run-") if args.dry_run else nullcontext()
-    folder = Path(scratch.name) if args.dry_run else folder
-    accelerator.wait_for_everyone()  # every process has looked at the folder before one of them writes
-    if accelerator.is_main_process:
-        checkpoint.begin(folder, settings, fingerprints)
-        common.write_bad_rows(folder, bad_rows)
-    accelerator.wait_for_everyone()
-    with scratch, checkpoint.failure_noted(folder):
-        accelerator.init_trackers("tensorboard")
-        progress = report.Progress(accelerator, folder, total_steps, steps_per_epoch)
-        best_step, best_score, evaluations_since_best, recent = None, None, 0, []
+        def save():
+            progress.read()
+            is_saved = checkpoint.save(folder, *training, args.keep_checkpoints)
+            progress.saved()
+            return is_saved
 
-        # Now we train.
-        model.train()
-        for step, (batch, micro_batches) in enumerate(zip(batches, loader, strict=True), start=1):
-            losses_of_step = []
-            for number, micro_batch in enumerate(micro_batches, start=1):
-                inputs, labels = send_to_device((micro_batch["inputs"], micro_batch["labels"]), accelerator.device)
-                masks.begin(step, micro_batch["ids"], accelerator.device)
-                # The processes add up their gradients once in a step, with the last micro-batch.
-                with nullcontext() if number == len(micro_batches) else accelerator.no_sync(model):
-                    logits = model(**inputs).logits
-                    losses = common.example_losses(task, logits, labels, args.label_smoothing, class_weights)
-                    losses = losses * micro_batch["weight"]  # 0 where this process has no example in the step
-                    # The mean over the examples of the whole step. DDP averages over processes, hence the factor.
-                    accelerator.backward(losses.sum() / len(batch) * accelerator.num_processes)
-                losses_of_step.append((micro_batch, losses.detach()))
-            grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
-            learning_rate = scheduler.get_last_lr()[0]
-            if accelerator.scaler is None:  # a step whose gradient is not finite changes nothing, as under a scaler
-                optimizer.optimizer.found_inf = (~grad_norm.isfinite()).float()
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            recent.append((step, grad_norm, losses_of_step))
+        # Now we train. Between two steps the run is evaluated, saved, ended, or gone on with.
+        with watch.training(save, checkpoint.save_interval(args.save_every, steps_per_epoch), state.step):
+            while True:
+                is_over = state.step == len(batches) or (args.dry_run and progress.has_timed_enough())
+                saves = watch.look(state.step)
+                if state.step > state.evaluated_step and (is_over or state.step % eval_every == 0):
+                    # Every process has all logits, so that all decide alike.
+                    evaluations = {
+                        name: score_split(task, plain_model, rows, *scoring) for name, rows in evaluated.items()
+                    }
+                    score = evaluations[validation_splits[0]]["scores"][task.metrics[0]]
+                    state.evaluated_step = state.step
+                    state.evaluations_since_best += 1
+                    is_best = state.best is None or common.is_better(task, score, state.best["score"])
+                    if is_best:
+                        checkpoint.note_best(state, score, evaluations)
+                    progress.evaluation(evaluations, is_best)
+                    saves = saves or is_best
+                if saves:
+                    save()
+                if is_over or state.evaluations_since_best >= (args.early_stopping_patience or math.inf):
+                    break
 
-            due = progress.has_timed_enough() if args.dry_run else step % eval_every == 0
-            evaluates = due or step == len(batches)
-            if evaluates or step % args.log_every == 0:
-                sums = read_interval(recent, batches, under_scaler=accelerator.scaler is not None)
-                progress.train(step, sums, learning_rate, grad_norm)
-            if not evaluates:
-                continue
-
-            # Evaluate, and keep the best. Every process has all logits, so that all decide alike.
-            evaluations = {name: score_split(task, plain_model, rows, *scoring) for name, rows in evaluated.items()}
-            score = evaluations[validation_splits[0]]["scores"][task.metrics[0]]
-            evaluations_since_best += 1
-            if best_step is None or common.is_better(task, score, best_score):
-                best_step, best_score, best_evaluations, evaluations_since_best = step, score, evaluations, 0
-                if accelerator.is_main_process:
-                    checkpoint.save_best(folder, step, plain_model)
-            progress.evaluation(step, learning_rate, evaluations, is_best=best_step == step)
-            if args.dry_run:
-                break
-            if args.early_stopping_patience and evaluations_since_best >= args.early_stopping_patience:
-                log.info(f"no better {task.metrics[0]} in {evaluations_since_best} evaluations: stopping early")
-                break
+                batch, micro_batches, losses_of_step = batches[state.step], next(loader), []
+                for number, micro_batch in enumerate(micro_batches, start=1):
+                    inputs, labels = send_to_device((micro_batch["inputs"], micro_batch["labels"]), accelerator.device)
+                    masks.begin(state.step + 1, micro_batch["ids"], accelerator.device)
+                    # The processes add up their gradients once in a step, with the last micro-batch.
+                    with nullcontext() if number == len(micro_batches) else accelerator.no_sync(model):
+                        logits = model(**inputs).logits
+                        losses = common.example_losses(task, logits, labels, args.label_smoothing, class_weights)
+                        losses = losses * micro_batch["weight"]  # 0 where this process has no example in the step
+                        # The mean over the examples of the whole step. DDP averages over processes, hence the factor.
+                        accelerator.backward(losses.sum() / len(batch) * accelerator.num_processes)
+                    losses_of_step.append((micro_batch, losses.detach()))
+                grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
+                state.learning_rate = scheduler.get_last_lr()[0]
+                if accelerator.scaler is None:  # a gradient that is not finite changes nothing, as under a scaler
+                    optimizer.optimizer.found_inf = (~grad_norm.isfinite()).float()
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+                state.step += 1
+                progress.step(state.step, batch, grad_norm, losses_of_step)
+                if state.step == len(batches) or 0 in (state.step % args.log_every, state.step % eval_every):
+                    progress.line()
         progress.close()
         if args.dry_run:
             whole = (whole_plan, examples, validation_splits)
             report.describe_run(task, args, accelerator, plain_model, *whole, progress, micro_batch)
             return common.finish(accelerator, model, optimizer)
+        if state.step < total_steps:
+            log.info(f"no better {task.metrics[0]} in {state.evaluations_since_best} evaluations: stopped early")
 
         # The best model: tested once, written once.
-        accelerator.wait_for_everyone()
-        checkpoint.load_best(folder, best_step, plain_model)
+        checkpoint.load_best(folder, state.best, plain_model)
+        scores_of_best = dict(state.best["evaluations"])
         for name in [name for name in splits if name.startswith("test")]:
-            best_evaluations[name] = score_split(task, plain_model, examples[name], *scoring)
-        results = {
-            "task": task.name,
-            "model": facts["model"],
-            "model_commit": facts["commit"],
-            "seed": args.seed,
-            **progress.totals(),
-            "best_step": best_step,
-            "scores": {name: evaluation["scores"] for name, evaluation in best_evaluations.items()},
-            "majority_baseline": {name: evaluation["majority"] for name, evaluation in best_evaluations.items()},
-            "data": data,
-            "settings": vars(args),
-            **report.environment(accelerator),
-        }
+            scores_of_best[name] = score_split(task, plain_model, examples[name], *scoring)
+        results = report.results(args, task, facts, progress, scores_of_best, data, accelerator)
         if accelerator.is_main_process:
             card = report.model_card(task, results)
             checkpoint.write_model(folder, plain_model, tokenizer, task, fingerprints, majority, results, card)
         log.info(f"{report.summary(results)}\nmodel: {folder / 'model'}")
-        for name, evaluation in best_evaluations.items():
+        for name, evaluation in scores_of_best.items():
             report.warn_of_collapse(task, name, evaluation)
-        del loader, scheduler, plain_model
+        del loader, scheduler, plain_model, probe, save
         common.finish(accelerator, model, optimizer)
 
 

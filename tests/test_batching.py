@@ -1,5 +1,7 @@
 """The plan, its division among processes, padding, tokenising, and logits by example id."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -100,6 +102,64 @@ def test_step_loader_yields_the_plan_with_its_labels(rows, model_and_tokenizer, 
             assert part["tokens"] == int(expected["attention_mask"].sum())
             assert part["positions"] == expected["input_ids"].numel()
     assert torch.equal(state, torch.random.get_rng_state())  # dropout must not depend on the loader
+
+
+def test_workers_yield_what_the_process_itself_would(rows, model_and_tokenizer, accelerator):
+    examples, _ = batching.tokenize(TASK, rows, "workers", *model_and_tokenizer)
+    plan = batching.plan(len(rows), 16, seed=3, steps=5)
+    here, there = (batching.step_loader(examples, plan, accelerator, 5, 0, num_workers) for num_workers in (0, 2))
+    for ours, theirs in zip(here, there, strict=True):
+        assert [part["ids"].tolist() for part in ours] == [part["ids"].tolist() for part in theirs]
+        for one, other in zip(ours, theirs, strict=True):
+            assert torch.equal(one["labels"], other["labels"])
+            assert all(torch.equal(one["inputs"][name], other["inputs"][name]) for name in one["inputs"])
+
+
+def test_a_loader_of_the_rest_of_a_plan_goes_on_where_the_whole_one_would(rows, model_and_tokenizer, accelerator):
+    examples, _ = batching.tokenize(TASK, rows, "rest", *model_and_tokenizer)
+    plan = batching.plan(len(rows), 16, seed=3, steps=7)
+    whole, rest = (list(batching.step_loader(examples, part, accelerator, 16, 0)) for part in (plan, plan[4:]))
+    for ours, theirs in zip(whole[4:], rest, strict=True):
+        assert torch.equal(ours[0]["inputs"]["input_ids"], theirs[0]["inputs"]["input_ids"])
+
+
+@pytest.mark.parametrize(("fits", "found"), [(16, 16), (15, 8), (8, 8), (3, 2), (1, 1), (0, None)])
+def test_the_largest_micro_batch_is_found_by_halving(rows, model_and_tokenizer, accelerator, monkeypatch, fits, found):
+    """A model of which so many examples fit into memory; the longest ones are tried, and nothing is left behind."""
+    import dropout
+
+    model, tokenizer = model_and_tokenizer
+    examples, _ = batching.tokenize(TASK, rows, "memory", model, tokenizer)
+    longest = sorted(examples["length"], reverse=True)
+    forward, tried = model.forward, []
+
+    def limited(**inputs):
+        tried.append(inputs["attention_mask"].sum(dim=1).tolist())
+        if len(tried[-1]) > fits:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward(**inputs)
+
+    monkeypatch.setattr(model, "forward", limited)
+    state = torch.random.get_rng_state()
+    masks = dropout.Masks(1)
+    if found is None:
+        with pytest.raises(BadInput, match="not even one example"):
+            batching.largest_micro_batch(accelerator, model, masks, examples, 0, 16)
+    else:
+        assert batching.largest_micro_batch(accelerator, model, masks, examples, 0, 16) == found
+    assert all(lengths == longest[: len(lengths)] for lengths in tried)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_an_error_that_is_not_about_memory_is_not_taken_for_it(rows, model_and_tokenizer, accelerator, monkeypatch):
+    import dropout
+
+    model, tokenizer = model_and_tokenizer
+    examples, _ = batching.tokenize(TASK, rows, "memory", model, tokenizer)
+    monkeypatch.setattr(model, "forward", lambda **inputs: (_ for _ in ()).throw(RuntimeError("shapes do not fit")))
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        batching.largest_micro_batch(accelerator, model, dropout.Masks(1), examples, 0, 16)
 
 
 # --------------------------------------------------------------------------------------------------------- tokenising
@@ -306,3 +366,55 @@ def test_an_example_evaluated_twice_is_an_error(rows, model_and_tokenizer, accel
     monkeypatch.setattr(batching, "gather_object", lambda parts: parts + parts[:1])
     with pytest.raises(RuntimeError, match="exactly once"):
         batching.all_logits(model, examples, accelerator, 8, tokenizer.pad_token_id)
+
+
+class Watch:
+    """Stands in for a preemption.Watch: a signal comes at the look of this number."""
+
+    def __init__(self, ends_at=None):
+        self.looks, self.resets, self.ends_at = 0, 0, ends_at
+
+    def look(self):
+        self.looks += 1
+        if self.looks == self.ends_at:
+            raise common.Preempted("SIGTERM")
+
+    def reset(self):
+        self.resets += 1
+
+
+def test_an_evaluation_looks_for_signals_before_every_batch(rows, model_and_tokenizer, accelerator):
+    model, tokenizer = model_and_tokenizer
+    examples, _ = batching.tokenize(TASK, rows, "logits", model, tokenizer)
+    watch = Watch()
+    batching.all_logits(model, examples, accelerator, 8, tokenizer.pad_token_id, watch)
+    assert (watch.looks, watch.resets) == (5, 2)  # 40 rows; before the first and after the last
+    with pytest.raises(common.Preempted):
+        batching.all_logits(model, examples, accelerator, 8, tokenizer.pad_token_id, Watch(ends_at=3))
+
+
+@pytest.mark.parametrize(("ranks", "expected"), [(2, 3), (4, 2), (7, 1)])
+def test_all_processes_look_equally_often(rows, model_and_tokenizer, monkeypatch, ranks, expected):
+    """40 rows are five batches of 8, and no process may wait for the look of one that has had its last batch."""
+    model, tokenizer = model_and_tokenizer
+    examples, _ = batching.tokenize(TASK, rows, "logits", model, tokenizer)
+    gathered = []
+    for rank in range(ranks):
+        process = SimpleNamespace(num_processes=ranks, process_index=rank, device=torch.device("cpu"))
+        monkeypatch.setattr(batching, "gather_object", lambda parts: gathered.extend(parts) or [])
+        watch = Watch()
+        with pytest.raises(RuntimeError, match="exactly once"):  # nothing was gathered from the others
+            batching.all_logits(model, examples, process, 8, tokenizer.pad_token_id, watch)
+        assert watch.looks == expected
+    assert sorted(example for batch, _ in gathered for example in batch.tolist()) == list(range(40))
+
+
+def test_an_evaluation_that_does_not_fit_into_memory_says_what_to_do(
+    rows, model_and_tokenizer, accelerator, monkeypatch
+):
+    model, tokenizer = model_and_tokenizer
+    examples, _ = batching.tokenize(TASK, rows, "logits", model, tokenizer)
+    words = "CUDA out of memory. Tried to allocate 2.00 GiB"
+    monkeypatch.setattr(model, "forward", lambda **inputs: (_ for _ in ()).throw(RuntimeError(words)))
+    with pytest.raises(common.RunFailed, match=r"with 7 examples in an evaluation\nTry --eval_batch_size 4"):
+        batching.all_logits(model, examples, accelerator, 7, tokenizer.pad_token_id)

@@ -208,3 +208,21 @@ def test_a_write_that_is_cut_short_leaves_the_old_file_and_nothing_else(tmp_path
         cache.write_text(tmp_path / "a.txt", "new")
     assert at_the_end == [("new", "old")]  # written elsewhere, as a whole, before it takes the place
     assert os.listdir(tmp_path) == ["a.txt"] and (tmp_path / "a.txt").read_text() == "old"
+
+
+def test_a_text_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    events, sync, replace = [], os.fsync, os.replace
+
+    def noting_sync(descriptor):
+        events.append(("sync", os.readlink(f"/proc/self/fd/{descriptor}"), os.fstat(descriptor).st_size))
+        sync(descriptor)
+
+    def noting_replace(old, new):
+        events.append(("rename", str(old), str(new)))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", noting_sync)
+    monkeypatch.setattr(os, "replace", noting_replace)
+    cache.write_text(tmp_path / "a.txt", "twelve bytes")
+    temporary = f"{tmp_path}/a.txt.{os.getpid()}.tmp"
+    assert events == [("sync", temporary, 12), ("rename", temporary, f"{tmp_path}/a.txt")]

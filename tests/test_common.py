@@ -1,5 +1,6 @@
 """Flags, exit codes, the choice of processes, models and their heads, losses and baselines."""
 
+import json
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -45,6 +46,14 @@ def raising(error):
 def test_bad_input_is_two_lines_and_exit_code_2(monkeypatch, capsys):
     code, errors = exit_of(raising(BadInput("no such thing", "look elsewhere")), monkeypatch, capsys)
     assert (code, errors) == (2, "train.py: error: no such thing\ntrain.py: look elsewhere\n")
+
+
+def test_a_signal_is_exit_code_75_and_a_run_that_cannot_go_on_1(monkeypatch, capsys):
+    assert exit_of(raising(common.Preempted("SIGTERM: saved")), monkeypatch, capsys) == (
+        75,
+        "train.py: SIGTERM: saved\n",
+    )
+    assert exit_of(raising(common.RunFailed("no\nroom")), monkeypatch, capsys) == (1, "train.py: error: no\nroom\n")
 
 
 def test_divergence_and_interruption_are_exit_code_1_without_a_traceback(monkeypatch, capsys):
@@ -121,6 +130,27 @@ def test_evaluation_takes_the_argmax_and_the_majority_is_that_of_the_training_la
     assert common.majority(NUMBER, np.array([1.0, 2.0, 6.0])) == 3.0
     of_numbers = common.evaluate(NUMBER, np.array([[1.5], [2.0]]), np.array([1.0, 2.0]), majority=3.0)
     assert of_numbers["majority"] == {"pearson": None}
+
+
+@pytest.mark.parametrize(
+    ("task", "logits", "labels", "constant"),
+    [
+        (TWO, [[0, 1], [0, 2], [5, 6]], [0, 1, 1], 1),
+        (TWO, [[1, 0], [3, 2], [5, 4]], [0, 1, 1], 0),
+        (TWO, [[0, 1], [0, 2], [7, 6]], [0, 1, 1], None),
+        (TWO, [[0, 1]], [1], None),  # one prediction is always the same
+        (NUMBER, [[0.5], [0.5]], [1.0, 2.0], 0.5),
+        (NUMBER, [[0.5], [0.25]], [1.0, 2.0], None),
+        (MANY, [[1, -1, 2], [3, -4, 5]], [[1, 0, 0], [0, 1, 1]], [1, 0, 1]),
+        (MANY, [[1, -1, 2], [3, 4, 5]], [[1, 0, 0], [0, 1, 1]], None),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:pearson is undefined")
+def test_one_prediction_for_all_is_told(task, logits, labels, constant):
+    majority = [1, 1, 1] if task is MANY else 1
+    result = common.evaluate(task, np.array(logits, dtype=np.float32), np.array(labels), majority)
+    assert result["constant"] == constant
+    json.dumps(result["constant"])  # it is kept in a checkpoint
 
 
 def test_balanced_weights_are_inverse_to_the_frequencies():

@@ -541,13 +541,52 @@ def test_other_data_in_the_folder_of_a_run_are_refused(finished, refused):
     assert "data" in refused(*TYPED, cwd=folder)
 
 
-@pytest.mark.parametrize("status", ["running", "failed"])
-def test_an_unfinished_run_is_refused_with_advice(finished, refused, status):
+# How an unfinished run goes on is in test_resume.py.
+@pytest.mark.parametrize("status", ["running", "failed", "preempted"])
+def test_an_unfinished_run_without_a_checkpoint_starts_again_by_the_same_command(finished, run_inside, status):
     folder, run = finished
+    weights, losses = (run / "model" / "model.safetensors").read_bytes(), values_of(run)
     state = {**read_state(run), "status": status, "reason": "the power went"}
     (run / "state.json").write_text(json.dumps(state))
-    errors = refused(*TYPED, cwd=folder)
-    assert "did not finish" in errors and "the power went" in errors and "--overwrite" in errors
+    shutil.rmtree(run / "model")
+    code, printed, errors = run_inside("train.py", *TYPED, *ONE_THREAD, "--log_every", 1, cwd=folder)
+    assert (code, errors) == (0, "") and "already complete" not in printed
+    assert values_of(run) == losses  # once, not twice
+    assert (run / "model" / "model.safetensors").read_bytes() == weights
+    assert (read_state(run)["status"], read_state(run)["reason"]) == ("done", "")
+    assert files_under(run) == RUN_FILES
+
+
+@pytest.mark.parametrize("status", ["running", "failed", "preempted"])
+def test_an_unfinished_run_with_other_settings_is_refused_and_overwrite_starts_again(
+    finished, refused, run_inside, status
+):
+    folder, run = finished
+    (run / "state.json").write_text(json.dumps({**read_state(run), "status": status}))
+    flags = ["--task", "reviews.yaml", "--output_dir", run, "--max_steps", 2, "--log_every", 1]
+    errors = refused(*flags, cwd=folder)
+    assert "max_steps: None before, 2 now" in errors and "--overwrite" in errors
+    code, _, errors = run_inside("train.py", *ONE_THREAD, *flags, "--overwrite", cwd=folder)
+    assert code == 0, errors
+    assert [line["step"] for line in lines_of(run)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--resume", "nowhere"],
+        ["--resume", "auto", "--save_every", "0"],
+        ["--save_every", "often"],
+        ["--save_every", "-5m"],
+        ["--save_every", "2.5"],
+        ["--save_every", "infm"],
+        ["--keep_checkpoints", 0],
+        ["--overwrite", "--resume", "never"],
+    ],
+)
+def test_mistakes_of_saving_and_going_on_are_refused(review_task, refused, flags):
+    errors = refused("--task", review_task, "--max_steps", 1, *flags, cwd=review_task.parent)
+    assert flags[-2].removeprefix("--") in errors
 
 
 @pytest.mark.parametrize("flags", [[], ["--overwrite"]])
@@ -625,7 +664,7 @@ def test_max_steps_and_parts_of_an_epoch(review_task, train):
 def test_early_stopping_stops_and_says_so(review_task, train):
     flags = ["--learning_rate", 0, "--eval_every", 2, "--early_stopping_patience", 3, "--log_every", 1]
     printed = train(review_task, *flags, output="run")
-    assert "stopping early" in printed
+    assert "accuracy in 3 evaluations: stopped early" in printed
     results = read_results(review_task.parent / "run")
     assert (results["steps"], results["best_step"], results["train_examples"]) == (8, 2, 128)
     assert [line["step"] for line in lines_of(review_task.parent / "run", "eval")] == [2, 4, 6, 8]
@@ -746,7 +785,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_naming_step_and_examples(review_
     assert state["status"] == "failed" and state["reason"].startswith("step 2: the loss is")
     assert not (review_task.parent / "run" / "model").exists()
     assert not (review_task.parent / "run" / "results.json").exists()
-    assert "did not finish" in refused(*flags, cwd=review_task.parent)
+    # The same command finds the same; another one is to have another folder, or to start again.
+    code, _, errors = run_inside("train.py", *ONE_THREAD, *flags, cwd=review_task.parent)
+    assert code == 1 and "step 2: the loss is" in errors
+    assert "--overwrite" in refused(*flags, "--learning_rate", 0.001, cwd=review_task.parent)
+    code, _, errors = run_inside(
+        "train.py", *ONE_THREAD, *flags, "--learning_rate", 0.001, "--overwrite", cwd=review_task.parent
+    )
+    assert code == 0, errors
 
 
 def test_a_model_that_has_learnt_nothing_is_warned_of(review_task, train):

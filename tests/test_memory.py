@@ -1,0 +1,256 @@
+"""Too little memory: how many examples are computed at a time is found out, halved, and changes no number."""
+
+import json
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import lines_of
+from test_checkpoint import accelerator  # noqa: F401 - a fixture
+from test_preemption import ended, start, start_2, state_of
+
+import batching
+from common import BadInput
+
+LENGTHS = [3, 9, 4, 8, 5, 7, 6, 2, 9, 1]
+CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 14.75 GiB"
+CPU = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+
+
+class Model(torch.nn.Module):
+    """Has memory for so many examples. Its dropout is torch's own, and draws from torch's generator."""
+
+    def __init__(self, room, message=CUDA):
+        super().__init__()
+        self.embedding, self.head = torch.nn.Embedding(10, 4), torch.nn.Linear(4, 2)
+        self.dropout = torch.nn.Dropout(0.5)
+        self.room, self.message, self.shapes, self.modes = room, message, [], []
+
+    def forward(self, input_ids, attention_mask):
+        self.shapes.append(tuple(input_ids.shape))
+        self.modes.append(self.training)
+        if len(input_ids) > self.room:
+            raise RuntimeError(self.message)
+        return SimpleNamespace(logits=self.head(self.dropout(self.embedding(input_ids)).mean(dim=1)))
+
+
+@pytest.fixture
+def probe(accelerator):  # noqa: F811
+    examples = datasets.Dataset.from_dict({"input_ids": [[1] * length for length in LENGTHS], "length": LENGTHS})
+    masks = SimpleNamespace(begin=lambda step, ids, device: masks.seen.append(np.asarray(ids).tolist()), seen=[])
+    return lambda model, share: batching.largest_micro_batch(accelerator, model, masks, examples, 0, share), masks
+
+
+@pytest.mark.parametrize("message", [CUDA, CPU])
+@pytest.mark.parametrize(
+    ("room", "share", "tried"),
+    [(99, 8, [8]), (8, 8, [8]), (7, 8, [8, 4]), (3, 8, [8, 4, 2]), (1, 7, [7, 4, 2, 1]), (5, 6, [6, 3]), (1, 1, [1])],
+)
+def test_the_share_or_a_half_or_a_quarter_of_it(probe, message, room, share, tried):
+    model = Model(room, message)
+    largest, masks = probe
+    assert largest(model, share) == tried[-1]
+    assert model.shapes == [(size, 9) for size in tried]  # the longest examples
+    assert masks.seen == [[1, 8, 3, 5, 6, 4, 2, 0, 7, 9][:size] for size in tried]
+
+
+def test_fewer_examples_than_the_share(probe):
+    model = Model(99)
+    assert probe[0](model, 64) == 64
+    assert model.shapes == [(10, 9)]
+
+
+def test_probing_leaves_no_trace(probe):
+    model = Model(3).train()
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    before = torch.get_rng_state()
+    probe[0](model, 8)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    assert model.training
+
+
+def test_room_for_the_optimizer_is_set_aside(probe, monkeypatch):
+    made, empty_like = [], torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda value: made.append(value.shape) or empty_like(value))
+    model = Model(99)
+    model.embedding.requires_grad_(False)  # has no moments
+    probe[0](model, 8)
+    assert made == [(2, 4), (2, 4), (2,), (2,)]
+
+
+def test_not_even_one_is_bad_input(probe):
+    with pytest.raises(BadInput, match="not even one example") as caught:
+        probe[0](Model(0), 8)
+    assert "--max_length" in caught.value.advice
+
+
+def test_other_errors_pass(probe):
+    with pytest.raises(RuntimeError, match="shapes"):
+        probe[0](Model(0, "mat1 and mat2 shapes cannot be multiplied"), 8)
+
+
+def test_the_processes_agree_on_the_least(probe, monkeypatch):
+    monkeypatch.setattr(batching, "gather_object", lambda mine: [*mine, 4, 5])
+    assert probe[0](Model(99), 8) == 4
+    assert probe[0](Model(3), 8) == 2
+
+
+# --------------------------------------------------------------------------------------------------------- end to end
+
+# Each example of a micro-batch asks for 64 MB; there are 700 MB. What torch raises then is the real thing.
+LITTLE_MEMORY = """
+import resource, torch
+def ask_for(examples):
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + 700 * 2**20, limits[1]))
+    try:
+        torch.empty(examples * 2**24)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+"""
+IN_TRAINING = """
+import dropout
+begin = dropout.Masks.begin
+def hungry(self, step, ids, device):
+    if step in {steps} and os.environ.get("RANK", "0") == {rank!r}:
+        ask_for(len(ids))
+    return begin(self, step, ids, device)
+dropout.Masks.begin = hungry
+"""
+IN_EVALUATION = """
+import functools
+from transformers import BertForSequenceClassification
+forward = BertForSequenceClassification.forward
+@functools.wraps(forward)
+def hungry(self, *given, **inputs):
+    if torch.is_inference_mode_enabled():
+        ask_for(len(inputs["input_ids"]))
+    return forward(self, *given, **inputs)
+BertForSequenceClassification.forward = hungry
+"""
+FLAGS = ("--threads", 1, "--log_every", 1, "--save_every", 3, "--output_dir", "run")
+
+
+def hungry(steps, rank="0"):
+    return LITTLE_MEMORY + IN_TRAINING.format(steps=steps, rank=rank)
+
+
+def losses_of(run):
+    return [line["loss"] for line in lines_of(run)]
+
+
+@pytest.fixture
+def losses(review_task):
+    """The losses of a run that has memory enough."""
+    flags = [*FLAGS[:-1], "whole"]
+    assert ended(start(review_task.parent, "--task", review_task, *flags))[0] == 0
+    return losses_of(review_task.parent / "whole")
+
+
+def test_a_run_that_runs_out_of_memory_goes_on_by_the_same_command(review_task, losses):
+    folder = review_task.parent
+    change = hungry("range(5, 99)")
+    code, _, err = ended(start(folder, "--task", review_task, *FLAGS, change=change))
+    assert code == 1
+    assert err == (
+        "train.py: error: out of memory with 16 examples at a time\n"
+        "The same command goes on with micro-batches of 8, and the same numbers.\n"
+    )
+    state = state_of(folder / "run")
+    assert (state["status"], state["micro_batch_size"]) == ("failed", 8)
+    assert state["reason"] == "out of memory with 16 examples at a time"
+    code, log, err = ended(start(folder, "--task", review_task, *FLAGS, change=change))
+    assert (code, err) == (0, "") and "goes on after step 3" in log
+    np.testing.assert_allclose(losses_of(folder / "run"), losses, rtol=2e-6)
+    assert json.loads((folder / "run" / "results.json").read_text())["steps"] == 26
+
+
+def test_it_is_halved_again_and_stays_so(review_task, losses):
+    folder = review_task.parent
+    change = hungry("range(5, 99)").replace("700 * 2**20", "300 * 2**20")
+    codes, sizes = [], []
+    for _ in range(3):
+        code, *_ = ended(start(folder, "--task", review_task, *FLAGS, change=change))
+        codes.append(code)
+        sizes.append(state_of(folder / "run")["micro_batch_size"])
+    assert (codes, sizes) == ([1, 1, 0], [8, 4, 4])
+    np.testing.assert_allclose(losses_of(folder / "run"), losses, rtol=2e-6)
+
+
+def test_auto_finds_what_fits_before_the_first_step(review_task, losses):
+    folder = review_task.parent
+    flags = ("--task", review_task, *FLAGS, "--micro_batch_size", "auto")
+    code, log, err = ended(start(folder, *flags, change=hungry("range(99)")))
+    assert (code, err) == (0, "")
+    assert "micro-batches of 8 (--micro_batch_size auto)" in log
+    np.testing.assert_allclose(losses_of(folder / "run"), losses, rtol=2e-6)
+
+
+def test_auto_is_not_asked_again_where_the_run_goes_on(review_task):
+    """Other sizes would round otherwise: the same weights need the same one."""
+    folder = review_task.parent
+    flags = ("--task", review_task, *FLAGS, "--micro_batch_size", "auto")
+    kill = """
+import report
+line = report.Progress.line
+def dying(self):
+    line(self)
+    if self.state.step == 8:
+        os._exit(9)
+report.Progress.line = dying
+"""
+    assert ended(start(folder, *flags, change=hungry("range(99)") + kill))[0] == 9
+    code, log, _ = ended(start(folder, *flags))  # there is memory enough now
+    assert code == 0 and "goes on after step 6" in log and "micro-batches of 8" in log
+
+
+def test_auto_tries_what_training_will_do(review_task, tiny_bert):
+    noting = """
+import batching
+largest = batching.largest_micro_batch
+def noted(accelerator, model, *given):
+    print("TRAINING", model.training)
+    return largest(accelerator, model, *given)
+batching.largest_micro_batch = noted
+"""
+    flags = ("--task", review_task, *FLAGS, "--micro_batch_size", "auto", "--model", tiny_bert, "--max_steps", 1)
+    code, log, err = ended(start(review_task.parent, *flags, change=noting))
+    assert code == 0, err
+    assert "TRAINING True" in log
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_one_of_two_processes_runs_out_of_memory(review_task, rank):
+    folder = review_task.parent
+    change = hungry("range(5, 99)", rank).replace("700 * 2**20", "400 * 2**20")  # 8 examples each
+    processes = start_2(folder, "--task", review_task, *FLAGS, change=change)
+    done = [ended(process, 40) for process in processes]
+    assert done[int(rank)][0] == 1
+    assert done[int(rank)][2].startswith("train.py: error: out of memory with 8 examples at a time\n")
+    assert done[1 - int(rank)][0] != 0
+    state = state_of(folder / "run")
+    assert (state["status"], state["micro_batch_size"]) == ("failed", 4)
+    assert state["reason"] == "out of memory with 8 examples at a time"
+    done = [ended(process, 40) for process in start_2(folder, "--task", review_task, *FLAGS, change=change)]
+    assert [code for code, *_ in done] == [0, 0]
+
+
+def test_out_of_memory_in_an_evaluation_names_its_flag(review_task):
+    folder = review_task.parent
+    flags = ("--task", review_task, *FLAGS, "--eval_batch_size")
+    code, _, err = ended(start(folder, *flags, 40, change=LITTLE_MEMORY + IN_EVALUATION))
+    expected = "out of memory with 40 examples in an evaluation\nTry --eval_batch_size 20: it changes no score.\n"
+    assert (code, err) == (1, f"train.py: error: {expected}")
+    state = state_of(folder / "run")
+    assert (state["status"], state["reason"]) == ("failed", "out of memory with 40 examples in an evaluation")
+    assert "micro_batch_size" not in state
+    code, log, err = ended(start(folder, *flags, 10, change=LITTLE_MEMORY + IN_EVALUATION))
+    assert (code, err) == (0, "") and "goes on after step 12" in log
+    flags = ("--model", "run", "--threads", 1, "--eval_batch_size")
+    code, _, err = ended(start(folder, *flags, 40, script="evaluate.py", change=LITTLE_MEMORY + IN_EVALUATION))
+    assert (code, err) == (1, f"evaluate.py: error: {expected}")
