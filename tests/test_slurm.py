@@ -1,0 +1,199 @@
+"""The job scripts on a real Slurm of two nodes: stopped in the middle, they go on, and nothing shows that they were."""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import slurm_cluster
+from conftest import ROOT, TORCHRUN_2, lines_of, run_script
+
+EPOCHS, STEPS = 45, 45 * 13  # 200 rows in batches of 16; long enough to be hit in the middle
+FLAGS = ["--epochs", EPOCHS, "--eval_every", 200, "--log_every", 1, "--threads", 1]
+SECONDS = 90  # for anything that takes a few where nothing else runs
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    reason = slurm_cluster.missing()
+    if reason:
+        pytest.skip(reason)
+    with slurm_cluster.Cluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def submit(cluster, review_task):
+    """A function that submits a script of slurm/ from a folder with train.py and returns (id of the job, its log)."""
+    folder = review_task.parent
+    (folder / "train.py").symlink_to(ROOT / "train.py")
+    environment = {"MASTER_ADDR": "127.0.0.1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+    def submit(script, *words, options=(), **more):
+        options = ["--cpus-per-task=1", *options]
+        words = [*options, ROOT / "slurm" / script, "--task", review_task, *FLAGS, *words]
+        job = cluster.submit(*words, cwd=folder, environment={**environment, **more})
+        return job, folder / ("slurm-{}_*.log" if script.startswith("array") else "slurm-{}.log").format(job)
+
+    return submit
+
+
+def interrupt(cluster, job, log, run, after=30):
+    """Send the signal of the time limit once the run has done so many steps; have it requeued and started again."""
+    metrics = run / "metrics.jsonl"
+
+    def has_begun(_):
+        return metrics.exists() and metrics.read_text(encoding="utf-8").count("\n") > after
+
+    cluster.wait(job, has_begun, SECONDS, log)
+    # What --signal=B:USR1@120 does; but that may come a minute early.
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    cluster.wait(job, lambda task: (task["JobState"], task["Restarts"]) == ("PENDING", "1"), SECONDS, log)
+    assert state(run)["status"] == "preempted"
+    # The checkpoint of an evaluation would do as well, but the last one is the signal's.
+    last = max(path.parent.name for path in (run / "checkpoints").glob("step-*/manifest.json"))
+    step = int(last.removeprefix("step-"))
+    assert after < step < STEPS and step % 200
+    cluster.start_again(job)
+    return last
+
+
+def complete(cluster, job, log):
+    return cluster.wait(job, lambda task: task["JobState"] == "COMPLETED", SECONDS, log)
+
+
+def state(run):
+    return json.loads((run / "state.json").read_text(encoding="utf-8"))
+
+
+def assert_same(run, whole):
+    """Two runs have the same losses and weights, to the last bit, at every step."""
+    losses = [[(line["step"], line["loss"].hex()) for line in lines_of(folder)] for folder in (run, whole)]
+    assert len(losses[1]) == STEPS
+    assert losses[0] == losses[1]
+    weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (run, whole)]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    ("script", "processes", "launcher"),
+    [("one_node.sbatch", 1, (sys.executable,)), ("multi_node.sbatch", 2, TORCHRUN_2)],
+    ids=["one_node", "multi_node"],
+)
+def test_a_job_that_is_stopped_in_the_middle_ends_as_if_it_had_not_been(
+    cluster, submit, review_task, script, processes, launcher
+):
+    folder = review_task.parent
+    job, log = submit(script, "--output_dir", "run")
+    last = interrupt(cluster, job, log, folder / "run")
+    complete(cluster, job, log)
+    words = log.read_text(encoding="utf-8")
+    assert re.search(rf"goes on after step \d+: run/checkpoints/{last}\n", words), words
+    assert state(folder / "run")["status"] == "done"
+    assert json.loads((folder / "run" / "results.json").read_text(encoding="utf-8"))["num_processes"] == processes
+
+    arguments = ["--task", review_task, *FLAGS, "--output_dir", "whole"]
+    done = run_script("train.py", *arguments, cwd=folder, launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    assert_same(folder / "run", folder / "whole")
+
+
+def test_multi_node_uses_both_nodes(cluster, submit, review_task):
+    folder = review_task.parent
+    (folder / "train.py").unlink()
+    names = "SLURMD_NODENAME RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR OMP_NUM_THREADS".split()
+    (folder / "train.py").write_text(f"import os\nprint(*map(os.environ.get, {names}), flush=True)\n", encoding="utf-8")
+    job, log = submit("multi_node.sbatch")
+    complete(cluster, job, log)
+    lines = sorted(log.read_text(encoding="utf-8").splitlines())
+    assert lines == ["n1 0 2 0 1 127.0.0.1 1", "n2 1 2 0 1 127.0.0.1 1"]
+
+
+def test_an_array_trains_once_for_each_seed_and_its_tasks_are_stopped_one_by_one(cluster, submit, review_task):
+    folder = review_task.parent
+    # The Python of .venv comes before that of PATH.
+    activate = folder / ".venv" / "bin" / "activate"
+    activate.parent.mkdir(parents=True)
+    activate.write_text(f"PATH={Path(sys.executable).parent}:$PATH\n", encoding="utf-8")
+    job, log = submit("array.sbatch", options=["--array=1-2"], PATH="/usr/bin:/bin")
+    runs = [folder / "runs" / f"reviews,epochs={EPOCHS}.0,seed={seed},eval_every=200" for seed in (1, 2)]
+    interrupt(cluster, f"{job}_2", log, runs[1])
+    tasks = complete(cluster, job, log)
+    assert sorted(task["Restarts"] for task in tasks) == ["0", "1"]
+    assert sorted((folder / "runs").iterdir()) == runs
+    for run, seed in zip(runs, (1, 2), strict=True):
+        assert state(run)["status"] == "done"
+        results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+        assert (results["seed"], results["steps"]) == (seed, STEPS)
+
+    job, log = submit("array.sbatch", options=["--array=1"])
+    complete(cluster, job, log)
+    assert "already complete" in (folder / f"slurm-{job}_1.log").read_text(encoding="utf-8")
+
+
+# Ends as a test tells it to; where that is by a signal, it takes a moment to save. Two signals may come at once.
+STAND_IN = """
+import os, signal, sys, time
+def stop(number, _):
+    time.sleep(0.3)
+    print("saved", flush=True)
+    os._exit(75)
+signal.signal(signal.SIGTERM, stop)
+signal.signal(signal.SIGUSR1, {usr1})
+print("start", flush=True)
+if {code} is None:
+    time.sleep(60)
+sys.exit({code})
+"""
+
+
+@pytest.mark.parametrize("script", ["one_node.sbatch", "multi_node.sbatch", "array.sbatch"])
+@pytest.mark.parametrize(
+    ("code", "usr1", "send", "end", "exit_code", "saves"),
+    [
+        ("2", "stop", None, "FAILED", "2:0", False),
+        # A cancelled job saves, but does not come back.
+        ("None", "stop", ["scancel"], "CANCELLED", "75:0", True),
+        # As in a preemption's time of grace: the tasks are told, the script is not.
+        ("None", "stop", ["scancel", "--signal=TERM"], "PENDING", "0:0", True),
+        # The signal comes before Python listens to it.
+        ("None", "signal.SIG_DFL", ["scancel", "--batch", "--signal=USR1"], "PENDING", "0:0", False),
+    ],
+    ids=["fails", "cancelled", "tasks-stopped", "stopped-early"],
+)
+def test_only_what_was_stopped_comes_back(
+    cluster, submit, review_task, script, code, usr1, send, end, exit_code, saves
+):
+    folder = review_task.parent
+    (folder / "train.py").unlink()
+    (folder / "train.py").write_text(STAND_IN.format(code=code, usr1=usr1), encoding="utf-8")
+    processes = 2 if script.startswith("multi") else 1
+    job, log = submit(script, options=["--array=1"] if script.startswith("array") else [])
+
+    def words():
+        return "".join(path.read_text(encoding="utf-8") for path in folder.glob(log.name))
+
+    if send:
+        slurm_cluster.poll(lambda: words().count("start\n") == processes, SECONDS, lambda: cluster.tell(job, log))
+        cluster.run(*send, job)
+    try:
+        (task,) = cluster.wait(job, lambda task: task["JobState"] == end, SECONDS, log)
+        assert task["ExitCode"] == exit_code
+        assert int(task["Restarts"]) == (end == "PENDING")
+        assert words().count("saved\n") == processes * saves
+    finally:
+        if end == "PENDING":
+            cluster.run("scancel", job)
+
+
+def test_a_job_does_not_come_back_for_ever(cluster, submit, review_task):
+    folder = review_task.parent
+    (folder / "train.py").unlink()
+    (folder / "train.py").write_text("import sys\nsys.exit(75)\n", encoding="utf-8")
+    job, log = submit("one_node.sbatch", MAX_RESTARTS="1")
+    cluster.wait(job, lambda task: (task["JobState"], task["Restarts"]) == ("PENDING", "1"), SECONDS, log)
+    cluster.start_again(job)
+    (task,) = cluster.wait(job, lambda task: task["JobState"] == "FAILED", SECONDS, log)
+    assert (task["Restarts"], task["ExitCode"]) == ("1", "75:0")
