@@ -1,9 +1,11 @@
 """benchmarks/: the scripts run; memory does not grow with the rows."""
 
+import json
 import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -34,3 +36,22 @@ def test_the_equivalence_table_is_of_equal_runs(tmp_path):
         assert decisions == "equal"
     # Other layouts do round otherwise: the runs are real ones.
     assert all(float(row[2]) > 0 for row in rows if row[0] != "1 process")
+
+
+def test_seeds_are_trained_once_and_their_scores_are_those_of_the_runs(review_task):
+    command = [sys.executable, ROOT / "benchmarks/seeds.py", "--task", review_task, "--output_dir", "runs"]
+    command += ["--seeds", "2", "--layouts", "fp32"]
+    printed = []
+    for _ in range(2):
+        done = subprocess.run(command, cwd=review_task.parent, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        printed.append(done.stdout)
+    assert printed[0] == printed[1]  # with the seconds of training: nothing was trained again
+    scores = []
+    for seed in range(2):
+        results = json.loads((review_task.parent / f"runs/fp32-{seed}/results.json").read_text())
+        assert results["seed"] == seed and results["mixed_precision"] == "no"
+        scores.append(results["scores"]["test"]["accuracy"])
+    row = [cell.strip() for cell in printed[0].splitlines()[2].strip("|").split("|")]
+    assert row[:3] == ["fp32", *(f"{score:.3f}" for score in scores)]
+    assert row[3] == f"{np.mean(scores):.3f} ± {np.std(scores, ddof=1):.3f}"
