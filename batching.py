@@ -26,7 +26,8 @@ from splits import stratified
 
 def longest_input(model, tokenizer):
     """Return the number of tokens that the model has positions for."""
-    limit = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
+    limit = getattr(model.config, "max_position_embeddings", None) or 0
+    limit = limit if limit > 0 else tokenizer.model_max_length  # XLNet, which has no limit, says -1
     for name, module in model.named_modules():
         # RoBERTa, XLM-R and MPNet count positions from padding_idx + 1 on.
         if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):

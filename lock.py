@@ -27,12 +27,12 @@ def locked(folder):
         "job": os.environ.get("SLURM_JOB_ID"),
         "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
     }
-    is_new = not folder.exists()
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _claim(path, mine)
     except OSError as error:
-        _remove_if_empty(folder, is_new)
+        _remove_empty(new)
         raise BadInput(f"{folder}: cannot be written ({error.strerror})", "Choose another --output_dir.") from None
     ended = threading.Event()
     beating = threading.Thread(target=_beat, args=(path, mine, ended), daemon=True)
@@ -44,12 +44,13 @@ def locked(folder):
         beating.join()
         if _read(path) == mine:
             path.unlink(missing_ok=True)
-        _remove_if_empty(folder, is_new)  # it failed before it wrote anything
+        _remove_empty(new)  # it failed before it wrote anything
 
 
-def _remove_if_empty(folder, is_new):
-    if is_new and folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+def _remove_empty(folders):
+    for folder in folders:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _claim(path, mine):

@@ -25,7 +25,7 @@ import psutil
 import yaml
 from conftest import ROOT, TORCHRUN_2, WORDS, bert_config, make_rows, write_table
 
-STEPS, EVAL_EVERY, SAVE_EVERY = 1200, 60, 25
+EVAL_EVERY, SAVE_EVERY = 60, 25  # steps
 # What a kill aims at, and how often.
 AIMS = {"any moment": 9, "a save": 6, "an evaluation": 5, "the start": 3, "the end": 2}
 SECONDS = 120  # for anything that takes ten where nothing else runs
@@ -54,8 +54,8 @@ def make_task(folder):
 class Attempt:
     """One start of the command of a run; ends by itself or by a signal."""
 
-    def __init__(self, task, run, processes):
-        flags = ["--max_steps", STEPS, "--eval_every", EVAL_EVERY, "--save_every", SAVE_EVERY, "--log_every", 1]
+    def __init__(self, task, run, processes, steps):
+        flags = ["--max_steps", steps, "--eval_every", EVAL_EVERY, "--save_every", SAVE_EVERY, "--log_every", 1]
         flags += ["--threads", 1, "--output_dir", run]
         launcher = TORCHRUN_2 if processes == 2 else (sys.executable,)
         drop = ("ACCELERATE_", "OMP_NUM", "TORCHELASTIC")
@@ -197,15 +197,15 @@ def kill(attempt, chooser):
     return number.name, "all" if to_all else "one", place
 
 
-def punish(folder, kills, processes=1, seed=0):
-    """Train, and kill, until so many kills are spent.
+def punish(folder, kills, processes=1, seed=0, steps=1200):
+    """Train for so many steps, and kill, until so many kills are spent.
 
     Returns the runs: {"kills": [(signal, to whom, where)], "seconds", "is_equal": whether all is as in the unbroken
     one, "differs": what is not}.
     """
     chooser, task, rounds = random.Random(seed), make_task(folder), []
     started = time.monotonic()
-    Attempt(task, folder / "whole", processes).end()
+    Attempt(task, folder / "whole", processes, steps).end()
     whole = outcome(folder / "whole")
     rounds.append({"kills": [], "seconds": time.monotonic() - started, "is_equal": True, "differs": []})
     left = kills
@@ -213,14 +213,14 @@ def punish(folder, kills, processes=1, seed=0):
         run, spent, started = folder / f"run-{len(rounds)}", [], time.monotonic()
         is_complete = False
         while left and not is_complete:
-            found = kill(Attempt(task, run, processes), chooser)
+            found = kill(Attempt(task, run, processes, steps), chooser)
             is_complete = found is None
             spent += [found or ("none", "", "complete before")]
             left -= 1
             state = run / "state.json"
             if state.exists():  # complete or absent, whenever a kill comes
                 json.loads(state.read_text(encoding="utf-8"))
-        Attempt(task, run, processes).end()
+        Attempt(task, run, processes, steps).end()
         found = outcome(run)
         differs = [name for name in whole if found[name] != whole[name]]
         differs += [path.name for path in run.iterdir() if path.suffix in (".tmp", ".old") or "lock" in path.name]

@@ -418,3 +418,10 @@ def test_an_evaluation_that_does_not_fit_into_memory_says_what_to_do(
     monkeypatch.setattr(model, "forward", lambda **inputs: (_ for _ in ()).throw(RuntimeError(words)))
     with pytest.raises(common.RunFailed, match=r"with 7 examples in an evaluation\nTry --eval_batch_size 4"):
         batching.all_logits(model, examples, accelerator, 7, tokenizer.pad_token_id)
+
+
+def test_a_model_without_a_limit_of_its_own_takes_the_tokenizers():
+    """XLNet's positions are relative, and its configuration says -1."""
+    config = SimpleNamespace(max_position_embeddings=-1)
+    model = SimpleNamespace(config=config, named_modules=lambda: iter(()))
+    assert batching.longest_input(model, SimpleNamespace(model_max_length=77)) == 77
