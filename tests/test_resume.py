@@ -68,10 +68,11 @@ for line in sys.stdin:
         port = free.getsockname()[1]
     for rank in range(job["processes"]):
         pid = os.fork()
+        # The first one leads the group. Here, as it may not have begun to run when the next one would join it.
         if pid == 0:
-            os.setpgid(0, pids[0] if pids else 0)
             break
         pids.append(pid)
+        os.setpgid(pid, pids[0])
     else:
         print(json.dumps(wait(pids)), flush=True)
         continue
