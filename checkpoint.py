@@ -235,7 +235,8 @@ def save(folder, accelerator, state, model, optimizer, scheduler, keep):
             "generators": {f"{rank}.{name}": value for rank, of in enumerate(everywhere) for name, value in of.items()},
         }
         scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
-        run = {name: read_state(folder)[name] for name in ("settings", "data")}
+        run = read_state(folder)
+        run = {"settings": run["settings"], "data": run["data"]}
         progress = {"state": asdict(state), "schedule": scheduler.state_dict(), "scaler": scaler, "run": run}
         path = step_path(folder, state.step)
         try:

@@ -6,7 +6,6 @@ import socket
 import sys
 import threading
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import psutil
 
@@ -19,7 +18,6 @@ HEARTBEAT, SILENCE = 20, 90  # seconds between two signs of life; without one fo
 @contextmanager
 def locked(folder):
     """Hold the lock of a run's folder. Raises BadInput where another run holds it, or nothing can be written there."""
-    folder = Path(folder)
     path = folder / "lock.json"
     mine = {
         "host": socket.gethostname(),
@@ -78,9 +76,8 @@ def _claim(path, mine):
 
 def _is_dead(path, holder, mine):
     """Return whether the run that holds the lock has ended without a word."""
-    now = path.with_name(
-        f"lock.json.{os.getpid()}.tmp"
-    )  # its time is that of the disk, whatever this machine's clock says
+    # Its time is that of the disk, whatever this machine's clock says.
+    now = path.with_name(f"lock.json.{os.getpid()}.tmp")
     try:
         now.touch()
         if now.stat().st_mtime - path.stat().st_mtime > SILENCE:

@@ -29,7 +29,6 @@ class Watch:
     """Looks out for signals. Outside the loop one ends the process there and then; in it, at the next look."""
 
     def __init__(self, accelerator):
-        self.accelerator = accelerator
         # Devices meet on their own group, signals on the CPU: looking must not wait for a GPU.
         several = accelerator.num_processes > 1
         self.group = torch.distributed.new_group(backend="gloo") if several else None

@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -96,31 +97,38 @@ def write_table(path, rows, header=("text", "label")):
     return path
 
 
-@pytest.fixture
-def reviews(tmp_path):
-    """A folder with train.csv (200 rows), validation.csv (50) and test.csv (50)."""
-    for name, number, seed in (("train", 200, 1), ("validation", 50, 2), ("test", 50, 3)):
-        write_table(tmp_path / f"{name}.csv", make_rows(number, seed))
-    return tmp_path
+def write_reviews(folder, rows=200):
+    """Write train.csv with so many rows, validation.csv (50) and test.csv (50); return the folder."""
+    for name, number, seed in (("train", rows, 1), ("validation", 50, 2), ("test", 50, 3)):
+        write_table(folder / f"{name}.csv", make_rows(number, seed))
+    return folder
 
 
-@pytest.fixture
-def review_task(reviews, vocabulary):
-    """A YAML task on these reviews, with a 2-layer BERT trained from scratch, in fp32-sized steps."""
-    import yaml
-
+def write_review_task(file, model, **defaults):
+    """Write a YAML task on the reviews beside it, in fp32; return the file."""
     task = {
         "files": {name: f"{name}.csv" for name in ("train", "validation", "test")},
         "text": "text",
         "label": "label",
         "labels": ["negative", "positive"],
         "metrics": ["accuracy", "f1"],
-        "model": bert_config(vocabulary),
-        "defaults": {"learning_rate": 0.003, "batch_size": 16, "epochs": 2, "mixed_precision": "no"},
+        "model": model,
+        "defaults": {"learning_rate": 0.003, "batch_size": 16, "epochs": 2, "mixed_precision": "no", **defaults},
     }
-    file = reviews / "reviews.yaml"
     file.write_text(yaml.safe_dump(task), encoding="utf-8")
     return file
+
+
+@pytest.fixture
+def reviews(tmp_path):
+    """A folder with train.csv (200 rows), validation.csv (50) and test.csv (50)."""
+    return write_reviews(tmp_path)
+
+
+@pytest.fixture
+def review_task(reviews, vocabulary):
+    """A YAML task on these reviews, with a 2-layer BERT trained from scratch, in fp32-sized steps."""
+    return write_review_task(reviews / "reviews.yaml", bert_config(vocabulary))
 
 
 def run_script(script, *arguments, cwd, launcher=(sys.executable,), stdin=None, environment=None, timeout=300):

@@ -420,6 +420,18 @@ class Died(BaseException):
     """The process ends here: no except, no finally of ours runs as it would after an error."""
 
 
+def die_at_rename(number, monkeypatch):
+    calls, replace = [], os.replace
+
+    def dies(old, new):
+        calls.append(new)
+        if len(calls) == number:
+            raise Died
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", dies)
+
+
 @pytest.mark.parametrize(
     ("function", "error"),
     [
@@ -472,15 +484,7 @@ def test_a_death_at_any_rename_leaves_the_one_before(training, at, monkeypatch):
     """1: of progress.json, 2: of manifest.json, 3: of the folder."""
     training.steps(2)
     training.save()
-    calls, replace = [], os.replace
-
-    def dies(old, new):
-        calls.append(new)
-        if len(calls) == at:
-            raise Died
-        replace(old, new)
-
-    monkeypatch.setattr(os, "replace", dies)
+    die_at_rename(at, monkeypatch)
     monkeypatch.setattr(shutil, "rmtree", lambda *given, **options: None)  # a process that is gone cleans nothing up
     with pytest.raises(Died):
         training.steps(2).save()
@@ -588,15 +592,7 @@ def test_a_model_that_was_moved_aside_comes_back(finished, at, monkeypatch):
     fill(finished / "old", "old")
     (finished / "model").rmdir()
     (finished / "old").rename(finished / "model")
-    calls, replace = [], os.replace
-
-    def dies(old, new):
-        calls.append(new)
-        if len(calls) == at:
-            raise Died
-        replace(old, new)
-
-    monkeypatch.setattr(os, "replace", dies)
+    die_at_rename(at, monkeypatch)
     with pytest.raises(Died):
         checkpoint.put_in_place(fill(finished / "model.tmp", "new"), finished / "model")
     monkeypatch.undo()

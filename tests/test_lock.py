@@ -187,13 +187,14 @@ def test_two_that_take_over_at_once_see_each_other(run, dead_pid, monkeypatch):
 
 RACER = """
 import os, sys, time
+from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 import lock
 from reader import BadInput
 while not os.path.exists("go"):
     time.sleep(0.001)
 try:
-    with lock.locked(sys.argv[1]):
+    with lock.locked(Path(sys.argv[1])):
         print("won")
         time.sleep(3)
 except BadInput as error:

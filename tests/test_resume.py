@@ -17,8 +17,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import yaml
-from conftest import ROOT, TORCHRUN_2, bert_config, lines_of, make_rows, run_script, write_table
+from conftest import (
+    ROOT,
+    TORCHRUN_2,
+    bert_config,
+    lines_of,
+    make_rows,
+    run_script,
+    write_review_task,
+    write_reviews,
+    write_table,
+)
 from punisher import punish
 from test_processes import FP16, WRAPPER
 
@@ -122,8 +131,7 @@ def launch(tmp_path_factory):
 def tasks(tmp_path_factory, vocabulary):
     """A folder with two tasks on the same reviews: off.yaml without dropout, on.yaml with it."""
     folder = tmp_path_factory.mktemp("tasks")
-    for name, number, seed in (("train", ROWS, 1), ("validation", 50, 2), ("test", 50, 3)):
-        write_table(folder / f"{name}.csv", make_rows(number, seed))
+    write_reviews(folder, ROWS)
     for name, rate in (("off", 0.0), ("on", 0.1)):
         rates = {"hidden_dropout_prob": rate, "attention_probs_dropout_prob": rate}
         write_task(folder / f"{name}.yaml", bert_config(vocabulary, **rates))
@@ -131,22 +139,7 @@ def tasks(tmp_path_factory, vocabulary):
 
 
 def write_task(file, model):
-    task = {
-        "files": {name: f"{name}.csv" for name in ("train", "validation", "test")},
-        "text": "text",
-        "label": "label",
-        "labels": ["negative", "positive"],
-        "metrics": ["accuracy", "f1"],
-        "model": model,
-        "defaults": {
-            "learning_rate": 0.003,
-            "batch_size": BATCH_SIZE,
-            "epochs": EPOCHS,
-            "eval_batch_size": 8,
-            "mixed_precision": "no",
-        },
-    }
-    file.write_text(yaml.safe_dump(task), encoding="utf-8")
+    return write_review_task(file, model, batch_size=BATCH_SIZE, epochs=EPOCHS, eval_batch_size=8)
 
 
 @pytest.fixture(scope="module")

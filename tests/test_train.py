@@ -13,7 +13,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ACCELERATE, TORCHRUN_2, bert_config, lines_of, make_rows, run_script, write_table
+from conftest import (
+    ACCELERATE,
+    TORCHRUN_2,
+    bert_config,
+    lines_of,
+    make_rows,
+    run_script,
+    write_review_task,
+    write_reviews,
+    write_table,
+)
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.utils.class_weight import compute_class_weight
 from transformers import (
@@ -130,18 +140,7 @@ TYPED = ("--task", "reviews.yaml", "--eval_every", 6, *LEARNING)
 def launched(tmp_path_factory, vocabulary):
     """A folder with the reviews task, trained by plain `python train.py`: (folder, the CompletedProcess)."""
     folder = tmp_path_factory.mktemp("launched")
-    for name, number, seed in (("train", 200, 1), ("validation", 50, 2), ("test", 50, 3)):
-        write_table(folder / f"{name}.csv", make_rows(number, seed))
-    task = {
-        "files": {name: f"{name}.csv" for name in ("train", "validation", "test")},
-        "text": "text",
-        "label": "label",
-        "labels": ["negative", "positive"],
-        "metrics": ["accuracy", "f1"],
-        "model": bert_config(vocabulary),
-        "defaults": {"learning_rate": 0.003, "batch_size": 16, "epochs": 2, "mixed_precision": "no"},
-    }
-    (folder / "reviews.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
+    write_review_task(write_reviews(folder) / "reviews.yaml", bert_config(vocabulary))
     ended = run_script("train.py", *TYPED, *ONE_THREAD, "--log_every", 1, "--final_test", cwd=folder)
     assert ended.returncode == 0, ended.stderr
     return folder, ended
