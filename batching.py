@@ -172,31 +172,21 @@ def share(batch, rank, number_of_processes, micro_batch_size):
     return [(ids[start : start + micro_batch_size], 1.0) for start in range(0, len(ids), micro_batch_size)]
 
 
-def pad(examples, pad_token_id):
-    """Lay the token_columns of examples out as rectangles, as wide as the longest: a dict of tensors."""
-    lengths = [len(ids) for ids in examples["input_ids"]]
-    mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
-    inputs = {"attention_mask": torch.from_numpy(mask.astype(np.int64))}
-    for name, padding in (("input_ids", pad_token_id), ("token_type_ids", 0)):
-        if name in examples:
-            rectangle = np.full(mask.shape, padding, dtype=np.int64)
-            rectangle[mask] = np.concatenate(examples[name])
-            inputs[name] = torch.from_numpy(rectangle)
-    return inputs
-
-
-def step_loader(examples, batches, accelerator, micro_batch_size, pad_token_id, num_workers=0):
+def step_loader(examples, batches, accelerator, micro_batch_size, layout, num_workers=0):
     """Return a DataLoader that yields, for every global batch, this process's micro-batches of it.
 
-    A micro-batch is a dict of `ids`, `inputs` (tensors for the model), `labels`, `weight`, and counts; all of it still
-    on the CPU. The loader is not for accelerator.prepare(): it is divided among the processes already.
+    A micro-batch is a dict of `ids`, `lengths`, `inputs` (tensors for the model), `labels`, `weight`, and counts; all
+    of it still on the CPU. The loader is not for accelerator.prepare(): it is divided among the processes already.
     """
     rank, number_of_processes = accelerator.process_index, accelerator.num_processes
-    divided = [share(batch, rank, number_of_processes, micro_batch_size) for batch in batches]
+    # Longest first: micro-batches of like lengths, and as much work for each process.
+    lengths = array_of(examples, "length")
+    ordered = (batch[np.argsort(-lengths[batch], kind="stable")] for batch in batches)
+    divided = [share(batch, rank, number_of_processes, micro_batch_size) for batch in ordered]
     return DataLoader(
         divided,
         batch_size=None,
-        collate_fn=partial(_laid_out, examples, pad_token_id),  # no closure: worker processes must receive it
+        collate_fn=partial(_laid_out, examples, layout),  # no closure: worker processes must receive it
         num_workers=num_workers,
         worker_init_fn=leave_signals_to_the_parent,
         pin_memory=accelerator.device.type == "cuda",
@@ -211,39 +201,41 @@ def leave_signals_to_the_parent(_):
         signal.signal(number, signal.SIG_IGN)
 
 
-def _laid_out(examples, pad_token_id, micro_batches):
+def _laid_out(examples, layout, micro_batches):
     """Return the micro-batches of one step, given as (ids, weight), as the dicts of step_loader."""
     step = []
     for ids, weight in micro_batches:
         rows = examples[ids]
-        inputs = pad(rows, pad_token_id)
+        inputs = layout.lay_out(rows)
         step.append(
             {
                 "ids": ids,
+                "lengths": rows["length"],
                 "inputs": inputs,
                 "labels": torch.tensor(rows["label"]),
                 "weight": weight,
                 "examples": len(ids) * weight,
                 "tokens": sum(rows["length"]) * weight,
-                "positions": inputs["input_ids"].numel() * weight,
+                "positions": (sum(rows["length"]) if layout.is_row else inputs["input_ids"].numel()) * weight,
             }
         )
     return step
 
 
-def largest_micro_batch(accelerator, model, masks, examples, pad_token_id, share):
+def largest_micro_batch(accelerator, model, layout, examples, share):
     """Return how many of the longest examples fit into memory at a time: a process's share, or a half, a quarter, ...
 
     Tried in a forward and a backward pass, with room for AdamW's two moments set aside; the same for all processes.
     Raises BadInput where not even one fits.
     """
-    longest, size = np.argsort(-array_of(examples, "length"), kind="stable"), share
+    lengths = array_of(examples, "length")
+    longest, size = np.argsort(-lengths, kind="stable"), share
     moments = []
     while True:
         try:
             moments = [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]
-            inputs = send_to_device(pad(examples[longest[:size]], pad_token_id), accelerator.device)
-            masks.begin(0, longest[:size], accelerator.device)
+            inputs = send_to_device(layout.lay_out(examples[longest[:size]]), accelerator.device)
+            layout.begin(0, longest[:size], lengths[longest[:size]], accelerator.device)
             with torch.random.fork_rng():  # a model may draw masks of its own
                 accelerator.backward(model(**inputs).logits.float().sum())
             fits = True
@@ -262,16 +254,25 @@ def largest_micro_batch(accelerator, model, masks, examples, pad_token_id, share
         size = math.ceil(size / 2)
 
 
+def all_logits(model, examples, accelerator, batch_size, layout, watch=None):
+    """Return the logits of all examples, by example id: a float32 array (examples, outputs), on every process."""
+    was_training = model.training
+    model.eval()
+    logits = all_outputs(
+        lambda inputs: model(**inputs).logits.float(), examples, accelerator, batch_size, layout, watch
+    )
+    model.train(was_training)
+    return logits
+
+
 @torch.inference_mode()
-def all_logits(model, examples, accelerator, batch_size, pad_token_id, watch=None):
-    """Return the logits of all examples, by example id: a float32 array (examples, outputs), on every process.
+def all_outputs(compute, examples, accelerator, batch_size, layout, watch=None):
+    """Return what compute(inputs) does for all examples, by example id: an array (examples, outputs), on every process.
 
     Examples of like length go together, longest first, so that little is padded and memory runs out at once or never.
     Each process takes every n-th batch; each example is counted once, by its id. Raises RuntimeError where one is not.
     watch: a preemption.Watch, which raises where a signal asks the run to end.
     """
-    was_training = model.training
-    model.eval()
     lengths = array_of(examples, "length")
     order = np.argsort(-lengths, kind="stable")
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -282,10 +283,11 @@ def all_logits(model, examples, accelerator, batch_size, pad_token_id, watch=Non
         if watch:  # as often on a process that has a batch less
             watch.look()
         for batch in batches[first : first + accelerator.num_processes][accelerator.process_index :][:1]:
-            inputs = send_to_device(pad(examples[batch], pad_token_id), accelerator.device)
+            inputs = send_to_device(layout.lay_out(examples[batch]), accelerator.device)
+            layout.begin(0, batch, lengths[batch], accelerator.device)
             try:
-                # To the CPU at the end: asking for each batch's logits would make the GPU wait for Python.
-                mine.append((batch, model(**inputs).logits.float()))
+                # To the CPU at the end: asking for each batch's outputs would make the GPU wait for Python.
+                mine.append((batch, compute(inputs)))
             except RuntimeError as error:
                 if not should_reduce_batch_size(error):
                     raise
@@ -293,15 +295,14 @@ def all_logits(model, examples, accelerator, batch_size, pad_token_id, watch=Non
                 raise RunFailed(f"out of memory with {len(batch)} examples in an evaluation\n{words}") from None
     if watch:
         watch.reset()
-    model.train(was_training)
-    mine = [(batch, logits.cpu().numpy()) for batch, logits in mine]
+    mine = [(batch, values.cpu().numpy()) for batch, values in mine]
     # As objects: tensors of uneven shapes must not be gathered, and the processes have uneven numbers of batches.
     everywhere = gather_object(mine)
-    logits = np.zeros((len(examples), model.config.num_labels), dtype=np.float32)
+    outputs = np.zeros((len(examples), *everywhere[0][1].shape[1:]), dtype=everywhere[0][1].dtype)
     seen = np.zeros(len(examples), dtype=int)
     for batch, values in everywhere:
-        logits[batch] = values
+        outputs[batch] = values
         seen[batch] += 1
     if not (seen == 1).all():
         raise RuntimeError(f"{(seen != 1).sum()} of {len(seen)} examples were not evaluated exactly once")
-    return logits
+    return outputs

@@ -26,6 +26,9 @@ from tasks import amount, count, positive, share  # noqa: F401 - the types of fl
 
 log = logging.getLogger("classifier")
 
+# torch then asks for memory in pages of 2 MB, and a CPU spends less time on getting fresh ones: 10 % of a step.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
 
 class Preempted(KeyboardInterrupt):
     """A signal asked the run to end; the same command goes on. Like Ctrl-C, it passes through `except Exception`."""
@@ -247,11 +250,36 @@ def write_bad_rows(folder, bad_rows):
         write_text(Path(folder) / "bad_rows.csv", stream.getvalue())
 
 
-def counted_dropout(model, seed):
-    """Make a model's dropout a function of the examples, see dropout.py; return the Masks, to be told which come."""
-    import dropout
+def lay_out(model, tokenizer, seed=0):
+    """Prepare a model for examples that lie end to end, and for dropout that is a function of them; return its Layout.
 
-    return dropout.install(model, seed)
+    Two examples are tried both ways. A model that answers otherwise where they lie end to end runs padded, and that is
+    said.
+    """
+    import dropout
+    import embedding
+    import packing
+
+    masks = dropout.install(model, seed)
+    layout = packing.Layout(model, masks, tokenizer.pad_token_id)
+    embedding.keep_gradient(model)
+    if dropout.draws_from_torch(model, masks):
+        log.warning(
+            "WARNING: some of this model's dropout is torch's own: its masks change with the number of processes"
+        )
+    encoded = tokenizer(["one two three, four; five. Six?", "seven"])
+    columns = {name: encoded[name] for name in ("input_ids", "token_type_ids") if name in encoded}
+    layout.is_row = packing.agrees(model, layout, columns)
+    if not layout.is_row:
+        log.info("this model needs padding: its examples run padded, those of like length together")
+    return layout
+
+
+def features_of(*arguments):
+    """Return features.of_splits, imported where it is needed."""
+    import features
+
+    return features.of_splits(*arguments)
 
 
 def check_splits(task, splits, names):

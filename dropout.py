@@ -2,20 +2,24 @@
 
 A mask is no draw from a generator's stream but a function of what it is for: the seed, the step, the example, the place
 in the model, the position and the column. So the same examples meet the same masks in every layout, and a resumed run
-has no generator to restore. It is cheap, too: a few integer operations on each 64 bits, of which four elements take 16
-each. The mixing is that of splitmix64 (Steele, Lea and Flood 2014, https://doi.org/10.1145/2714064.2660195).
+has no generator to restore.
+
+It is cheap, too. Each example, position and four columns have a number of 64 bits, scrambled as in splitmix64 (Steele,
+Lea and Flood 2014, https://doi.org/10.1145/2714064.2660195), once for all places of a step. A place multiplies it by an
+odd number of its own (multiply-shift hashing, Dietzfelbinger et al. 1997, https://doi.org/10.1006/jagm.1997.0873), and
+each of the four columns compares 15 of the 64 bits with the rate.
 """
 
 import logging
+import math
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 log = logging.getLogger("classifier")
 GOLDEN = -0x61C8864680B583EB  # 2**64 / golden ratio, odd, as a signed 64-bit number
+LANES = 0x0001000100010001  # a 1 in each 16 bits of 64
+ONE = {torch.bfloat16: 0x3F80, torch.float16: 0x3C00}  # the bits of 1.0
 
 
 def mix(numbers):
@@ -36,34 +40,93 @@ def signed(number):
 class Masks:
     """The masks of a model's dropout for the examples at hand. `begin` names these before each forward pass."""
 
-    def __init__(self, seed):
-        self.seed = seed
-        self.keys = None
+    def __init__(self, seed, places):
+        self.seed, self.places = seed, places
+        self.keys = self.row = None
 
-    def begin(self, step, ids, device):
-        """Say which examples come next: ids (examples,), in the order of the micro-batch, at this optimiser step."""
+    def begin(self, step, ids, device, row=None):
+        """Say which examples come next: ids (examples,), in the order of the micro-batch, at this optimiser step.
+
+        row: a packing.Row where they lie end to end.
+        """
+        self.row = row
         ids = torch.as_tensor(ids, dtype=torch.int64)
         key = mix(torch.tensor([signed(self.seed * 2**32 + step)]))
         self.keys = mix(key + ids * GOLDEN).to(device)
+        self.factors = (mix(key - torch.arange(1, self.places + 1) * GOLDEN) | 1).tolist()
+        self._numbers = {}
 
-    def keep(self, shape, place, p):
-        """Return a bool mask of this shape, (examples, ..., columns): False, with probability p, where to drop.
+    def is_row(self, shape):
+        """Return whether values of this shape are those of all tokens, laid end to end."""
+        return self.row is not None and len(shape) > 2 and tuple(shape[:2]) == (1, self.row.tokens)
+
+    def numbers(self, shape, examples=slice(None)):
+        """Return scrambled numbers for values of this shape, (examples, ..., columns): one for four columns.
 
         The middle dimensions are positions in the text, heads, and the like; each number of them counts, not its place
-        in memory, so that the width of a batch makes no difference.
+        in memory, so that the width of a batch makes no difference. examples: which of those at hand.
         """
-        bits = mix(self.keys + signed(place * GOLDEN))
-        # One number for four columns.
-        for size in (*shape[1:-1], -(-shape[-1] // 4)):
-            bits = mix(bits.unsqueeze(-1) + torch.arange(1, size + 1, device=bits.device) * GOLDEN)
-        lanes = bits.view(torch.int16)[..., : shape[-1]]
-        return lanes >= round(p * 2**16) - 2**15
+        numbers, sizes = self.keys[examples], shape[1:-1]
+        if self.is_row(shape):
+            numbers = mix(numbers[self.row.example] + (self.row.position + 1) * GOLDEN).unsqueeze(0)
+            sizes = shape[2:-1]
+        for size in (*sizes, -(-shape[-1] // 4)):
+            numbers = mix(numbers.unsqueeze(-1) + torch.arange(1, size + 1, device=numbers.device) * GOLDEN)
+        return numbers
+
+    def keep(self, shape, place, p, dtype):
+        """Return a mask of this shape and type: 0, with probability p (to 15 bits), where to drop, else 1."""
+        if shape not in self._numbers:
+            self._numbers[shape] = self.numbers(shape)
+        return self._mask(self._numbers[shape], place, p, dtype)[..., : shape[-1]]
+
+    def keep_weights(self, heads, place, p, dtype):
+        """Return the masks of the attention weights (examples, heads, queries, keys) of a row's groups, in one pass."""
+        shapes = [(group.number, heads, group.width, group.width) for group in self.row.groups]
+        if heads not in self._numbers:
+            numbers = [self.numbers(*of) for of in zip(shapes, (g.examples for g in self.row.groups), strict=True)]
+            self._numbers[heads] = torch.cat([of_group.flatten() for of_group in numbers])
+        masks = self._mask(self._numbers[heads], place, p, dtype).split([math.prod(shape) for shape in shapes])
+        return [mask.view(shape) for mask, shape in zip(masks, shapes, strict=True)]
+
+    def _mask(self, numbers, place, p, dtype):
+        numbers = numbers * self.factors[place]
+        numbers.bitwise_xor_(numbers >> 32)  # the lower bits of a product depend on the lower bits alone
+        # 15 random bits in each 16; added to this, those that are at least p carry into the 16th.
+        numbers.bitwise_and_(0x7FFF * LANES).add_(signed((0x8000 - share_of_bits(p)) * LANES))
+        numbers.bitwise_right_shift_(15).bitwise_and_(LANES)
+        return numbers.mul_(ONE[dtype]).view(dtype) if dtype in ONE else numbers.view(torch.int16).to(dtype)
 
     def drop(self, values, place, p):
         """Return values with a share p of them set to 0, and the rest scaled so that the expectation stays."""
-        if len(values) != len(self.keys) or p == 1:  # XLNet has the positions first: left to torch, and told by install
+        fits = self.is_row(values.shape) or len(values) == len(self.keys)
+        if not fits or p == 1:  # XLNet has the positions first: left to torch, and told by install
             return nn.functional.dropout(values, p)
-        return values * (2**16 / (2**16 - round(p * 2**16))) * self.keep(values.shape, place, p)
+        return Drop.apply(values, self.keep(tuple(values.shape), place, p, values.dtype), scale(p))
+
+
+def share_of_bits(p):
+    return round(p * 2**15)
+
+
+def scale(p):
+    """Return what the values that stay are multiplied by, so that the expectation stays."""
+    return 2**15 / (2**15 - share_of_bits(p))
+
+
+class Drop(torch.autograd.Function):
+    """values * mask * scale, in one pass forward and one backward."""
+
+    @staticmethod
+    def forward(ctx, values, mask, scale):
+        ctx.save_for_backward(mask)
+        ctx.scale = scale
+        return torch.addcmul(values.new_zeros(()), values, mask, value=scale)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (mask,) = ctx.saved_tensors
+        return torch.addcmul(gradient.new_zeros(()), gradient, mask, value=ctx.scale), None, None
 
 
 class Dropout(nn.Module):
@@ -77,53 +140,21 @@ class Dropout(nn.Module):
         return self.masks.drop(values, self.place, self.p) if self.training and self.p else values
 
 
-def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **options):
-    """Attention for transformers' interface: query (examples, heads, tokens, size) to (examples, tokens, heads, size).
-
-    With dropout on the attention weights in explicit products, without it torch's own.
-    """
-    if not dropout:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
-    if (groups := getattr(module, "num_key_value_groups", 1)) > 1:
-        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    weights = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if attention_mask is None and getattr(module, "is_causal", False):  # a mask that transformers left to torch
-        attention_mask = torch.ones(weights.shape[-2:], dtype=torch.bool, device=weights.device).tril()
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        weights = weights.masked_fill(~attention_mask, torch.finfo(weights.dtype).min)
-    elif attention_mask is not None:
-        weights = weights + attention_mask
-    masks, place = module.counted_dropout
-    weights = masks.drop(weights.softmax(dim=-1).to(value.dtype), place, dropout)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
-AttentionInterface.register("counted_dropout", attention)
-AttentionMaskInterface.register("counted_dropout", sdpa_mask)
-
-
 def install(model, seed):
-    """Let a model drop by these masks; return them. Each place in the model has a number, in the order of its modules.
-
-    A model that drops in another way, too, is told in the log: only its own code could change that.
-    """
-    masks = Masks(seed)
-    for place, (name, module) in enumerate(list(model.named_modules()), start=1):
+    """Let a model drop by masks; return them. Each place in the model has a number, in the order of its modules."""
+    modules = list(model.named_modules())
+    masks = Masks(seed, len(modules))
+    for place, (name, module) in enumerate(modules):
         module.counted_dropout = (masks, place)
         if type(module) is nn.Dropout:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, Dropout(module.p, place, masks))
-    model.set_attn_implementation("counted_dropout")
-    if draws_from_torch(model, masks):
-        log.warning(
-            "WARNING: some of this model's dropout is torch's own: its masks change with the number of processes"
-        )
     return masks
 
 
 @torch.no_grad()
 def draws_from_torch(model, masks):
-    """Return whether a training pass depends on torch's generator, too."""
+    """Return whether a training pass depends on torch's generator, too: only the model's own code could change that."""
     logits, was_training = [], model.training
     ids = torch.arange(16).reshape(2, 8) % model.get_input_embeddings().num_embeddings
     model.train()

@@ -81,6 +81,7 @@ def main():
             "Score the data as they are now with --file, or bring back the old ones.",
         )
     task, examples = batching.tokenize_splits(task, {name: splits[name] for name in names}, now, model, tokenizer)
+    layout = common.lay_out(model, tokenizer)
     model = accelerator.prepare_model(model, evaluation_mode=True)
     for name in names:
         shown = Path(args.file).name.split(".")[0] if args.file else name
@@ -88,7 +89,7 @@ def main():
             args.output_dir or beside / f"evaluation-{shown}", *([name] if len(names) > 1 and args.output_dir else [])
         )
         checkpoint.check_output(output)
-        logits = batching.all_logits(model, examples[name], accelerator, args.eval_batch_size, tokenizer.pad_token_id)
+        logits = batching.all_logits(model, examples[name], accelerator, args.eval_batch_size, layout)
         labels = array_of(splits[name], "label")
         # Without the training's majority at hand, that of these very labels: no baseline is higher.
         result = common.evaluate(task, logits, labels, common.majority(task, labels) if majority is None else majority)

@@ -12,7 +12,7 @@ TOLERANCE = {"no": 1e-2, "fp16": 0.1, "bf16": 0.2}  # fp32 on a GPU may be TF32,
 FEW = 16  # rows of a class; below this, few-shot methods are likely better than fine-tuning
 
 
-def data_facts(task, splits, examples, batches, micro_batch_size, processes, special_tokens):
+def data_facts(task, splits, examples, batches, micro_batch_size, processes, special_tokens, is_row=False):
     """Return what is worth knowing about the data, as JSON values.
 
     splits: rows with `hash` and the texts; examples: the same, tokenised (see batching.encode); batches: the plan;
@@ -38,7 +38,7 @@ def data_facts(task, splits, examples, batches, micro_batch_size, processes, spe
         }
     lengths = array_of(examples["train"], "length")
     of_epoch = batches[: -(-len(lengths) // len(batches[0]))]
-    filled = positions(lengths, of_epoch, micro_batch_size, processes)
+    filled = positions(lengths, of_epoch, micro_batch_size, processes, is_row)
     facts["padding"] = 1 - sum(int(lengths[batch].sum()) for batch in of_epoch) / filled
     return facts
 
@@ -93,11 +93,17 @@ def duplicates(train, rows):
     return {"rows": len(found), "share": len(found) / len(rows), "position": int(found[0]) if len(found) else None}
 
 
-def positions(lengths, batches, micro_batch_size, processes):
-    """Return the number of tokens with padding that these batches fill, each cut as batching.share cuts it."""
+def positions(lengths, batches, micro_batch_size, processes, is_row=False):
+    """Return the number of tokens with padding that these batches fill, each cut as batching.step_loader cuts it.
+
+    is_row: the examples lie end to end.
+    """
+    if is_row:
+        return sum(int(lengths[batch].sum()) for batch in batches)
+    ordered = (batch[np.argsort(-lengths[batch], kind="stable")] for batch in batches)
     pieces = (
         lengths[batch[rank::processes]][start : start + micro_batch_size]
-        for batch in batches
+        for batch in ordered
         for rank in range(min(processes, len(batch)))
         for start in range(0, len(batch[rank::processes]), micro_batch_size)
     )
@@ -124,7 +130,7 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def compare_with_cpu(model, inputs, labels, loss_of, device_autocast):
+def compare_with_cpu(model, layout, micro_batch, loss_of, device_autocast):
     """Compute a batch on its device and in fp32 on the CPU; return the largest differences of logits and gradients.
 
     Both without dropout; each difference is divided by the largest value of the CPU's result. `loss_of(logits, labels)`
@@ -133,16 +139,20 @@ def compare_with_cpu(model, inputs, labels, loss_of, device_autocast):
     import copy
 
     import torch
+    from accelerate.utils import send_to_device
 
     results = []
-    for one, autocast in ((model, device_autocast), (copy.deepcopy(model).cpu().float(), torch.enable_grad())):
+    copies = copy.deepcopy((model, layout))  # together: the copy's attention asks the copied layout
+    copies[0].cpu().float()
+    for (one, its_layout), autocast in (((model, layout), device_autocast), (copies, torch.enable_grad())):
         device = next(one.parameters()).device
+        its_layout.begin(0, micro_batch["ids"], micro_batch["lengths"], device)
         was_training = one.training
         one.eval()
         one.zero_grad()
         with autocast:
-            logits = one(**{name: tensor.to(device) for name, tensor in inputs.items()}).logits.float()
-        loss_of(logits, labels.to(device)).backward()
+            logits = one(**send_to_device(micro_batch["inputs"], device)).logits.float()
+        loss_of(logits, micro_batch["labels"].to(device)).backward()
         gradients = [parameter.grad.flatten().cpu() for parameter in one.parameters() if parameter.grad is not None]
         results.append((logits.detach().cpu(), torch.cat(gradients)))
         one.zero_grad()

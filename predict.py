@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 
 import batching
 import checkpoint
@@ -75,7 +76,7 @@ def check_columns(where, row, text_columns, new_columns):
 
 
 @torch.inference_mode()
-def predict(task, model, tokenizer, accelerator, texts, batch_size):
+def predict(task, model, tokenizer, layout, accelerator, texts, batch_size):
     """Return the logits of texts: an array (texts, outputs). texts: one list, or two of equal length for pairs."""
     encoded, _ = batching.encode(task, tokenizer, texts, task.max_length)
     order = np.argsort([-len(ids) for ids in encoded["input_ids"]], kind="stable")
@@ -83,9 +84,8 @@ def predict(task, model, tokenizer, accelerator, texts, batch_size):
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = {name: [values[i] for i in chosen] for name, values in encoded.items()}
-        inputs = {
-            name: tensor.to(accelerator.device) for name, tensor in batching.pad(batch, tokenizer.pad_token_id).items()
-        }
+        inputs = send_to_device(layout.lay_out(batch), accelerator.device)
+        layout.begin(0, chosen, [len(ids) for ids in batch["input_ids"]], accelerator.device)
         logits[chosen] = model(**inputs).logits.float().cpu().numpy()
     return logits
 
@@ -130,6 +130,7 @@ def main():
     )
     task = common.with_labels_of(model, facts, task)
     task = replace(task, max_length=task.max_length or batching.longest_input(model, tokenizer))
+    layout = common.lay_out(model, tokenizer)
     model = accelerator.prepare_model(model, evaluation_mode=True).eval()
     new_columns = common.prediction_columns(task)
 
@@ -142,7 +143,7 @@ def main():
             for line, row in some:
                 check_columns(f"{args.input or '--text'}, line {line}", row, task.text, new_columns)
             texts = [[row[column] for _, row in some] for column in task.text]
-            logits = predict(task, model, tokenizer, accelerator, texts, args.eval_batch_size)
+            logits = predict(task, model, tokenizer, layout, accelerator, texts, args.eval_batch_size)
             yield from zip((row for _, row in some), common.prediction_rows(task, logits), strict=True)
 
     if args.text is not None:

@@ -208,13 +208,15 @@ def tracker_names(words):
     return names or None
 
 
-def describe_data(task, splits, examples, batches, micro_batch_size, accelerator, tokenizer):
+def describe_data(task, splits, examples, batches, micro_batch_size, accelerator, tokenizer, layout):
     """Log the facts of the data, and what may be wrong with them; return the facts (see facts.data_facts)."""
     special = tokenizer.num_special_tokens_to_add(pair=len(task.text) == 2)
-    data = facts.data_facts(task, splits, examples, batches, micro_batch_size, accelerator.num_processes, special)
+    plan = (batches, micro_batch_size, accelerator.num_processes, special, layout.is_row)
+    data = facts.data_facts(task, splits, examples, *plan)
     for name, of_split in data["splits"].items():
         log.info(f"{name}: {_split_words(task, of_split)}")
-    log.info(f"padding: {data['padding']:.1%} of what a step computes")
+    if not layout.is_row:
+        log.info(f"padding: {data['padding']:.1%} of what a step computes")
     for warning in _data_warnings(task, splits, data):
         log.warning(f"WARNING: {warning}")
     return data
@@ -266,7 +268,7 @@ def _data_warnings(task, splits, data):
         yield f"classes with fewer than {facts.FEW} rows in train: {', '.join(few[:10])}"
 
 
-def describe_run(task, args, accelerator, model, plan, examples, validation_splits, progress, micro_batch):
+def describe_run(task, args, accelerator, model, layout, plan, examples, validation_splits, progress, micro_batch):
     """Log what the whole run will take, after a few steps of it; on a GPU also how its numbers differ from a CPU's.
 
     plan: the global batches of the whole run; micro_batch: one that was trained on. The time is that of training and
@@ -278,13 +280,15 @@ def describe_run(task, args, accelerator, model, plan, examples, validation_spli
     seconds, filled = np.sum(progress.intervals[len(progress.intervals) // 2 :], axis=0)  # the first steps warm up
     rate = filled / seconds
     lengths = facts.array_of(examples["train"], "length")
-    training = facts.positions(lengths, plan, micro_batch_size, processes) / rate
+    training = facts.positions(lengths, plan, micro_batch_size, processes, layout.is_row) / rate
     every = progress.steps_per_epoch if args.eval_every == "epoch" else int(args.eval_every)
     evaluations = math.ceil(steps / every)
     tokens = sum(int(facts.array_of(examples[name], "length").sum()) for name in validation_splits)
     tokens += lengths.mean() * min(args.eval_train_rows or 0, len(lengths))
-    # A forward pass alone takes a third of a training step; once, the metrics are loaded.
-    evaluating = evaluations * tokens / (3 * rate) + progress.state.evaluation_seconds
+    # A forward pass alone takes a third of a training step; with a frozen encoder, whose features are computed once
+    # for all epochs but not here, most of it. Once, the metrics are loaded.
+    bound, part = ("at most ", 1) if args.freeze == "encoder" else ("", 1 / 3)
+    evaluating = evaluations * tokens * part / rate + progress.state.evaluation_seconds
     whole, parts = clock(training + evaluating), f"{clock(training)} training, {clock(evaluating)} evaluating"
     saved = sum(file.stat().st_size for file in (progress.lines.parent / "checkpoints").rglob("*") if file.is_file())
     weights = sum(value.nbytes for value in model.state_dict().values())
@@ -293,23 +297,22 @@ def describe_run(task, args, accelerator, model, plan, examples, validation_spli
         "steps": f"{steps} of {args.batch_size}, {progress.steps_per_epoch} an epoch; {evaluations} evaluations",
         "batch": f"{args.batch_size} = {processes} process(es) x {of_process}, {micro_batch_size} at a time",
         "memory": f"{memory:.2f} GiB in each process; the longest texts may need more",
-        "time": f"{whole} ({parts}), give or take 20 %",
+        "time": f"{bound}{whole} ({parts}), give or take 20 %",
         "files": f"{args.output_dir}/: model/ {weights / 1e6:.0f} MB, and until then up to "
         f"{args.keep_checkpoints + 2} checkpoints of {saved / 1e6:.0f} MB",
     }
     if accelerator.device.type != "cpu" and accelerator.is_main_process:
-        table["check"] = _check_against_cpu(task, accelerator, model, micro_batch)
+        table["check"] = _check_against_cpu(task, accelerator, model, layout, micro_batch)
     log.info("\n".join(f"{name:8}{words}" for name, words in table.items()))
 
 
-def _check_against_cpu(task, accelerator, model, micro_batch):
+def _check_against_cpu(task, accelerator, model, layout, micro_batch):
     """Return in words how far the device's numbers are from the CPU's; warn where that is too far."""
 
     def loss_of(logits, labels):
         return example_losses(task, logits, labels).mean()
 
-    inputs, labels = micro_batch["inputs"], micro_batch["labels"]
-    logits, gradients = facts.compare_with_cpu(model, inputs, labels, loss_of, accelerator.autocast())
+    logits, gradients = facts.compare_with_cpu(model, layout, micro_batch, loss_of, accelerator.autocast())
     words = f"largest difference from fp32 on the CPU: logits {logits:.1e}, gradients {gradients:.1e}"
     tolerance = facts.TOLERANCE[accelerator.mixed_precision]
     if not (logits < tolerance and gradients < tolerance):  # NaN is not below anything, and no maximum

@@ -182,9 +182,9 @@ def choose_micro_batch_size(args, state, share, limit, probe):
     return min(wanted, share, limit or share)
 
 
-def score_split(task, model, examples, accelerator, batch_size, pad_token_id, majority, watch):
+def score_split(task, model, examples, accelerator, batch_size, layout, majority, watch):
     """Return common.evaluate of tokenised examples, the same on every process."""
-    logits = batching.all_logits(model, examples, accelerator, batch_size, pad_token_id, watch)
+    logits = batching.all_logits(model, examples, accelerator, batch_size, layout, watch)
     return common.evaluate(task, logits, batching.array_of(examples, "label"), majority)
 
 
@@ -213,28 +213,17 @@ def main():
         set_seed(args.seed)
         model, tokenizer, facts = common.load_model(args.model or task.model, task, args.refresh)
         task, examples = batching.tokenize_splits(task, splits, fingerprints, model, tokenizer)
-        padding = tokenizer.pad_token_id
         labels = batching.array_of(examples["train"], "label")
         majority = common.majority(task, labels)
 
         # The plan: the same global batches whatever the number of processes.
         steps_per_epoch = math.ceil(len(examples["train"]) / args.batch_size)
         total_steps = args.max_steps or math.ceil(args.epochs * steps_per_epoch)
-        batches = whole_plan = batching.plan(len(examples["train"]), args.batch_size, args.seed, total_steps)
-
-        # What is scored at each evaluation; the first split chooses the best model.
-        eval_every = steps_per_epoch if args.eval_every == "epoch" else int(args.eval_every)
-        validation_splits = [name for name in splits if name.startswith("validation")]
-        evaluated = {name: examples[name] for name in validation_splits}
-        if args.eval_train_rows:
-            evaluated["train"] = batching.sample(examples["train"], args.eval_train_rows)
-        if args.dry_run:  # the same loop for a few steps, and one batch of each evaluation
-            batches, args.log_every, eval_every = batches[:DRY_RUN_STEPS], 1, DRY_RUN_STEPS
-            evaluated = {name: batching.sample(rows, args.eval_batch_size) for name, rows in evaluated.items()}
-        scoring = (accelerator, args.eval_batch_size, padding, majority, watch)
+        whole_plan = batching.plan(len(examples["train"]), args.batch_size, args.seed, total_steps)
+        batches = whole_plan[:DRY_RUN_STEPS] if args.dry_run else whole_plan
 
         # Model and optimiser are prepared; the schedule is not: accelerate would step it once per process.
-        masks = common.counted_dropout(model, args.seed)
+        layout = common.lay_out(model, tokenizer, args.seed)
         common.freeze(model, args.freeze)
         if args.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
@@ -249,11 +238,26 @@ def main():
         path, limit = common.on_main_process(accelerator, checkpoint.begin, folder, *run[1:])
         training = (accelerator, state, plain_model, optimizer.optimizer, scheduler)
         checkpoint.load(path, *training)
-        probe = partial(batching.largest_micro_batch, accelerator, plain_model, masks, examples["train"], padding)
+        probe = partial(batching.largest_micro_batch, accelerator, plain_model, layout, examples["train"])
         share = math.ceil(args.batch_size / accelerator.num_processes)
         state.micro_batch_size = choose_micro_batch_size(args, state, share, limit, partial(probe, share))
-        data = report.describe_data(task, splits, examples, batches, state.micro_batch_size, accelerator, tokenizer)
-        plan = (batches[state.step :], accelerator, state.micro_batch_size, padding, args.num_workers)
+        data = report.describe_data(
+            task, splits, examples, batches, state.micro_batch_size, accelerator, tokenizer, layout
+        )
+        if args.freeze == "encoder" and not args.dry_run:  # it runs once over each split, not in each step
+            frozen = (plain_model, layout, examples)
+            layout, examples = common.features_of(*frozen, accelerator, args.eval_batch_size, state)
+        # What is scored at each evaluation; the first split chooses the best model.
+        scoring = (accelerator, args.eval_batch_size, layout, majority, watch)
+        eval_every = steps_per_epoch if args.eval_every == "epoch" else int(args.eval_every)
+        validation_splits = [name for name in splits if name.startswith("validation")]
+        evaluated = {name: examples[name] for name in validation_splits}
+        if args.eval_train_rows:
+            evaluated["train"] = batching.sample(examples["train"], args.eval_train_rows)
+        if args.dry_run:  # the same loop for a few steps, and one batch of each evaluation
+            args.log_every, eval_every = 1, DRY_RUN_STEPS
+            evaluated = {name: batching.sample(rows, args.eval_batch_size) for name, rows in evaluated.items()}
+        plan = (batches[state.step :], accelerator, state.micro_batch_size, layout, args.num_workers)
         loader = iter(batching.step_loader(examples["train"], *plan))
         progress = report.Progress(accelerator, folder, state, total_steps, steps_per_epoch)
         if accelerator.is_main_process:
@@ -292,7 +296,7 @@ def main():
                 batch, micro_batches, losses_of_step = batches[state.step], next(loader), []
                 for number, micro_batch in enumerate(micro_batches, start=1):
                     inputs, labels = send_to_device((micro_batch["inputs"], micro_batch["labels"]), accelerator.device)
-                    masks.begin(state.step + 1, micro_batch["ids"], accelerator.device)
+                    layout.begin(state.step + 1, micro_batch["ids"], micro_batch["lengths"], accelerator.device)
                     # The processes add up their gradients once in a step, with the last micro-batch.
                     with nullcontext() if number == len(micro_batches) else accelerator.no_sync(model):
                         logits = model(**inputs).logits
@@ -315,7 +319,7 @@ def main():
         progress.close()
         if args.dry_run:
             whole = (whole_plan, examples, validation_splits)
-            report.describe_run(task, args, accelerator, plain_model, *whole, progress, micro_batch)
+            report.describe_run(task, args, accelerator, plain_model, layout, *whole, progress, micro_batch)
             return common.finish(accelerator, model, optimizer)
         if state.step < total_steps:
             log.info(f"no better {task.metrics[0]} in {state.evaluations_since_best} evaluations: stopped early")

@@ -1,5 +1,6 @@
 """The plan, its division among processes, padding, tokenising, and logits by example id."""
 
+import copy
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ from datasets import Dataset
 import batching
 import cache
 import common
+import packing
 from reader import BadInput
 from tasks import Task
 
@@ -33,6 +35,14 @@ def rows():
 def model_and_tokenizer(tiny_bert):
     model, tokenizer, _ = common.load_model(str(tiny_bert), TASK)
     return model.eval(), tokenizer
+
+
+@pytest.fixture
+def layout(model_and_tokenizer):
+    """The layout of this model: one row."""
+    layout = common.lay_out(*model_and_tokenizer, seed=1)
+    assert layout.is_row
+    return layout
 
 
 # ---------------------------------------------------------------------------------------------------------- the plan
@@ -80,34 +90,47 @@ def test_pad_is_what_the_tokenizer_would_make(model_and_tokenizer):
     first, second = ["the room was good .", "film", "very very dull ."], ["bad", "the train was late and awful .", "a"]
     expected = tokenizer(first, second, padding=True, return_tensors="pt")
     ragged = tokenizer(first, second)
-    padded = batching.pad({name: ragged[name] for name in ("input_ids", "token_type_ids")}, tokenizer.pad_token_id)
+    padded = packing.pad({name: ragged[name] for name in ("input_ids", "token_type_ids")}, tokenizer.pad_token_id)
     assert padded.keys() == expected.keys()
     for name, tensor in padded.items():
         assert torch.equal(tensor, expected[name]), name
 
 
-def test_step_loader_yields_the_plan_with_its_labels(rows, model_and_tokenizer, accelerator):
+@pytest.mark.parametrize("is_row", [False, True])
+def test_step_loader_yields_the_plan_with_its_labels(rows, model_and_tokenizer, layout, accelerator, is_row):
+    """The examples of a step come longest first."""
     model, tokenizer = model_and_tokenizer
+    layout.is_row = is_row
     examples, _ = batching.tokenize(TASK, rows, "loader", model, tokenizer)
     plan = batching.plan(len(rows), 16, seed=3, steps=5)
-    loader = batching.step_loader(examples, plan, accelerator, micro_batch_size=5, pad_token_id=0)
+    loader = batching.step_loader(examples, plan, accelerator, micro_batch_size=5, layout=layout)
     state = torch.random.get_rng_state()
     for batch, micro_batches in zip(plan, loader, strict=True):
-        assert np.concatenate([part["ids"] for part in micro_batches]).tolist() == batch.tolist()
+        lengths = {example: len(tokenizer(rows[example]["text"])["input_ids"]) for example in batch.tolist()}
+        longest_first = sorted(batch.tolist(), key=lengths.get, reverse=True)
+        assert np.concatenate([part["ids"] for part in micro_batches]).tolist() == longest_first
         assert [len(part["ids"]) for part in micro_batches] == ([5, 5, 5, 1] if len(batch) == 16 else [5, 3])
         for part in micro_batches:
             assert part["labels"].tolist() == [rows[int(i)]["label"] for i in part["ids"]]
             expected = tokenizer([rows[int(i)]["text"] for i in part["ids"]], padding=True, return_tensors="pt")
-            assert torch.equal(part["inputs"]["input_ids"], expected["input_ids"])
-            assert part["tokens"] == int(expected["attention_mask"].sum())
-            assert part["positions"] == expected["input_ids"].numel()
+            is_token = expected["attention_mask"].bool()
+            assert part["lengths"] == is_token.sum(dim=1).tolist()
+            assert part["tokens"] == is_token.sum()
+            if is_row:
+                positions = torch.arange(is_token.shape[1]).expand_as(is_token)
+                assert torch.equal(part["inputs"]["input_ids"], expected["input_ids"][is_token].unsqueeze(0))
+                assert torch.equal(part["inputs"]["position_ids"], positions[is_token].unsqueeze(0))
+                assert part["positions"] == part["tokens"]
+            else:
+                assert torch.equal(part["inputs"]["input_ids"], expected["input_ids"])
+                assert part["positions"] == is_token.numel()
     assert torch.equal(state, torch.random.get_rng_state())  # dropout must not depend on the loader
 
 
-def test_workers_yield_what_the_process_itself_would(rows, model_and_tokenizer, accelerator):
+def test_workers_yield_what_the_process_itself_would(rows, model_and_tokenizer, layout, accelerator):
     examples, _ = batching.tokenize(TASK, rows, "workers", *model_and_tokenizer)
     plan = batching.plan(len(rows), 16, seed=3, steps=5)
-    here, there = (batching.step_loader(examples, plan, accelerator, 5, 0, num_workers) for num_workers in (0, 2))
+    here, there = (batching.step_loader(examples, plan, accelerator, 5, layout, num_workers) for num_workers in (0, 2))
     for ours, theirs in zip(here, there, strict=True):
         assert [part["ids"].tolist() for part in ours] == [part["ids"].tolist() for part in theirs]
         for one, other in zip(ours, theirs, strict=True):
@@ -115,51 +138,53 @@ def test_workers_yield_what_the_process_itself_would(rows, model_and_tokenizer, 
             assert all(torch.equal(one["inputs"][name], other["inputs"][name]) for name in one["inputs"])
 
 
-def test_a_loader_of_the_rest_of_a_plan_goes_on_where_the_whole_one_would(rows, model_and_tokenizer, accelerator):
+def test_a_loader_of_the_rest_of_a_plan_goes_on_where_the_whole_one_would(
+    rows, model_and_tokenizer, layout, accelerator
+):
     examples, _ = batching.tokenize(TASK, rows, "rest", *model_and_tokenizer)
     plan = batching.plan(len(rows), 16, seed=3, steps=7)
-    whole, rest = (list(batching.step_loader(examples, part, accelerator, 16, 0)) for part in (plan, plan[4:]))
+    whole, rest = (list(batching.step_loader(examples, part, accelerator, 16, layout)) for part in (plan, plan[4:]))
     for ours, theirs in zip(whole[4:], rest, strict=True):
         assert torch.equal(ours[0]["inputs"]["input_ids"], theirs[0]["inputs"]["input_ids"])
 
 
 @pytest.mark.parametrize(("fits", "found"), [(16, 16), (15, 8), (8, 8), (3, 2), (1, 1), (0, None)])
-def test_the_largest_micro_batch_is_found_by_halving(rows, model_and_tokenizer, accelerator, monkeypatch, fits, found):
+def test_the_largest_micro_batch_is_found_by_halving(
+    rows, model_and_tokenizer, layout, accelerator, monkeypatch, fits, found
+):
     """A model of which so many examples fit into memory; the longest ones are tried, and nothing is left behind."""
-    import dropout
-
     model, tokenizer = model_and_tokenizer
     examples, _ = batching.tokenize(TASK, rows, "memory", model, tokenizer)
     longest = sorted(examples["length"], reverse=True)
     forward, tried = model.forward, []
 
     def limited(**inputs):
-        tried.append(inputs["attention_mask"].sum(dim=1).tolist())
+        positions = inputs["position_ids"][0].numpy()
+        tried.append(np.diff([*np.flatnonzero(positions == 0), len(positions)]).tolist())
         if len(tried[-1]) > fits:
             raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return forward(**inputs)
 
     monkeypatch.setattr(model, "forward", limited)
     state = torch.random.get_rng_state()
-    masks = dropout.Masks(1)
     if found is None:
         with pytest.raises(BadInput, match="not even one example"):
-            batching.largest_micro_batch(accelerator, model, masks, examples, 0, 16)
+            batching.largest_micro_batch(accelerator, model, layout, examples, 16)
     else:
-        assert batching.largest_micro_batch(accelerator, model, masks, examples, 0, 16) == found
+        assert batching.largest_micro_batch(accelerator, model, layout, examples, 16) == found
     assert all(lengths == longest[: len(lengths)] for lengths in tried)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.equal(state, torch.random.get_rng_state())
 
 
-def test_an_error_that_is_not_about_memory_is_not_taken_for_it(rows, model_and_tokenizer, accelerator, monkeypatch):
-    import dropout
-
+def test_an_error_that_is_not_about_memory_is_not_taken_for_it(
+    rows, model_and_tokenizer, layout, accelerator, monkeypatch
+):
     model, tokenizer = model_and_tokenizer
     examples, _ = batching.tokenize(TASK, rows, "memory", model, tokenizer)
     monkeypatch.setattr(model, "forward", lambda **inputs: (_ for _ in ()).throw(RuntimeError("shapes do not fit")))
     with pytest.raises(RuntimeError, match="shapes do not fit"):
-        batching.largest_micro_batch(accelerator, model, dropout.Masks(1), examples, 0, 16)
+        batching.largest_micro_batch(accelerator, model, layout, examples, 16)
 
 
 # --------------------------------------------------------------------------------------------------------- tokenising
@@ -346,26 +371,29 @@ def test_a_sample_is_the_same_one_and_keeps_the_shares(rows, model_and_tokenizer
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
+@pytest.mark.parametrize("is_row", [False, True])
 def test_logits_come_by_example_id_and_equal_the_model_on_each_alone(
-    rows, model_and_tokenizer, accelerator, batch_size
+    rows, model_and_tokenizer, accelerator, batch_size, is_row
 ):
     model, tokenizer = model_and_tokenizer
+    plain = copy.deepcopy(model)
+    layout = common.lay_out(model, tokenizer)
+    layout.is_row = is_row
     examples, _ = batching.tokenize(TASK, rows, "logits", model, tokenizer)
     model.train()
-    logits = batching.all_logits(model, examples, accelerator, batch_size, tokenizer.pad_token_id)
+    logits = batching.all_logits(model, examples, accelerator, batch_size, layout)
     assert model.training  # as it was
-    model.eval()
     with torch.no_grad():
-        alone = [model(**tokenizer(text, return_tensors="pt")).logits[0].numpy() for text in rows["text"]]
+        alone = [plain(**tokenizer(text, return_tensors="pt")).logits[0].numpy() for text in rows["text"]]
     np.testing.assert_allclose(logits, np.stack(alone), atol=1e-5)
 
 
-def test_an_example_evaluated_twice_is_an_error(rows, model_and_tokenizer, accelerator, monkeypatch):
+def test_an_example_evaluated_twice_is_an_error(rows, model_and_tokenizer, layout, accelerator, monkeypatch):
     model, tokenizer = model_and_tokenizer
     examples, _ = batching.tokenize(TASK, rows, "twice", model, tokenizer)
     monkeypatch.setattr(batching, "gather_object", lambda parts: parts + parts[:1])
     with pytest.raises(RuntimeError, match="exactly once"):
-        batching.all_logits(model, examples, accelerator, 8, tokenizer.pad_token_id)
+        batching.all_logits(model, examples, accelerator, 8, layout)
 
 
 class Watch:
@@ -383,18 +411,18 @@ class Watch:
         self.resets += 1
 
 
-def test_an_evaluation_looks_for_signals_before_every_batch(rows, model_and_tokenizer, accelerator):
+def test_an_evaluation_looks_for_signals_before_every_batch(rows, model_and_tokenizer, layout, accelerator):
     model, tokenizer = model_and_tokenizer
     examples, _ = batching.tokenize(TASK, rows, "logits", model, tokenizer)
     watch = Watch()
-    batching.all_logits(model, examples, accelerator, 8, tokenizer.pad_token_id, watch)
+    batching.all_logits(model, examples, accelerator, 8, layout, watch)
     assert (watch.looks, watch.resets) == (5, 2)  # 40 rows; before the first and after the last
     with pytest.raises(common.Preempted):
-        batching.all_logits(model, examples, accelerator, 8, tokenizer.pad_token_id, Watch(ends_at=3))
+        batching.all_logits(model, examples, accelerator, 8, layout, Watch(ends_at=3))
 
 
 @pytest.mark.parametrize(("ranks", "expected"), [(2, 3), (4, 2), (7, 1)])
-def test_all_processes_look_equally_often(rows, model_and_tokenizer, monkeypatch, ranks, expected):
+def test_all_processes_look_equally_often(rows, model_and_tokenizer, layout, monkeypatch, ranks, expected):
     """40 rows are five batches of 8, and no process may wait for the look of one that has had its last batch."""
     model, tokenizer = model_and_tokenizer
     examples, _ = batching.tokenize(TASK, rows, "logits", model, tokenizer)
@@ -404,20 +432,20 @@ def test_all_processes_look_equally_often(rows, model_and_tokenizer, monkeypatch
         monkeypatch.setattr(batching, "gather_object", lambda parts: gathered.extend(parts) or [])
         watch = Watch()
         with pytest.raises(RuntimeError, match="exactly once"):  # nothing was gathered from the others
-            batching.all_logits(model, examples, process, 8, tokenizer.pad_token_id, watch)
+            batching.all_logits(model, examples, process, 8, layout, watch)
         assert watch.looks == expected
     assert sorted(example for batch, _ in gathered for example in batch.tolist()) == list(range(40))
 
 
 def test_an_evaluation_that_does_not_fit_into_memory_says_what_to_do(
-    rows, model_and_tokenizer, accelerator, monkeypatch
+    rows, model_and_tokenizer, layout, accelerator, monkeypatch
 ):
     model, tokenizer = model_and_tokenizer
     examples, _ = batching.tokenize(TASK, rows, "logits", model, tokenizer)
     words = "CUDA out of memory. Tried to allocate 2.00 GiB"
     monkeypatch.setattr(model, "forward", lambda **inputs: (_ for _ in ()).throw(RuntimeError(words)))
     with pytest.raises(common.RunFailed, match=r"with 7 examples in an evaluation\nTry --eval_batch_size 4"):
-        batching.all_logits(model, examples, accelerator, 7, tokenizer.pad_token_id)
+        batching.all_logits(model, examples, accelerator, 7, layout)
 
 
 def test_a_model_without_a_limit_of_its_own_takes_the_tokenizers():

@@ -9,23 +9,25 @@ import pytest
 import torch
 from conftest import TORCHRUN_2, bert_config, lines_of, run_script
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, BertTokenizer
 
+import common
 import dropout
+import packing
 from dropout import Masks
 
 SHAPE = (32, 40, 384)  # examples, positions, columns
 
 
 def masks_of(seed=42, step=1, ids=range(32)):
-    masks = Masks(seed)
+    masks = Masks(seed, places=9)
     masks.begin(step, list(ids), "cpu")
     return masks
 
 
 def dropped(seed=42, step=1, place=1, p=0.1, shape=SHAPE, ids=range(32)):
     """Where a mask drops, as float64 0 and 1."""
-    return (~masks_of(seed, step, ids).keep(shape, place, p)).double()
+    return 1 - masks_of(seed, step, ids).keep(shape, place, p, torch.float64)
 
 
 def model_of(kind, **changes):
@@ -47,6 +49,11 @@ def model_of(kind, **changes):
             setattr(config, name, value)
     torch.manual_seed(0)
     return AutoModelForSequenceClassification.from_config(config)
+
+
+def masks_in(model):
+    """Let a model drop by masks, as common.lay_out does; return them."""
+    return packing.Layout(model, dropout.install(model, seed=1), pad_token_id=0).masks
 
 
 # ------------------------------------------------------------------------------------------------------ the numbers
@@ -114,6 +121,18 @@ def test_another_key_makes_an_unrelated_mask(changed):
     assert abs((one * other).mean() / 0.09 * one.numel() ** 0.5) < 4.5
 
 
+def test_places_are_not_correlated():
+    """All pairs of 30 places; of each four columns, the first has the fewest random bits to its name."""
+    masks = Masks(seed=7, places=30)
+    for step in (1, 2, 3):
+        masks.begin(step, list(range(64)), "cpu")
+        dropped = torch.stack([0.9 - masks.keep((64, 30, 96), place, 0.1, torch.float64) for place in range(30)])
+        for columns in (dropped, dropped[..., ::4]):
+            rows = columns.flatten(1)
+            scores = (rows @ rows.T / 0.09 / rows.shape[1] ** 0.5)[~torch.eye(30, dtype=torch.bool)]
+            assert scores.abs().max() < 4.5 and scores.std() == pytest.approx(1, abs=0.15)
+
+
 # ------------------------------------------------------------------------------------------------------ the layout
 
 
@@ -132,7 +151,7 @@ FAMILIES = ["bert", "distilbert", "roberta", "xlm-roberta", "mpnet", "electra", 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_drops_alike_in_every_layout(family):
     model = model_of(family)
-    masks = dropout.install(model, seed=1)
+    masks = masks_in(model)
     model.train()
     ids = torch.arange(5, 35).reshape(3, 10)
     mask = torch.ones_like(ids)
@@ -160,7 +179,7 @@ def test_attention_computes_what_transformers_computes(family, monkeypatch):
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0
     expected = plain(input_ids=ids, attention_mask=mask).logits
-    masks = dropout.install(model, seed=1)
+    masks = masks_in(model)
     calls = []
     monkeypatch.setattr(Masks, "drop", lambda self, values, place, p: calls.append(values.ndim) or values)
     model.train()
@@ -189,11 +208,10 @@ def test_the_models_own_rates_are_kept():
     assert len(set(places)) == len(places)
 
 
-def test_a_shape_without_the_examples_first_is_left_to_torch_and_told(caplog, monkeypatch):
-    monkeypatch.setattr(dropout.log, "propagate", True)
+def test_a_shape_without_the_examples_first_is_left_to_torch_and_found_out():
     config = AutoConfig.for_model("xlnet", vocab_size=100, d_model=32, n_layer=2, n_head=2, d_inner=64, dropout=0.1)
-    dropout.install(AutoModelForSequenceClassification.from_config(config), seed=1)
-    assert "torch's own" in caplog.text
+    model = AutoModelForSequenceClassification.from_config(config)
+    assert dropout.draws_from_torch(model, masks_in(model))
 
 
 def test_a_mask_of_numbers_is_added():
@@ -203,22 +221,23 @@ def test_a_mask_of_numbers_is_added():
     query, key, value = torch.randn(3, 2, 1, 4, 8)
     keep = torch.tensor([True, True, False, True]).expand(2, 1, 4, 4)
     of_numbers = torch.where(keep, 0.0, torch.finfo(torch.float32).min)
-    outputs = [dropout.attention(module, query, key, value, mask, dropout=0.5)[0] for mask in (keep, of_numbers)]
+    outputs = [packing.attention(module, query, key, value, mask, dropout=0.5)[0] for mask in (keep, of_numbers)]
     torch.testing.assert_close(*outputs)
 
 
-def test_dropout_that_is_torchs_own_is_told(caplog, monkeypatch):
+def test_dropout_that_is_torchs_own_is_told(vocabulary, caplog, monkeypatch):
     class Escapes(nn.Module):
         def forward(self, values):
             return nn.functional.dropout(values, 0.5, self.training)
 
-    monkeypatch.setattr(dropout.log, "propagate", True)
-    model = model_of("bert")
-    dropout.install(model, seed=1)
+    monkeypatch.setattr(common.log, "propagate", True)
+    caplog.set_level("INFO")
+    tokenizer = BertTokenizer(str(vocabulary))
+    common.lay_out(model_of("bert"), tokenizer)
     assert not caplog.records
     model = model_of("bert")
     model.bert.pooler.activation = Escapes()
-    dropout.install(model, seed=1)
+    common.lay_out(model, tokenizer)
     assert "torch's own" in caplog.text
 
 

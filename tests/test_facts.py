@@ -13,6 +13,7 @@ from datasets import Dataset
 import batching
 import common
 import facts
+import packing
 import splits
 from tasks import Task
 
@@ -79,6 +80,7 @@ def test_facts_of_a_table(table):
     assert data["padding"] == pytest.approx(1 - 22 / 24)
     data = facts.data_facts(task, found, examples, batches, micro_batch_size=1, processes=1, special_tokens=2)
     assert data["padding"] == 0
+    assert facts.data_facts(task, found, examples, batches, 2, 1, 2, is_row=True) == data
 
 
 def test_padding_follows_micro_batches_and_processes():
@@ -89,14 +91,19 @@ def test_padding_follows_micro_batches_and_processes():
         return facts.positions(lengths, batches, micro_batch_size, processes)
 
     assert filled(4, 1) == 4 * 8 + 3 * 7
-    assert filled(2, 1) == 2 * 5 + 2 * 8 + 2 * 6 + 7
-    assert filled(3, 1) == 3 * 5 + 8 + 3 * 7
-    assert filled(4, 2) == 2 * 3 + 2 * 8 + 2 * 7 + 6  # rank 0 has 0 2 and 4 6, rank 1 has 1 3 and 5
+    assert filled(2, 1) == 2 * 8 + 2 * 3 + 2 * 7 + 4  # longest first: 8 5, 3 2 and 7 6, 4
+    assert filled(3, 1) == 3 * 8 + 2 + 3 * 7
+    assert filled(4, 2) == 2 * 8 + 2 * 5 + 2 * 7 + 6  # rank 0 has 8 3 and 7 4, rank 1 has 5 2 and 6
     assert filled(1, 2) == filled(1, 1) == filled(9, 8) == lengths.sum()
+    assert facts.positions(lengths, batches, 4, 1, is_row=True) == lengths.sum()
 
 
+@pytest.mark.parametrize("is_row", [False, True])
 @pytest.mark.parametrize(("micro_batch_size", "processes"), [(5, 1), (2, 1), (5, 3), (2, 2), (100, 2)])
-def test_positions_are_those_that_the_loader_lays_out(micro_batch_size, processes):
+def test_positions_are_those_that_the_loader_lays_out(vocabulary, micro_batch_size, processes, is_row):
+    model, _, _ = common.load_model(bert_config(vocabulary), TASK)
+    layout = packing.Layout(model, masks=None, pad_token_id=0)
+    layout.is_row = is_row
     lengths = np.random.default_rng(0).integers(1, 30, 23)
     rows = {"input_ids": [[1] * n for n in lengths], "length": lengths, "label": [0] * 23}
     examples, batches = Dataset.from_dict(rows), batching.plan(23, 5, seed=1, steps=7)
@@ -104,9 +111,9 @@ def test_positions_are_those_that_the_loader_lays_out(micro_batch_size, processe
     for rank in range(processes):
         accelerator = Accelerator(cpu=True)
         process = type("P", (), {"process_index": rank, "num_processes": processes, "device": accelerator.device})
-        for micro_batches in batching.step_loader(examples, batches, process, micro_batch_size, pad_token_id=0):
+        for micro_batches in batching.step_loader(examples, batches, process, micro_batch_size, layout):
             counted += sum(part["positions"] for part in micro_batches)
-    assert facts.positions(lengths, batches, micro_batch_size, processes) == counted
+    assert facts.positions(lengths, batches, micro_batch_size, processes, is_row) == counted
 
 
 # ------------------------------------------------------------------------------------------------------------ labels
@@ -209,10 +216,15 @@ def test_is_chinese(texts, expected):
 
 @pytest.fixture
 def batch(vocabulary):
-    """A model with dropout in training, and a batch of it."""
+    """A model with dropout in training, its layout, and a micro-batch of it; the last pass was of other examples."""
     model, tokenizer, _ = common.load_model(bert_config(vocabulary, hidden_dropout_prob=0.5), TASK)
-    inputs = tokenizer(["the room was good .", "bad", "the film was very dull"], padding=True, return_tensors="pt")
-    return model.train(), dict(inputs), torch.tensor([1, 0, 0])
+    layout = common.lay_out(model, tokenizer)
+    encoded = tokenizer(["the film was very dull", "the room was good", "bad"])
+    lengths = [len(ids) for ids in encoded["input_ids"]]
+    inputs = layout.lay_out({"input_ids": encoded["input_ids"], "token_type_ids": encoded["token_type_ids"]})
+    layout.begin(0, [7], [2], "cpu")
+    micro_batch = {"ids": [3, 4, 5], "lengths": lengths, "inputs": inputs, "labels": torch.tensor([1, 0, 0])}
+    return model.train(), layout, micro_batch
 
 
 def loss_of(logits, labels):
@@ -220,17 +232,17 @@ def loss_of(logits, labels):
 
 
 def test_a_model_computes_what_its_copy_does(batch):
-    model, inputs, labels = batch
+    model, layout, micro_batch = batch
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    assert facts.compare_with_cpu(model, inputs, labels, loss_of, nullcontext()) == pytest.approx([0, 0], abs=1e-6)
+    assert facts.compare_with_cpu(model, layout, micro_batch, loss_of, nullcontext()) == pytest.approx([0, 0], abs=1e-6)
     assert model.training and all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_frozen_parts_have_no_gradients_to_compare(batch):
-    model, inputs, labels = batch
+    model, layout, micro_batch = batch
     model.base_model.requires_grad_(False)
-    assert facts.compare_with_cpu(model, inputs, labels, loss_of, nullcontext()) == pytest.approx([0, 0], abs=1e-6)
+    assert facts.compare_with_cpu(model, layout, micro_batch, loss_of, nullcontext()) == pytest.approx([0, 0], abs=1e-6)
 
 
 def test_bf16_stays_within_its_tolerance_and_is_seen(batch):
@@ -239,17 +251,17 @@ def test_bf16_stays_within_its_tolerance_and_is_seen(batch):
 
 
 def test_wrong_numbers_are_far_off(batch):
-    model, inputs, labels = batch
+    model, layout, micro_batch = batch
 
     def perturbed(memo):
         del model.__deepcopy__
-        other = copy.deepcopy(model)
+        other = copy.deepcopy(model, memo)
         with torch.no_grad():
             other.classifier.weight.mul_(-1)
         return other
 
     model.__deepcopy__ = perturbed
-    logits, gradients = facts.compare_with_cpu(model, inputs, labels, loss_of, nullcontext())
+    logits, gradients = facts.compare_with_cpu(model, layout, micro_batch, loss_of, nullcontext())
     assert min(logits, gradients) > facts.TOLERANCE["bf16"]
 
 

@@ -12,6 +12,7 @@ from test_checkpoint import accelerator  # noqa: F401 - a fixture
 from test_preemption import ended, start, start_2, state_of
 
 import batching
+import packing
 from common import BadInput
 
 LENGTHS = [3, 9, 4, 8, 5, 7, 6, 2, 9, 1]
@@ -39,8 +40,12 @@ class Model(torch.nn.Module):
 @pytest.fixture
 def probe(accelerator):  # noqa: F811
     examples = datasets.Dataset.from_dict({"input_ids": [[1] * length for length in LENGTHS], "length": LENGTHS})
-    masks = SimpleNamespace(begin=lambda step, ids, device: masks.seen.append(np.asarray(ids).tolist()), seen=[])
-    return lambda model, share: batching.largest_micro_batch(accelerator, model, masks, examples, 0, share), masks
+    seen = []
+    layout = SimpleNamespace(
+        lay_out=lambda rows: packing.pad(rows, 0),
+        begin=lambda step, ids, lengths, device: seen.append((ids.tolist(), lengths.tolist())),
+    )
+    return lambda model, share: batching.largest_micro_batch(accelerator, model, layout, examples, share), seen
 
 
 @pytest.mark.parametrize("message", [CUDA, CPU])
@@ -50,10 +55,10 @@ def probe(accelerator):  # noqa: F811
 )
 def test_the_share_or_a_half_or_a_quarter_of_it(probe, message, room, share, tried):
     model = Model(room, message)
-    largest, masks = probe
+    largest, seen = probe
     assert largest(model, share) == tried[-1]
     assert model.shapes == [(size, 9) for size in tried]  # the longest examples
-    assert masks.seen == [[1, 8, 3, 5, 6, 4, 2, 0, 7, 9][:size] for size in tried]
+    assert seen == [([1, 8, 3, 5, 6, 4, 2, 0][:size], [9, 9, 8, 7, 6, 5, 4, 3][:size]) for size in tried]
 
 
 def test_fewer_examples_than_the_share(probe):
@@ -116,10 +121,10 @@ def ask_for(examples):
 IN_TRAINING = """
 import dropout
 begin = dropout.Masks.begin
-def hungry(self, step, ids, device):
-    if step in {steps} and os.environ.get("RANK", "0") == {rank!r}:
+def hungry(self, step, ids, *given):
+    if step in {steps} and torch.is_grad_enabled() and os.environ.get("RANK", "0") == {rank!r}:
         ask_for(len(ids))
-    return begin(self, step, ids, device)
+    return begin(self, step, ids, *given)
 dropout.Masks.begin = hungry
 """
 IN_EVALUATION = """
@@ -129,7 +134,7 @@ forward = BertForSequenceClassification.forward
 @functools.wraps(forward)
 def hungry(self, *given, **inputs):
     if torch.is_inference_mode_enabled():
-        ask_for(len(inputs["input_ids"]))
+        ask_for(int((inputs["position_ids"] == 0).sum()))  # each example has one of them
     return forward(self, *given, **inputs)
 BertForSequenceClassification.forward = hungry
 """

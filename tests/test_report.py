@@ -256,7 +256,7 @@ def test_the_model_card_has_scores_baselines_and_a_way_to_load():
 # ---------------------------------------------------------------------------------------------------------- a dry run
 
 
-def describe(monkeypatch, log_lines, tmp_path, differences, device="npu", **changes):
+def describe(monkeypatch, log_lines, tmp_path, differences, device="npu", lengths=(10,) * 100, is_row=True, **changes):
     """What describe_run says of 100 steps of 4 after a few of them, on a device whose numbers differ so much."""
     args = {
         "batch_size": 4,
@@ -275,7 +275,7 @@ def describe(monkeypatch, log_lines, tmp_path, differences, device="npu", **chan
     (tmp_path / "checkpoints" / "step-00000004").mkdir(parents=True)
     (tmp_path / "checkpoints" / "step-00000004" / "model.safetensors").write_bytes(b"0" * 4_600_000)
     examples = {
-        "train": Dataset.from_dict({"length": [10] * 100}),
+        "train": Dataset.from_dict({"length": list(lengths)}),
         "validation": Dataset.from_dict({"length": [6] * 50}),
     }
     accelerator = SimpleNamespace(
@@ -288,7 +288,9 @@ def describe(monkeypatch, log_lines, tmp_path, differences, device="npu", **chan
     batches = batching.plan(100, 4, seed=1, steps=100)
     micro_batch = {"inputs": {}, "labels": None}
     model = torch.nn.Linear(1000, 1000, bias=False)
-    report.describe_run(TASK, args, accelerator, model, batches, examples, ["validation"], progress, micro_batch)
+    layout = SimpleNamespace(is_row=is_row)
+    of_run = (layout, batches, examples, ["validation"], progress, micro_batch)
+    report.describe_run(TASK, args, accelerator, model, *of_run)
     return dict(line.split(maxsplit=1) for line in log_lines[-1].splitlines())
 
 
@@ -304,6 +306,17 @@ def test_a_dry_run_counts_what_is_to_come(monkeypatch, log_lines, tmp_path):
     assert table["files"] == "runs/two/: model/ 4 MB, and until then up to 4 checkpoints of 5 MB"
     assert table["check"] == "largest difference from fp32 on the CPU: logits 1.0e-03, gradients 2.0e-03"
     assert len(log_lines) == 1
+
+
+@pytest.mark.parametrize("is_row", [False, True])
+def test_padding_costs_time(monkeypatch, log_lines, tmp_path, is_row):
+    """Of four examples, longest first, the third is padded to the first's length, the fourth to the second's."""
+    lengths = np.array([10, 30] * 50)
+    table = describe(monkeypatch, log_lines, tmp_path, [0, 0], lengths=lengths, is_row=is_row)
+    padded = sum(2 * sum(sorted(lengths[batch])[2:]) for batch in batching.plan(100, 4, seed=1, steps=100))
+    seconds = round((100 * 4 * 20 if is_row else padded) / 100)  # 100 positions a second
+    assert (seconds == 80) == is_row
+    assert f"(0:01:{seconds - 60:02} training" in table["time"]
 
 
 def test_rows_of_train_that_are_scored_cost_time(monkeypatch, log_lines, tmp_path):

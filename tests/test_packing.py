@@ -1,0 +1,433 @@
+"""packing.py: examples end to end have the numbers of the padded model, and a model that has not is found out."""
+
+import copy
+import sys
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import bert_config, lines_of, make_rows, write_review_task
+from datasets import Dataset
+from test_processes import train
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+import batching
+import common
+import packing
+import predict
+from tasks import Task
+
+PADDING, VOCABULARY = 1, 50
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+}
+DISTILBERT = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": 64}
+MODERNBERT = {"num_hidden_layers": 4, "local_attention": 8, "global_attn_every_n_layers": 3}
+FAMILIES = {
+    "bert": SMALL,
+    "distilbert": DISTILBERT,
+    "roberta": SMALL,
+    "xlm-roberta": SMALL,
+    "mpnet": SMALL,
+    "electra": {**SMALL, "embedding_size": 16},
+    "albert": {**SMALL, "embedding_size": 16},
+    "modernbert": {**SMALL, **MODERNBERT},
+}
+PADDED = {
+    "deberta-v2": {**SMALL, "relative_attention": True, "position_buckets": 8, "pooler_hidden_size": 32},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "xlnet": {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64},
+    "convbert": {**SMALL, "embedding_size": 32},
+}
+RATES = ["hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout_prob", "classifier_dropout"]
+RATES += ["dropout", "attention_dropout", "seq_classif_dropout", "mlp_dropout", "embedding_dropout"]
+LENGTHS = {
+    "ragged": [30, 28, 27, 22, 17, 9, 9, 5, 3],
+    "all equal": [12, 12, 12],
+    "one": [19],
+    "one token": [7, 1, 1],
+}
+
+
+def plain_model(family, sizes):
+    """A model as transformers computes it, with its explicit attention; its weights are so large that all count."""
+    names = dict.fromkeys(("bos_token_id", "cls_token_id"), 2) | dict.fromkeys(("eos_token_id", "sep_token_id"), 3)
+    config = AutoConfig.for_model(family, **sizes, **names, vocab_size=VOCABULARY, pad_token_id=PADDING, num_labels=3)
+    for name in RATES:
+        if hasattr(config, name):
+            setattr(config, name, 0.1)
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def tokenizer(texts):
+    """Stands in for a tokenizer where a model is tried."""
+    return {"input_ids": [[2, *(4 + ord(letter) % 40 for letter in text), 3] for text in texts]}
+
+
+tokenizer.pad_token_id = PADDING
+
+
+def models_of(family, sizes=None):
+    """Return (plain, model, layout): a model as transformers has it, and the same as we lay it out."""
+    plain = plain_model(family, sizes or FAMILIES[family])
+    model = copy.deepcopy(plain)
+    layout = common.lay_out(model, tokenizer, seed=1)
+    return plain, model, layout
+
+
+def examples_of(lengths, pairs=False):
+    """The columns of examples of so many tokens; of pairs, the second text is of type 1."""
+    chooser = np.random.default_rng(sum(lengths))
+    examples = {"input_ids": [chooser.integers(4, VOCABULARY, length).tolist() for length in lengths]}
+    if pairs:
+        examples["token_type_ids"] = [[0] * (length // 3) + [1] * (length - length // 3) for length in lengths]
+    return examples
+
+
+def padded(examples):
+    """The inputs of transformers' own models, with torch's padding."""
+    columns = {name: [torch.tensor(values) for values in column] for name, column in examples.items()}
+    inputs = {name: pad_sequence(column, batch_first=True) for name, column in columns.items()}
+    ones = [torch.ones_like(ids) for ids in columns["input_ids"]]
+    inputs["attention_mask"] = pad_sequence(ones, batch_first=True)
+    inputs["input_ids"][inputs["attention_mask"] == 0] = PADDING
+    return inputs
+
+
+def results(model, inputs):
+    """Return (logits, {name: gradient}) of a batch, and leave no gradients."""
+    logits = model(**inputs).logits.float()
+    labels = torch.arange(len(logits)) % 3
+    torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return logits.detach(), gradients
+
+
+def of_layout(model, layout, examples, is_row, step=3):
+    """Return results of examples in a row, or padded by us."""
+    layout.is_row = is_row
+    lengths = [len(ids) for ids in examples["input_ids"]]
+    layout.begin(step, range(100, 100 + len(lengths)), lengths, "cpu")
+    return results(model, layout.lay_out(examples))
+
+
+def assert_equal(ours, theirs, tolerance=1e-5):
+    """Logits and gradients agree: the difference of each is small beside it, or where it is 0, beside the others."""
+    (logits, gradients), (expected_logits, expected) = ours, theirs
+    assert logits.shape == expected_logits.shape
+    torch.testing.assert_close(logits, expected_logits, rtol=tolerance, atol=tolerance)
+    assert gradients.keys() == expected.keys() and gradients
+    typical = np.median([gradient.norm() for gradient in expected.values()])
+    for name, gradient in gradients.items():
+        difference = (gradient - expected[name]).norm()
+        assert difference <= tolerance * max(expected[name].norm(), typical), (name, difference)
+
+
+# ------------------------------------------------------------------------------------------ the numbers of the padded
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_gradients_are_those_of_transformers(family, lengths):
+    plain, model, layout = models_of(family)
+    assert layout.is_row
+    examples = examples_of(lengths)
+    expected = results(plain, padded(examples))
+    for is_row in (True, False):
+        assert_equal(of_layout(model, layout, examples, is_row), expected)
+
+
+@pytest.mark.parametrize("constant", ["LONG", "GROUP_LIMIT"])
+@pytest.mark.parametrize("family", ["bert", "modernbert", "mpnet"])
+def test_other_ways_to_compute_attention_give_the_same(family, constant, monkeypatch):
+    """torch's own attention; groups of one example."""
+    monkeypatch.setattr(packing, constant, 0)
+    plain, model, layout = models_of(family)
+    examples = examples_of(LENGTHS["ragged"])
+    assert_equal(of_layout(model, layout, examples, is_row=True), results(plain, padded(examples)))
+    inputs = layout.lay_out(examples)
+    layout.begin(0, range(9), LENGTHS["ragged"], "cpu")
+    with torch.inference_mode():
+        logits = model(**inputs).logits
+        torch.testing.assert_close(logits, plain(**padded(examples)).logits, rtol=1e-5, atol=1e-5)
+    groups = {"LONG": [8, 1], "GROUP_LIMIT": [1] * 9}[constant]
+    assert [group.number for group in layout.masks.row.groups] == groups
+
+
+def test_steps_of_like_size_have_rows_and_groups_of_few_shapes():
+    """Each new shape costs a CPU some milliseconds, in which its products are compiled."""
+    chooser = np.random.default_rng(0)
+    rows, groups = set(), set()
+    for _ in range(200):
+        lengths = -np.sort(-chooser.integers(30, 90, 32))
+        row = packing.Row(lengths, 12, "cpu")
+        assert lengths.sum() <= row.tokens <= lengths.sum() * 33 / 32 + 1
+        assert sum(group.number for group in row.groups) == 32
+        rows.add(row.tokens)
+        groups |= {(group.number, group.width) for group in row.groups}
+    assert len(rows) <= 25 and len(groups) <= 20
+
+
+@pytest.mark.parametrize("family", ["bert", "electra", "albert"])
+def test_pairs_of_texts(family):
+    plain, model, layout = models_of(family)
+    examples = examples_of(LENGTHS["ragged"], pairs=True)
+    ours = of_layout(model, layout, examples, is_row=True)
+    assert_equal(ours, results(plain, padded(examples)))
+    of_one_text = {"input_ids": examples["input_ids"]}
+    assert (of_layout(model, layout, of_one_text, is_row=True)[0] - ours[0]).abs().max() > 1e-2  # the types count
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dropout_is_the_same_in_both_layouts(family, lengths):
+    _, model, layout = models_of(family)
+    model.train()
+    examples = examples_of(lengths)
+    row = of_layout(model, layout, examples, is_row=True)
+    assert_equal(row, of_layout(model, layout, examples, is_row=False))
+    model.eval()
+    assert (of_layout(model, layout, examples, is_row=True)[0] - row[0]).abs().max() > 1e-2  # there was some
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_is_as_close_as_padded(family):
+    """Rounded at other places, no more: as far from fp32 as transformers in bf16 is."""
+    plain, model, layout = models_of(family)
+    examples = examples_of(LENGTHS["ragged"])
+    exact = results(plain, padded(examples))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        row, theirs = of_layout(model, layout, examples, is_row=True), results(plain, padded(examples))
+
+    def error(one):
+        pairs = [(one[0], exact[0]), *((one[1][name], expected) for name, expected in exact[1].items())]
+        squares = [((values - expected).square().sum(), expected.square().sum()) for values, expected in pairs]
+        of_logits, of_gradients = squares[0], torch.tensor(squares[1:]).sum(dim=0)
+        return [float((difference / size) ** 0.5) for difference, size in (of_logits, of_gradients)]
+
+    for ours, expected in zip(error(row), error(theirs), strict=True):
+        assert 1e-4 < ours < 1.25 * expected + 2**-9
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_text_that_speaks_of_padding(family):
+    """RoBERTa and its relatives do not count such a token among the positions."""
+    plain, model, layout = models_of(family)
+    examples = examples_of(LENGTHS["ragged"])
+    for ids in examples["input_ids"][::2]:
+        ids[1] = PADDING
+    assert_equal(of_layout(model, layout, examples, is_row=True), results(plain, padded(examples)))
+
+
+def test_mpnet_makes_its_bias_for_the_longest_example_not_for_the_row():
+    """Which would be the square of all tokens."""
+    _, model, layout = models_of("mpnet")
+    shapes = []
+    model.mpnet.encoder.relative_attention_bias.register_forward_hook(
+        lambda module, given, output: shapes.append(tuple(given[0].shape))
+    )
+    of_layout(model, layout, examples_of(LENGTHS["ragged"]), is_row=True)
+    assert shapes == [(32, 32)]
+
+
+@pytest.mark.parametrize("family", ["bert", "mpnet"])
+def test_a_copy_of_a_model_has_parts_of_its_own(family):
+    _, model, layout = models_of(family)
+    examples = examples_of(LENGTHS["ragged"])
+    expected = of_layout(model, layout, examples, is_row=True)
+    other, other_layout = copy.deepcopy((model, layout))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    layout.begin(0, [0], [1], "cpu")
+    assert_equal(of_layout(other, other_layout, examples, is_row=True), expected)
+
+
+# ------------------------------------------------------------------------------------------------- ways of training
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_activations_that_are_computed_again(family):
+    _, model, layout = models_of(family)
+    examples = examples_of(LENGTHS["ragged"])
+    model.train()
+    expected = of_layout(model, layout, examples, is_row=False)
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    assert_equal(of_layout(model, layout, examples, is_row=True), expected)
+
+
+@pytest.mark.parametrize("frozen", ["encoder", "embeddings", "1"])
+def test_frozen_parts(frozen):
+    plain, model, layout = models_of("bert")
+    examples = examples_of(LENGTHS["ragged"])
+    everything = results(plain, padded(examples))
+    for one in (plain, model):
+        common.freeze(one, frozen)
+    expected = results(plain, padded(examples))
+    assert len(expected[1]) < len(everything[1])
+    assert_equal(of_layout(model, layout, examples, is_row=True), expected)
+
+
+ONE = (sys.executable,)
+PADS = """
+import packing
+packing.agrees = lambda *given: False
+"""
+
+
+def test_two_processes_train_in_rows_as_one_does_padded(review_task, vocabulary):
+    config = bert_config(vocabulary, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
+    task = write_review_task(review_task.with_name("dropout.yaml"), config)
+    flags = ["--max_steps", 14, "--log_every", 1, "--eval_every", 7, "--micro_batch_size", 5]
+    losses, scores = [], []
+    for change, launcher in ((PADS, {"launcher": ONE}), ("", {})):
+        output = ["--output_dir", f"run-{len(losses)}"]
+        done, *_ = train(task, *flags, *output, change=change, **launcher)
+        assert done.returncode == 0, done.stderr
+        assert ("this model needs padding" in done.stdout) == bool(change)
+        folder = task.parent / output[1]
+        losses.append([line["loss"] for line in lines_of(folder)])
+        scores.append([(line["loss"], *line["scores"].values()) for line in lines_of(folder, "eval")])
+    assert len(losses[0]) == 14 and len(scores[0]) == 2
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    np.testing.assert_allclose(scores[1], scores[0], rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------- evaluating and predicting
+
+
+@pytest.mark.parametrize("batch_size", [4, 64])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_evaluation_has_the_logits_of_transformers(family, batch_size):
+    plain, model, layout = models_of(family)
+    lengths = np.random.default_rng(0).permutation(LENGTHS["ragged"] + LENGTHS["one token"]).tolist()
+    examples = examples_of(lengths)
+    table = Dataset.from_dict({**examples, "length": lengths})
+    logits = batching.all_logits(model, table, Accelerator(cpu=True), batch_size, layout)
+    with torch.no_grad():
+        expected = plain(**padded(examples)).logits
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("texts", [1, 2])
+def test_predictions_come_in_the_order_of_the_texts(tiny_bert, texts):
+    columns = [[text for text, _ in make_rows(30, seed)] for seed in range(texts)]
+    task = Task(name="", text=["a", "b"][:texts], labels=["negative", "positive"], max_length=32)
+    model, real, _ = common.load_model(str(tiny_bert), task)
+    plain = copy.deepcopy(model).eval()
+    layout = common.lay_out(model.eval(), real)
+    assert layout.is_row
+    logits = predict.predict(task, model, real, layout, Accelerator(cpu=True), columns, batch_size=7)
+    inputs = real(*columns, padding=True, truncation="longest_first", max_length=32, return_tensors="pt")
+    assert len(set(inputs["attention_mask"].sum(dim=1).tolist())) > 3
+    with torch.no_grad():
+        np.testing.assert_allclose(logits, plain(**inputs).logits, rtol=1e-5, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------- models that cannot do it
+
+
+def assert_runs_padded(plain, model, layout, said):
+    """It is padded, this is said, and its numbers are those of transformers."""
+    assert not layout.is_row
+    assert said.count("this model needs padding") == 1
+    lengths = [30, 3, 17, 17, 28, 9]
+    examples = examples_of(lengths)
+    table = Dataset.from_dict({**examples, "length": lengths})
+    logits = batching.all_logits(model, table, Accelerator(cpu=True), 64, layout)
+    with torch.no_grad():
+        np.testing.assert_allclose(logits, plain(**padded(examples)).logits, rtol=1e-5, atol=1e-5)
+    longest_first = examples_of(sorted(lengths, reverse=True))
+    assert_equal(of_layout(model, layout, longest_first, is_row=False), results(plain, padded(longest_first)))
+
+
+@pytest.fixture
+def log_of(caplog, monkeypatch):
+    """A function that returns what the log has said."""
+    monkeypatch.setattr(common.log, "propagate", True)
+    caplog.set_level("INFO", logger="classifier")
+    return lambda: caplog.text
+
+
+MEAN = {**FAMILIES["modernbert"], "classifier_pooling": "mean"}
+
+
+@pytest.mark.parametrize(("family", "sizes"), [*PADDED.items(), ("modernbert", MEAN)])
+def test_a_family_that_needs_padding_is_found_out(family, sizes, log_of):
+    assert_runs_padded(*models_of(family, sizes), log_of())
+
+
+def test_a_family_that_needs_none_is_not_told_of(log_of):
+    models_of("bert")
+    assert "padding" not in log_of()
+
+
+def mix_neighbours(module, given, output):
+    return output + 0.1 * output.roll(1, dims=1)
+
+
+def no_attention(module):
+    module.forward = lambda hidden_states, *given, **options: (torch.zeros_like(hidden_states), None)
+
+
+def attention_twice(module):
+    forward = module.forward
+
+    def twice(*given, **options):
+        forward(*given, **options)
+        return forward(*given, **options)
+
+    module.forward = twice
+
+
+@pytest.mark.parametrize("change", [no_attention, attention_twice])
+def test_a_layer_that_does_not_attend_once_is_refused(change, log_of):
+    """Though its logits are the same: what else it may do with the other examples is not known."""
+    plain = plain_model("bert", SMALL)
+    change(plain.bert.encoder.layer[1].attention.self)
+    model = plain_model("bert", SMALL)
+    change(model.bert.encoder.layer[1].attention.self)
+    layout = common.lay_out(model, tokenizer, seed=1)
+    assert_runs_padded(plain, model, layout, log_of())
+    examples = examples_of([9, 4])
+    row = of_layout(model, layout, examples, is_row=True)
+    assert_equal(row, results(plain, padded(examples)))
+
+
+def test_a_layer_that_reads_its_neighbours_is_found_out(log_of):
+    plain = plain_model("bert", SMALL)
+    plain.bert.encoder.layer[1].intermediate.register_forward_hook(mix_neighbours)
+    model = plain_model("bert", SMALL)
+    model.bert.encoder.layer[1].intermediate.register_forward_hook(mix_neighbours)
+    layout = common.lay_out(model, tokenizer, seed=1)
+    assert_runs_padded(plain, model, layout, log_of())
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+@pytest.mark.parametrize("family", ["bert", "modernbert", "mpnet", "deberta-v2", "gpt2"])
+def test_a_model_that_was_tried_is_as_it_was(family, is_training):
+    _, model, layout = models_of(family, {**FAMILIES, **PADDED}[family])
+    layout.is_row = False
+    model.train(is_training)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.random.get_rng_state()
+    for column in ("input_ids", "token_type_ids"):  # one that the model takes, one that it may not
+        packing.agrees(model, layout, examples_of([9, 4], pairs=column == "token_type_ids"))
+        assert all(module.training == is_training for module in model.modules())
+        assert not layout.is_row and layout.masks.row is None
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.is_grad_enabled()
