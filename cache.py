@@ -44,26 +44,38 @@ def write_json(path, content):
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def cached_table(key, schema, make_columns):
-    """Return (Dataset, made): the table named `key` from the cache, made first where it is not there.
+def table_path(key):
+    return cache_folder() / f"{key}.arrow"
 
-    make_columns() yields the columns of some rows at a time, as dicts of lists. The file is complete or absent.
-    """
-    import pyarrow as pa
+
+def open_table(key):
+    """Return the table named `key` of the cache: a Dataset, memory-mapped."""
     from datasets import Dataset
 
-    path = cache_folder() / f"{key}.arrow"
-    made = not path.exists()
+    return Dataset.from_file(str(table_path(key)))
+
+
+def write_table(key, schema, columns):
+    """Write the table named `key`: `columns` yields those of some rows at a time. The file is complete or absent."""
+    import pyarrow as pa
+
+    path = table_path(key)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+            for some in columns:
+                writer.write_batch(pa.RecordBatch.from_pydict(some, schema=schema))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def cached_table(key, schema, make_columns):
+    """Return (Dataset, made): the table named `key` from the cache, written by make_columns() where it is not there."""
+    made = not table_path(key).exists()
     if made:
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-                for columns in make_columns():
-                    writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=schema))
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    return Dataset.from_file(str(path)), made
+        write_table(key, schema, make_columns())
+    return open_table(key), made
 
 
 def one_process_at_a_time():

@@ -169,7 +169,10 @@ def with_labels_of(model, facts, task):
 
 
 def freeze(model, part):
-    """Stop the gradients of a pretrained part: none, encoder, embeddings, or N (embeddings and the first N layers)."""
+    """Stop the gradients of a pretrained part: none, encoder, embeddings, or N (embeddings and the first N layers).
+
+    Its dropout is off, too, in model.train() as well: what is not trained needs no noise.
+    """
     from torch.nn import ModuleList
 
     encoder = model.base_model
@@ -184,3 +187,4 @@ def freeze(model, part):
         raise BadInput(f"--freeze {part}: no such part of this model", f"Parts: {', '.join(parts)}.")
     for module in parts[part]:
         module.requires_grad_(False)
+        module.eval().train = lambda mode=True, module=module: module  # model.train() calls this, and changes nothing

@@ -1,0 +1,305 @@
+"""features.py and frozen parts: the numbers of a run whose encoder runs in each step, without running it."""
+
+import csv
+import json
+
+import pytest
+import torch
+import transformers
+from conftest import TORCHRUN_2, WORDS, lines_of, make_rows, run_script, write_review_task, write_table
+from data_help import use_cache
+from safetensors.torch import load_file, save_file
+from test_families import FAMILIES
+
+import batching
+import common
+import features
+import models
+
+FLAGS = ("--freeze", "encoder", "--log_every", 1, "--threads", 1, "--learning_rate", 0.01, "--eval_every", 20)
+NO_FEATURES = "the frozen encoder runs in each step"
+
+
+def make_model(folder, vocabulary, family="bert", **changes):
+    """Write a tiny random model with dropout (0.1, transformers' own default) and a tokenizer; return the folder."""
+    config_class, values = FAMILIES[family]
+    torch.manual_seed(0)
+    config = getattr(transformers, config_class)(**{"vocab_size": len(WORDS) + 5, **values, **changes})
+    transformers.AutoModel.from_config(config).save_pretrained(folder)
+    transformers.BertTokenizer(str(vocabulary)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def task(reviews, vocabulary, empty_cache):
+    """The reviews with a BERT that has dropout everywhere, and a cache of their own."""
+    return write_review_task(reviews / "reviews.yaml", str(make_model(reviews / "bert", vocabulary)))
+
+
+@pytest.fixture
+def train(task, run_inside):
+    """Train in this process; return [output, losses of the steps, evaluations, weights at the end]."""
+
+    def run(output, *flags):
+        arguments = ["--task", task, "--output_dir", output, *FLAGS, *flags]
+        code, printed, errors = run_inside("train.py", *arguments, cwd=task.parent)
+        assert code == 0, errors
+        return [printed, *results_of(task.parent / output)]
+
+    return run
+
+
+def results_of(folder):
+    losses = [line["loss"] for line in lines_of(folder)]
+    evaluations = [(line["step"], line["loss"], line["scores"]) for line in lines_of(folder, "eval")]
+    return losses, evaluations, load_file(folder / "model" / "model.safetensors")
+
+
+def without_features(monkeypatch):
+    monkeypatch.setattr(features, "of_splits", lambda model, layout, examples, *rest: (layout, examples))
+
+
+def assert_agree(one, other, tolerance=1e-5):
+    """Losses, evaluations and weights of two runs, as results_of returns them, are the same."""
+    assert len(one[0]) == len(other[0]) and one[0] == pytest.approx(other[0], abs=tolerance)
+    assert [(step, scores) for step, _, scores in one[1]] == [(step, scores) for step, _, scores in other[1]]
+    assert [loss for _, loss, _ in one[1]] == pytest.approx([loss for _, loss, _ in other[1]], abs=tolerance)
+    for name, value in one[2].items():
+        torch.testing.assert_close(value, other[2][name], rtol=0, atol=tolerance)
+
+
+# ------------------------------------------------------------------------------------------------------ frozen parts
+
+
+@pytest.mark.parametrize("part", ["none", "embeddings", "1", "encoder"])
+@pytest.mark.parametrize("is_row", [True, False])
+def test_a_frozen_part_drops_nothing_and_the_rest_does(tmp_path, vocabulary, part, is_row):
+    make_model(tmp_path, vocabulary, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
+    model, tokenizer, _ = models.load_model(str(tmp_path))
+    layout = common.lay_out(model, tokenizer)
+    assert layout.is_row
+    layout.is_row = is_row
+    models.freeze(model, part)
+    places = {"embeddings": model.bert.embeddings, "first": model.bert.encoder.layer[0], "encoder": model.bert}
+    seen = {name: [] for name in [*places, "logits"]}
+    for name, module in places.items():
+        module.register_forward_hook(
+            lambda _, given, output, name=name: seen[name].append(output if torch.is_tensor(output) else output[0])
+        )
+    examples = dict(tokenizer(["the room was very good and the film was bad .", "the meal was fine ."]))
+    lengths = [len(ids) for ids in examples["input_ids"]]
+    model.train()
+    for step in (1, 2):  # the masks are others
+        layout.begin(step, [0, 1], lengths, "cpu")
+        seen["logits"].append(model(**layout.lay_out(examples)).logits)
+    alike = [name for name, outputs in seen.items() if torch.equal(*outputs)]
+    assert (
+        alike
+        == {
+            "none": [],
+            "embeddings": ["embeddings"],
+            "1": ["embeddings", "first"],
+            "encoder": ["embeddings", "first", "encoder"],
+        }[part]
+    )
+    model.eval()
+    assert not any(module.training for module in model.modules())
+    assert model.train().classifier.training
+
+
+# ------------------------------------------------------------------------------------------------------ the numbers
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_50_steps_are_those_of_an_encoder_that_runs_in_each(train, task, vocabulary, monkeypatch, family):
+    """With dropout in the head, where it has any. The models that run padded (DeBERTa) have features, too."""
+    flags = ("--max_steps", 50, "--model", make_model(task.parent / "model", vocabulary, family))
+    printed, *cached = train("cached", *flags)
+    assert "features of the frozen encoder: train in " in printed
+    without_features(monkeypatch)
+    assert_agree(cached, train("uncached", *flags)[1:])
+
+
+def test_dropout_in_the_head_is_on(train, task, vocabulary):
+    """Else the test above would say nothing of it."""
+    dry = make_model(task.parent / "dry", vocabulary, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    with_dropout = train("with", "--max_steps", 3)[1]
+    without = train("without", "--max_steps", 3, "--model", dry)[1]
+    assert abs(with_dropout[0] - without[0]) > 1e-4
+
+
+def test_the_encoder_runs_in_no_step_and_no_evaluation(train, monkeypatch):
+    of_splits, numbers = features.of_splits, []
+
+    def forbidding(model, *given):
+        def forbidden(*_):
+            raise AssertionError("the encoder ran")
+
+        result = of_splits(model, *given)
+        for part in model.base_model.modules():
+            if part is not model.base_model:
+                part.register_forward_pre_hook(forbidden)
+        model.classifier.register_forward_hook(lambda _, given, output: numbers.append(len(output)))
+        return result
+
+    monkeypatch.setattr(features, "of_splits", forbidding)
+    train("run", "--max_steps", 20, "--final_test", "--eval_train_rows", 30, "--micro_batch_size", 7)
+    training, evaluated = 19 * 16, 2 * 50 + 30
+    assert sum(numbers) > training + evaluated
+
+
+def test_in_bf16_features_are_those_of_bf16(train, monkeypatch):
+    flags = ("--max_steps", 20, "--mixed_precision", "bf16")
+    cached = train("cached", *flags)[1:]
+    fp32 = train("fp32", "--max_steps", 20)[1:]
+    without_features(monkeypatch)
+    uncached = train("uncached", *flags)[1:]
+    assert cached[0] == pytest.approx(
+        uncached[0], abs=2e-3
+    )  # bf16 has 8 bits, and batches of another size round otherwise
+    assert cached[0] != fp32[0]
+
+
+@pytest.mark.parametrize("flags", [(), ("--batch_size", 1)])  # of one example, a process has none
+def test_two_processes_agree_with_one(task, train, flags):
+    flags = (*FLAGS, "--max_steps", 30, *flags)
+    folder = task.parent
+    for output, launcher in (("one", {}), ("two", {"launcher": TORCHRUN_2})):
+        arguments = ["--task", task, "--output_dir", output, *flags]
+        environment = {"HF_DATASETS_CACHE": str(folder / f"cache-{output}")}
+        done = run_script("train.py", *arguments, cwd=folder, environment=environment, **launcher)
+        assert done.returncode == 0, done.stderr
+        assert "features of the frozen encoder: train in" in done.stdout
+    assert_agree(results_of(folder / "one"), results_of(folder / "two"))
+
+
+# -------------------------------------------------------------------------------------------------------- the cache
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """The numbers of examples whose features were computed, one for each call."""
+    numbers, all_outputs = [], batching.all_outputs
+
+    def counting(compute, examples, accelerator, batch_size, layout, watch=None):
+        if "features" not in examples.column_names:
+            numbers.append(len(examples))
+        return all_outputs(compute, examples, accelerator, batch_size, layout, watch)
+
+    monkeypatch.setattr(batching, "all_outputs", counting)
+    return numbers
+
+
+def test_features_are_computed_once_for_all_epochs_and_runs(train, task, vocabulary, computed):
+    printed, *first = train("first", "--epochs", 4)
+    assert computed == [200, 50]
+    printed, *second = train("second", "--epochs", 4)
+    assert computed == [200, 50] and "features of the frozen encoder: from the cache" in printed
+    assert first[:2] == second[:2] and all(torch.equal(value, second[2][name]) for name, value in first[2].items())
+    train("other-head", "--epochs", 1, "--seed", 7, "--learning_rate", 0.001)  # same texts and encoder
+    assert computed == [200, 50]
+
+
+def test_other_weights_texts_lengths_and_precisions_have_features_of_their_own(train, task, computed):
+    folder, flags = task.parent, ("--max_steps", 2)
+    train("run", *flags)
+    train("shorter", *flags, "--max_length", 6)
+    assert computed == [200, 50] * 2
+    train("bf16", *flags, "--mixed_precision", "bf16")
+    assert computed == [200, 50] * 3
+    weights = load_file(folder / "bert" / "model.safetensors")
+    weights["encoder.layer.1.output.dense.bias"][3] += 1e-3
+    save_file(weights, folder / "bert" / "model.safetensors", metadata={"format": "pt"})
+    train("weights", *flags)
+    assert computed == [200, 50] * 4
+    config = json.loads((folder / "bert" / "config.json").read_text())
+    (folder / "bert" / "config.json").write_text(json.dumps(config | {"num_attention_heads": 4}))
+    train("heads", *flags)
+    assert computed == [200, 50] * 5
+    write_table(folder / "validation.csv", make_rows(50, seed=9))
+    train("texts", *flags)
+    assert computed == [*[200, 50] * 5, 50]
+
+
+def test_rows_are_computed_some_at_a_time_and_keep_their_order(train, tmp_path, monkeypatch):
+    whole = train("whole", "--max_steps", 20)[1:]
+    monkeypatch.setattr(features, "ROWS_AT_A_TIME", 33)
+    use_cache(monkeypatch, tmp_path / "another cache")
+    assert_agree(whole, train("parts", "--max_steps", 20)[1:])
+
+
+# ----------------------------------------------------------------------------------------------------- whole runs
+
+
+def test_the_saved_model_is_a_whole_one(task, train):
+    _, _, evaluations, _ = train("run", "--epochs", 2)
+    folder = task.parent / "run"
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "model").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
+    with open(task.parent / "validation.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    with torch.no_grad():
+        logits = torch.cat([model(**tokenizer(row["text"], return_tensors="pt")).logits for row in rows])
+    labels = torch.tensor([model.config.label2id[row["label"]] for row in rows])
+    best = json.loads((folder / "results.json").read_text())["best_step"]
+    loss = {step: loss for step, loss, _ in evaluations}[best]
+    assert torch.nn.functional.cross_entropy(logits, labels).item() == pytest.approx(loss, abs=1e-6)
+
+    done = run_script("evaluate.py", "--model", "run", cwd=task.parent)
+    assert done.returncode == 0, done.stderr
+    evaluation = json.loads((folder / "evaluation-validation" / "evaluation.json").read_text())
+    assert evaluation["loss"] == pytest.approx(loss, abs=1e-6)
+    arguments = ["--model", "run", "--input", "validation.csv", "--output", "out.csv", "--mixed_precision", "no"]
+    done = run_script("predict.py", *arguments, cwd=task.parent)
+    assert done.returncode == 0, done.stderr
+    with open(task.parent / "out.csv", encoding="utf-8") as file:
+        probabilities = [float(row["probability_positive"]) for row in csv.DictReader(file)]
+    assert probabilities == pytest.approx(logits.softmax(-1)[:, 1].tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("has_cache", [True, False])
+def test_a_run_that_was_stopped_ends_with_the_same_bytes(task, train, run_inside, monkeypatch, has_cache):
+    flags = ("--epochs", 3, "--save_every", 7)
+    undisturbed = train("undisturbed", *flags)[1:]
+    begin = features.Layout.begin
+
+    def failing(self, step, *given):
+        if step == 18:
+            raise ValueError("stopped here")
+        return begin(self, step, *given)
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="stopped here"):
+        patch.setattr(features.Layout, "begin", failing)
+        train("run", *flags)
+    if not has_cache:
+        use_cache(monkeypatch, task.parent / "another cache")
+    printed, *resumed = train("run", *flags)
+    assert "goes on after step 14" in printed
+    assert resumed[:2] == undisturbed[:2]
+    assert all(torch.equal(value, resumed[2][name]) for name, value in undisturbed[2].items())
+    seconds = json.loads((task.parent / "run" / "results.json").read_text())["train_seconds"]
+    assert seconds > 0
+
+
+def test_a_head_that_reads_all_tokens_lets_the_encoder_run(train, task, vocabulary, computed, monkeypatch):
+    """ModernBERT with mean pooling; in eval mode it is frozen all the same."""
+    make_model(task.parent / "mean", vocabulary, "modernbert", classifier_pooling="mean")
+    flags = ("--max_steps", 10, "--model", task.parent / "mean")
+    printed, *given = train("run", *flags)
+    assert NO_FEATURES in printed and "features of the frozen" not in printed
+    without_features(monkeypatch)
+    assert given[:2] == train("again", *flags)[1:3]
+
+
+def test_micro_batches_of_what_fits_and_workers(train, task):
+    plain = train("plain", "--max_steps", 20)[1:]
+    printed, *auto = train("auto", "--max_steps", 20, "--micro_batch_size", "auto", "--num_workers", 1)
+    assert "micro-batches of 16" in printed
+    assert_agree(plain, auto)
+
+
+def test_a_dry_run_computes_no_features_of_all_rows(task, run_inside, empty_cache):
+    code, printed, errors = run_inside("train.py", "--task", task, *FLAGS, "--dry_run", cwd=task.parent)
+    assert code == 0, errors
+    assert "at most 0:00:" in printed and "features" not in printed
+    assert len(list(empty_cache.glob("*.arrow"))) == 5  # rows of three splits, tokens of two
