@@ -12,12 +12,15 @@ from conftest import ROOT
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_stays_level_from_10_000_to_100_000_rows(tmp_path):
-    command = [sys.executable, ROOT / "benchmarks/memory.py", "--rows", "100000"]
+    command = [sys.executable, ROOT / "benchmarks/scale.py", "--rows", "10000", "100000", "--steps", "50"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     # 10 bytes of text in Python objects for each of 90,000 rows would be seen here: an empty str alone has 49.
     assert int(re.search(r"difference: (-?\d+) MB", done.stdout)[1]) < 60
     assert list(tmp_path.iterdir()) == []
+    rows = [line.strip("|").split("|") for line in done.stdout.splitlines()[2:4]]
+    assert [row[0].strip() for row in rows] == ["10,000", "100,000"]
+    assert all(float(cell.split()[0]) > 0 for row in rows for cell in row[1:])
 
 
 def test_the_equivalence_table_is_of_equal_runs(tmp_path):
@@ -55,3 +58,49 @@ def test_seeds_are_trained_once_and_their_scores_are_those_of_the_runs(review_ta
     row = [cell.strip() for cell in printed[0].splitlines()[2].strip("|").split("|")]
     assert row[:3] == ["fp32", *(f"{score:.3f}" for score in scores)]
     assert row[3] == f"{np.mean(scores):.3f} ± {np.std(scores, ddof=1):.3f}"
+
+
+def run_speed(script, folder, *flags):
+    """Run a benchmark with two rounds; return (what it wrote, the rows of its table)."""
+    command = [sys.executable, ROOT / "benchmarks" / script, "--runs", "2", "--threads", "1", "--output", "out.json"]
+    done = subprocess.run([*command, *flags], cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("|")][2:]
+    return json.loads((folder / "out.json").read_text()), [line.strip("|").split(" | ") for line in lines]
+
+
+def check_ratio(row, base, other, cells):
+    """Compare a row with the rates of two rounds, by hand: a median of two is their mean."""
+    assert len(base) == len(other) == 2
+    assert row["ratio"] == pytest.approx((base[0] + base[1]) / (other[0] + other[1]))
+    assert row["paired_ratio"] == pytest.approx((base[0] / other[0] + base[1] / other[1]) / 2)
+    assert cells[4].strip(" |") == f"{row['paired_ratio']:.2f} x" and cells[3] == f"{row['ratio']:.2f} x"
+
+
+def test_training_is_timed_side_by_side(review_task, tiny_bert):
+    flags = ["--task", "reviews.yaml", "--model", str(tiny_bert), "--steps", "4", "--warmup", "2", "--batch_size", "8"]
+    flags += ["--product_seconds", "0.001", "--only", "trainer"]
+    content, (_, cells) = run_speed("train_speed.py", review_task.parent, *flags)
+    assert list(content["runs"]) == ["ours", "trainer"]
+    assert all(run["examples"] == 4 * 8 for runs in content["runs"].values() for run in runs)
+    rates = {name: [run["examples"] / run["seconds"] for run in runs] for name, runs in content["runs"].items()}
+    check_ratio(content["rows"][1], rates["ours"], rates["trainer"], cells)
+    assert len(content["matrix_products"]) == 3  # before, between and after the rounds
+    assert content["hardware"]["threads"] == 1 and content["versions"]["torch"]
+
+
+def test_predicting_is_timed_side_by_side(review_task, tiny_bert):
+    flags = ["--data", "reviews.yaml=400", "--model", str(tiny_bert), "--only", "pipeline"]
+    content, (_, cells) = run_speed("predict_speed.py", review_task.parent, *flags)
+    rates = content["rates"]["reviews"]
+    check_ratio(content["rows"][1], rates["ours"], rates["pipeline"], cells)
+    assert content["rows"][1]["examples"] == 400  # more than the 300 there are: repeated
+
+
+def test_the_plot_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [{"name": "ours", "base": None}, {"name": "a", "base": "ours", "words": "another", "ratio": 2.0}]
+    (tmp_path / "speed.json").write_text(json.dumps({"rows": rows}))
+    command = [sys.executable, ROOT / "benchmarks/plot.py", "speed.json", "--output", "speed.png"]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=100)
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,400 @@
+"""How fast train.py trains, side by side with what people would use instead: examples per second of the same steps.
+
+    python benchmarks/train_speed.py --output train_speed.json              # five rounds; an hour on two cores
+    python benchmarks/train_speed.py --only ours trainer trainer_grouped
+    python benchmarks/train_speed.py --ablations                            # train.py with one measure off each
+
+Same model, data, batch size and number of threads, dropout as the model's config says. After --warmup steps, --steps of
+them are counted, start-up, evaluation and saving are not: train.py by its own metrics.jsonl, the others by the clock
+between two steps. All batches are whole and of one epoch. group_by_length sorts 28 batches of MRPC at a time, longest
+first: a multiple of 28 steps counts short and long ones alike.
+
+Each round begins and ends with bf16 matrix products of the model's shapes: x W', g W and g' x of all linear layers, for
+the tokens of a mean step. The share is
+
+    FLOPs of the counted steps / their seconds / FLOP/s of these products, where the FLOPs of an example of n tokens are
+    3 * (2 * n * weights of the encoder's linear layers + 4 * n^2 * hidden size * layers),
+
+real tokens alone: forward, and twice as much backward; attention's two products with n^2; nothing for all the rest.
+"""
+
+import json
+import math
+import runpy
+import statistics
+import sys
+import time
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import rounds
+from rounds import ROOT
+
+SEED = 42
+
+
+class Clock:
+    """Takes the time of the counted steps; `step` is called at the end of each."""
+
+    def __init__(self, args):
+        self.first, self.last, self.batch_size = args.warmup, args.warmup + args.steps, args.batch_size
+        self.done, self.times = 0, []
+
+    def step(self):
+        self.done += 1
+        if self.done in (self.first, self.last):
+            rounds.synchronise()
+            self.times.append(time.perf_counter())
+
+    def result(self):
+        begin, end = self.times
+        return {"examples": (self.last - self.first) * self.batch_size, "seconds": end - begin}
+
+
+# -------------------------------------------------------------------------------------------------------- contenders
+
+
+def ours(args, flags=(), patch=None):
+    """Run train.py with these flags; `patch` is called first, to switch a measure off."""
+    interval = math.gcd(args.warmup, args.steps)
+    total = args.warmup + args.steps
+    sys.argv = ["train.py", "--task", args.task, "--model", args.model, "--batch_size", str(args.batch_size)]
+    sys.argv += ["--max_steps", str(total), "--eval_every", str(total), "--limit", "validation=8"]
+    sys.argv += ["--log_every", str(interval), "--seed", str(SEED), "--output_dir", "run", *flags]
+    if patch:
+        patch()
+    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    lines = map(json.loads, Path("run/metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    counted = [line for line in lines if line["type"] == "train" and line["step"] > args.warmup]
+    examples = interval * args.batch_size  # of each line
+    precision = json.loads(Path("run/results.json").read_text(encoding="utf-8"))["mixed_precision"]
+    seconds = sum(examples / line["examples_per_second"] for line in counted)
+    return {"examples": examples * len(counted), "seconds": seconds, "precision": precision}
+
+
+def load(args):
+    """Return (task, model, tokenizer, rows, tokens): the train split, as texts and tokenised, as the examples do it."""
+    import common
+    from splits import load_splits
+    from tasks import read_task
+
+    common.quieten_libraries()
+    task, splits, _, _ = load_splits(read_task(args.task))
+    model, tokenizer, _ = common.load_model(args.model, task)  # a plain model of transformers', in float32
+    rows = splits["train"].select_columns([*task.text, "label"])
+    limit = task.max_length or model.config.max_position_embeddings
+
+    def tokenize(some):
+        return tokenizer(*(some[column] for column in task.text), truncation=True, max_length=limit)
+
+    tokens = rows.map(tokenize, batched=True, remove_columns=task.text, keep_in_memory=True)
+    return task, model, tokenizer, rows, tokens
+
+
+def trainer(args, **options):
+    """transformers' Trainer: all at its defaults, padding to the longest of a batch, but for these options."""
+    from transformers import Trainer, TrainingArguments
+
+    _, model, tokenizer, _, tokens = load(args)
+    settings = TrainingArguments(**trainer_settings(args), **options)
+    clock = Clock(args)
+    Trainer(model, settings, train_dataset=tokens, processing_class=tokenizer, callbacks=[callback_of(clock)]).train()
+    return clock.result()
+
+
+def trainer_settings(args):
+    return {
+        "output_dir": "trainer",
+        "per_device_train_batch_size": args.batch_size,
+        "max_steps": args.warmup + args.steps,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": args.device == "cpu",  # bf16 asks for it
+        "seed": SEED,
+    }
+
+
+def callback_of(clock):
+    from transformers import TrainerCallback
+
+    class AtEachStep(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            clock.step()
+
+    return AtEachStep()
+
+
+def cross_encoder(args):
+    """sentence-transformers' CrossEncoder under its own trainer, in bf16. It tokenises as it goes."""
+    from sentence_transformers.cross_encoder import CrossEncoder, CrossEncoderTrainer, CrossEncoderTrainingArguments
+    from sentence_transformers.cross_encoder.losses import CrossEntropyLoss
+
+    task, model, tokenizer, rows, _ = load(args)
+    if len(task.text) != 2:
+        sys.exit("cross_encoder: is for pairs of texts")
+    model.save_pretrained("model")  # with the head: an encoder for sentence vectors has none
+    tokenizer.save_pretrained("model")
+    model = CrossEncoder("model", num_labels=len(task.labels), max_length=task.max_length)
+    clock = Clock(args)
+    CrossEncoderTrainer(
+        model,
+        CrossEncoderTrainingArguments(**trainer_settings(args), bf16=True),
+        train_dataset=rows,
+        loss=CrossEntropyLoss(model),
+        callbacks=[callback_of(clock)],
+    ).train()
+    return clock.result()
+
+
+def plain_loop(args):
+    """A plain loop with Accelerator, in the manner of accelerate's examples: fp32, padded to the longest."""
+    import torch
+    from accelerate import Accelerator
+    from transformers import get_linear_schedule_with_warmup
+
+    accelerator = Accelerator()
+    _, model, tokenizer, _, tokens = load(args)
+
+    def collate(examples):
+        return tokenizer.pad(examples, padding="longest", return_tensors="pt")
+
+    tokens = tokens.rename_column("label", "labels")
+    loader = torch.utils.data.DataLoader(tokens, args.batch_size, shuffle=True, collate_fn=collate)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5)
+    scheduler = get_linear_schedule_with_warmup(optimizer, 0, args.warmup + args.steps)
+    model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+    clock = Clock(args)
+    model.train()
+    for batch in loader:
+        accelerator.backward(model(**batch).loss)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        clock.step()
+        if clock.done == clock.last:
+            return clock.result()
+
+
+def matrix_products(args):
+    """Return the FLOP/s of bf16 products of the model's shapes, and the FLOPs of the counted steps; see above."""
+    import torch
+
+    import batching
+
+    _, model, _, _, tokens = load(args)
+    total = args.warmup + args.steps
+    if total * args.batch_size > len(tokens):
+        sys.exit(f"{total} steps of {args.batch_size} are more than one epoch of {len(tokens)} examples: lower --steps")
+    of_steps = batching.plan(len(tokens), args.batch_size, SEED, total)[args.warmup :]
+    lengths = [len(ids) for ids in tokens["input_ids"]]
+    lengths = torch.tensor([[lengths[example] for example in step] for step in of_steps], dtype=torch.float64)
+    layers = [part for name, part in model.base_model.named_modules() if "pooler" not in name]
+    shapes = [(part.out_features, part.in_features) for part in layers if isinstance(part, torch.nn.Linear)]
+    of_linear = 2 * lengths.sum() * sum(out * into for out, into in shapes)
+    of_attention = 4 * (lengths**2).sum() * model.config.hidden_size * model.config.num_hidden_layers
+
+    number, seconds = round(lengths.sum().item() / args.steps), 0.0
+    device = torch.device(args.device)
+    for out, into in set(shapes):
+        x, weight, gradient = (
+            torch.randn(size, device=device).to(torch.bfloat16) for size in ((number, into), (out, into), (number, out))
+        )
+        # As a linear layer has them: its output, the gradient of its input, and that of its weight.
+        for left, right in ((x, weight.T), (gradient, weight), (gradient.T, x)):
+            times = []
+            while len(times) < 20 or sum(times) < args.product_seconds:
+                rounds.synchronise()
+                begin = time.perf_counter()
+                torch.matmul(left, right)
+                rounds.synchronise()
+                times.append(time.perf_counter() - begin)
+            seconds += shapes.count((out, into)) * statistics.median(times)
+    flops = 3 * 2 * number * sum(out * into for out, into in shapes)
+    return {
+        "tokens_per_step": number,
+        "flops_per_second": flops / seconds,
+        "flops": 3 * (of_linear + of_attention).item(),
+    }
+
+
+CONTENDERS = {  # name: (words, function, the one to compare with)
+    "ours": ("train.py", ours, None),
+    "ours_fp32": ("train.py, fp32", partial(ours, flags=["--mixed_precision", "no"]), "ours"),
+    "trainer": ("Trainer, defaults (fp32)", trainer, "ours"),
+    "trainer_bf16": ("Trainer, bf16", partial(trainer, bf16=True), "ours"),
+    "trainer_grouped": (
+        "Trainer, bf16, group_by_length",
+        partial(trainer, bf16=True, train_sampling_strategy="group_by_length"),
+        "ours",
+    ),
+    "cross_encoder": ("sentence-transformers' CrossEncoder, bf16", cross_encoder, "ours"),
+    "ours_launched": ("train.py, plain accelerate launch", ours, None),
+    "plain_loop": ("accelerate's example loop, plain accelerate launch", plain_loop, "ours_launched"),
+}
+LAUNCHED = ("ours_launched", "plain_loop")
+
+# --------------------------------------------------------------------------------------------------------- ablations
+
+
+def padded():
+    import common
+
+    lay_out = common.lay_out
+
+    def lay_out_padded(*given):
+        layout = lay_out(*given)
+        layout.is_row = False
+        return layout
+
+    common.lay_out = lay_out_padded
+
+
+def torch_dropout():
+    import torch
+
+    import dropout
+
+    def mask(masks, numbers, place, p, dtype):
+        shape = (*numbers.shape[:-1], 4 * numbers.shape[-1])
+        return torch.empty(shape, dtype=dtype, device=numbers.device).bernoulli_(1 - p)
+
+    replace(dropout.Masks, "_mask", mask)
+
+
+def new_gradients():
+    import embedding
+
+    replace(embedding, "keep_gradient", lambda model: None)
+
+
+def small_pages():
+    import os
+
+    os.environ["THP_MEM_ALLOC_ENABLE"] = "0"
+
+
+def sums_in_fp32():
+    import packing
+
+    replace(packing.Layout, "_short_numbers", lambda self, module, given, output: output)
+
+
+def one_group():
+    import packing
+
+    replace(packing, "GROUP_LIMIT", 2**40)
+
+
+def adamw_not_fused():
+    import torch
+
+    make = torch.optim.AdamW.__init__
+    torch.optim.AdamW.__init__ = lambda self, *given, **options: make(self, *given, **{**options, "fused": False})
+
+
+def nothing_of_ours():
+    import common
+
+    padded()
+    torch_dropout()
+    new_gradients()
+    small_pages()
+    adamw_not_fused()
+    lay_out = common.lay_out
+
+    def lay_out_with_sdpa(model, *given):
+        layout = lay_out(model, *given)
+        model.set_attn_implementation("sdpa")
+        return layout
+
+    common.lay_out = lay_out_with_sdpa
+
+
+def replace(owner, name, value):
+    """Set an attribute that must be there: a measure that has moved must not seem to bring nothing."""
+    getattr(owner, name)
+    setattr(owner, name, value)
+
+
+ABLATIONS = {
+    "padded": ("padded to the longest of the batch", partial(ours, patch=padded), "ours"),
+    "torch_dropout": ("torch's dropout", partial(ours, patch=torch_dropout), "ours"),
+    "new_gradients": ("a new gradient of all words in each step", partial(ours, patch=new_gradients), "ours"),
+    "small_pages": ("memory in small pages", partial(ours, patch=small_pages), "ours"),
+    "sums_in_fp32": ("sums of layers in fp32", partial(ours, patch=sums_in_fp32), "ours"),
+    "one_group": ("attention padded to the longest", partial(ours, patch=one_group), "ours"),
+    "adamw_not_fused": ("AdamW not fused", partial(ours, patch=adamw_not_fused), "ours"),
+    "no_bf16": ("fp32", partial(ours, flags=["--mixed_precision", "no"]), "ours"),
+    "nothing": (
+        "bf16 alone: padded, torch's dropout, SDPA, AdamW not fused",
+        partial(ours, patch=nothing_of_ours),
+        "ours",
+    ),
+}
+PRODUCTS = {"matrix_products": ("bf16 products of the model's shapes", matrix_products, None)}
+
+# ------------------------------------------------------------------------------------------------------------ rounds
+
+
+def main():
+    everything = CONTENDERS | ABLATIONS | PRODUCTS
+    parser = rounds.argument_parser(__doc__, everything)
+    parser.add_argument("--ablations", action="store_true", help="train.py, and with one measure off each")
+    parser.add_argument("--steps", type=int, default=56, help="that are counted (default: %(default)s)")
+    parser.add_argument("--warmup", type=int, default=8, help="steps before these (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--task", default="mrpc")
+    parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2", help="an id or a folder")
+    parser.add_argument("--product_seconds", type=float, default=0.2, help="of each matrix product")
+    args = parser.parse_args()
+    if args.contender:
+        return rounds.compute(everything, args)
+    if args.runs < 1 or args.steps < 1 or args.warmup < 1:
+        parser.error("--runs, --steps and --warmup: 1 at least")
+    contenders = rounds.chosen({"ours": CONTENDERS["ours"], **ABLATIONS} if args.ablations else CONTENDERS, args.only)
+    if any(name in LAUNCHED for name in contenders):
+        from accelerate.commands.config.config_args import default_config_file
+
+        if Path(default_config_file).exists():
+            sys.exit(f"{default_config_file}: plain accelerate launch would read it; set HF_HOME to a folder without")
+    arguments = []
+    for name in ("task", "model", "batch_size", "warmup", "steps", "product_seconds"):
+        value = getattr(args, name)
+        arguments += [f"--{name}", str(Path(value).resolve() if Path(str(value)).exists() else value)]
+
+    def products():
+        return rounds.start(__file__, "matrix_products", arguments, args)
+
+    runs, of_products = {name: [] for name in contenders}, [products()]
+    for number in range(1, args.runs + 1):
+        for name in contenders:
+            run = rounds.start(__file__, name, arguments, args, name in LAUNCHED)
+            runs[name].append(run)
+            rounds.progress(f"round {number}, {name}: {run['examples'] / run['seconds']:.2f} examples/s")
+        of_products.append(products())
+    rates = {name: [run["examples"] / run["seconds"] for run in of_name] for name, of_name in runs.items()}
+    rows = rounds.compare(contenders, rates)
+    content = {"benchmark": "train_speed", **rounds.surroundings(args), "rows": rows, "rates": rates, "runs": runs}
+    content["matrix_products"] = of_products
+    print(rounds.table(rows))
+    shares = {}
+    for name in ("ours", "ours_launched"):
+        if runs.get(name) and {run["precision"] for run in runs[name]} == {"bf16"}:
+            speeds = [
+                (before["flops_per_second"] + after["flops_per_second"]) / 2 for before, after in pairwise(of_products)
+            ]
+            shares[name] = [
+                of_products[0]["flops"] / run["seconds"] / speed for run, speed in zip(runs[name], speeds, strict=True)
+            ]
+            print(
+                f"\n{contenders[name][0]}: {statistics.median(shares[name]):.1%} of the rate of bf16 matrix products "
+                f"({min(shares[name]):.1%} to {max(shares[name]):.1%}), "
+                f"which is {statistics.median(speeds) / 1e9:.0f} GFLOP/s"
+            )
+    content["shares_of_matrix_products"] = shares
+    rounds.write(args.output, content)
+
+
+if __name__ == "__main__":
+    main()
