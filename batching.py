@@ -298,11 +298,12 @@ def all_outputs(compute, examples, accelerator, batch_size, layout, watch=None):
     mine = [(batch, values.cpu().numpy()) for batch, values in mine]
     # As objects: tensors of uneven shapes must not be gathered, and the processes have uneven numbers of batches.
     everywhere = gather_object(mine)
-    outputs = np.zeros((len(examples), *everywhere[0][1].shape[1:]), dtype=everywhere[0][1].dtype)
     seen = np.zeros(len(examples), dtype=int)
-    for batch, values in everywhere:
-        outputs[batch] = values
+    for batch, _ in everywhere:
         seen[batch] += 1
     if not (seen == 1).all():
         raise RuntimeError(f"{(seen != 1).sum()} of {len(seen)} examples were not evaluated exactly once")
+    outputs = np.zeros((len(examples), *everywhere[0][1].shape[1:]), dtype=everywhere[0][1].dtype)
+    for batch, values in everywhere:
+        outputs[batch] = values
     return outputs

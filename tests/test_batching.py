@@ -118,8 +118,12 @@ def test_step_loader_yields_the_plan_with_its_labels(rows, model_and_tokenizer, 
             assert part["tokens"] == is_token.sum()
             if is_row:
                 positions = torch.arange(is_token.shape[1]).expand_as(is_token)
-                assert torch.equal(part["inputs"]["input_ids"], expected["input_ids"][is_token].unsqueeze(0))
-                assert torch.equal(part["inputs"]["position_ids"], positions[is_token].unsqueeze(0))
+                tokens = int(is_token.sum())
+                row = {name: values[0, :tokens] for name, values in part["inputs"].items()}
+                assert torch.equal(row["input_ids"], expected["input_ids"][is_token])
+                assert torch.equal(row["position_ids"], positions[is_token])
+                filling = part["inputs"]["input_ids"][0, tokens:]
+                assert len(filling) < 32 and not filling.any()
                 assert part["positions"] == part["tokens"]
             else:
                 assert torch.equal(part["inputs"]["input_ids"], expected["input_ids"])
@@ -160,6 +164,7 @@ def test_the_largest_micro_batch_is_found_by_halving(
 
     def limited(**inputs):
         positions = inputs["position_ids"][0].numpy()
+        positions = positions[: positions.nonzero()[0][-1] + 1]  # without what fills the row up
         tried.append(np.diff([*np.flatnonzero(positions == 0), len(positions)]).tolist())
         if len(tried[-1]) > fits:
             raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")

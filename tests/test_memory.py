@@ -134,7 +134,7 @@ forward = BertForSequenceClassification.forward
 @functools.wraps(forward)
 def hungry(self, *given, **inputs):
     if torch.is_inference_mode_enabled():
-        ask_for(int((inputs["position_ids"] == 0).sum()))  # each example has one of them
+        ask_for(int((inputs["position_ids"] == 1).sum()))  # each example has one of them
     return forward(self, *given, **inputs)
 BertForSequenceClassification.forward = hungry
 """

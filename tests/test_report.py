@@ -264,6 +264,7 @@ def describe(monkeypatch, log_lines, tmp_path, differences, device="npu", length
         "eval_every": "epoch",
         "eval_train_rows": None,
         "keep_checkpoints": 2,
+        "freeze": "none",
     }
     args = SimpleNamespace(output_dir="runs/two", **{**args, **changes})
     monkeypatch.setattr(report.facts, "compare_with_cpu", lambda *arguments: differences)
