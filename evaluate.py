@@ -13,12 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-import batching
-import checkpoint
 import common
 import tasks
 from cache import array_of, write_json
 from common import BadInput, log
+from reader import check_file
 
 
 def build_parser():
@@ -50,6 +49,12 @@ def write_predictions(path, task, rows, logits):
 
 def main():
     args = build_parser().parse_args()
+    if args.file:
+        check_file(args.file)
+    # These import torch, which takes seconds: --help and a mistake are to come at once.
+    import batching
+    import checkpoint
+
     folder = checkpoint.model_folder(args.model)
     task, fingerprints = tasks.saved_task(folder)
     if task is None and not args.task:

@@ -114,7 +114,7 @@ def table_of(key, schema, tokens, encoder, layout, accelerator, batch_size):
     return open_table(key), made
 
 
-def of_splits(model, layout, examples, accelerator, batch_size, state):
+def of_splits(model, layout, examples, accelerator, args, state):
     """Return (layout, {split: examples}) with which a model trains and is scored without running its frozen encoder.
 
     Those given where its head needs more than features. The time goes into state, as training and as evaluation.
@@ -133,7 +133,7 @@ def of_splits(model, layout, examples, accelerator, batch_size, state):
     for name, tokens in examples.items():
         started = time.monotonic()
         key = digest("features", made_by, Path(tokens.cache_files[0]["filename"]).stem)  # named by the tokens
-        table, is_made = table_of(key, schema, tokens, encoder, layout, accelerator, batch_size)
+        table, is_made = table_of(key, schema, tokens, encoder, layout, accelerator, args.eval_batch_size)
         columns = [column for column in tokens.column_names if column not in ("input_ids", "token_type_ids")]
         table = concatenate_datasets([tokens.select_columns(columns), table], axis=1)
         with_features[name] = table.with_format("numpy", columns=["features"], output_all_columns=True)

@@ -51,6 +51,23 @@ def hub_commit(repository, kind, revision=None, refresh=False):
     return commit
 
 
+def was_loaded(repository, commit):
+    """Return whether a model was loaded whole from the Hub before, at this commit, and is still in the cache."""
+    from huggingface_hub import constants
+
+    folder = f"models--{repository.replace('/', '--')}"
+    return _mark(repository, commit).exists() and Path(constants.HF_HUB_CACHE, folder, "snapshots", commit).is_dir()
+
+
+def note_loaded(repository, commit):
+    """Note for was_loaded that all files of a model are in the cache: a download that broke off leaves a part."""
+    write_text(_mark(repository, commit), commit)
+
+
+def _mark(repository, commit):
+    return cache_folder() / f"model--{repository.replace('/', '--')}--{commit}.loaded"
+
+
 def unreachable_hub(repository, error):
     from huggingface_hub import constants
 

@@ -1,11 +1,12 @@
 """A model and its tokenizer: of the Hub, of a folder, or new from config values; checked before a step is taken."""
 
+import gc
 import inspect
 import logging
 from dataclasses import replace
 from pathlib import Path
 
-from hub import hub_commit, unreachable_hub
+from hub import hub_commit, note_loaded, unreachable_hub, was_loaded
 from reader import BadInput, nearest
 
 log = logging.getLogger("classifier")
@@ -33,6 +34,7 @@ def load_model(name, task=None, refresh=False):
         facts = {"model": values, "commit": None, "new": ["every weight"]}
     else:
         model, tokenizer, facts = _pretrained_model(str(name), head, task, refresh)
+    gc.enable()  # see common.run
     if facts["new"] and task:  # without a task, nothing is learnt, and with_labels_of refuses the model
         parts = sorted({key.rsplit(".", 1)[0] for key in facts["new"]})
         log.info(f"newly initialised: {', '.join(parts)} (not in the checkpoint: learnt in this training)")
@@ -43,7 +45,9 @@ def load_model(name, task=None, refresh=False):
     # Types such as token_type_ids are made by some tokenizers for models that do not know them.
     known = inspect.signature(model.forward).parameters
     tokenizer.model_input_names = [key for key in tokenizer.model_input_names if key in known]
-    if broken := [key for key, value in model.named_parameters() if not torch.isfinite(value).all()]:
+    # NaN spreads to both extremes. One pass and no copy: isfinite of every weight takes ten times as long.
+    extremes = {key: torch.stack(value.detach().aminmax()) for key, value in model.named_parameters() if value.numel()}
+    if broken := [key for key, values in extremes.items() if not values.isfinite().all()]:
         raise BadInput(f"{name}: the weights {broken[0]} hold NaN or infinity", "Take another checkpoint.")
     return model, tokenizer, facts
 
@@ -81,9 +85,12 @@ def _pretrained_model(name, head, task, refresh):
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     options = {"revision": None, "trust_remote_code": False}
-    if not Path(name).is_dir():
+    is_of_hub = not Path(name).is_dir()
+    if is_of_hub:
         _check_hub_name(name)
         options["revision"] = hub_commit(name, "model", refresh=refresh)
+        # transformers would ask the Hub each time which files there are, and wait where it is out of reach.
+        options["local_files_only"] = was_loaded(name, options["revision"])
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         labels_before = AutoConfig.from_pretrained(name, **options).id2label
@@ -97,6 +104,8 @@ def _pretrained_model(name, head, task, refresh):
             f"{name}: cannot be loaded as a text classifier ({_words(error)})",
             "Check --model: it needs config.json, the tokenizer and whole weights; copy or download them again.",
         ) from None
+    if is_of_hub:
+        note_loaded(name, options["revision"])
     new = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     _check_encoder(name, model, info)
     if not new and task and not task.is_regression and list(labels_before.values()) != task.labels:

@@ -18,15 +18,11 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import torch
-from accelerate.utils import send_to_device
 
-import batching
-import checkpoint
 import common
 import tasks
 from common import BadInput
-from reader import nearest, read_rows, table_format, without_skip
+from reader import check_file, nearest, read_rows, table_format, without_skip
 
 ROWS_AT_A_TIME = 4096  # read, sorted by length, predicted, and written in input order
 
@@ -75,9 +71,13 @@ def check_columns(where, row, text_columns, new_columns):
             raise BadInput(f'{where}: there is a column "{column}" already', "Rename or drop it in the input.")
 
 
-@torch.inference_mode()
 def predict(task, model, tokenizer, layout, accelerator, texts, batch_size):
     """Return the logits of texts: an array (texts, outputs). texts: one list, or two of equal length for pairs."""
+    import torch
+    from accelerate.utils import send_to_device
+
+    import batching
+
     encoded, _ = batching.encode(task, tokenizer, texts, task.max_length)
     order = np.argsort([-len(ids) for ids in encoded["input_ids"]], kind="stable")
     logits = np.zeros((len(order), model.config.num_labels), dtype=np.float32)
@@ -86,7 +86,8 @@ def predict(task, model, tokenizer, layout, accelerator, texts, batch_size):
         batch = {name: [values[i] for i in chosen] for name, values in encoded.items()}
         inputs = send_to_device(layout.lay_out(batch), accelerator.device)
         layout.begin(0, chosen, [len(ids) for ids in batch["input_ids"]], accelerator.device)
-        logits[chosen] = model(**inputs).logits.float().cpu().numpy()
+        with torch.inference_mode():
+            logits[chosen] = model(**inputs).logits.float().cpu().numpy()
     return logits
 
 
@@ -115,6 +116,12 @@ def main():
     args = build_parser().parse_args()
     if (args.text is None) == (args.input is None):
         raise BadInput("give either --text or --input", "See --help.")
+    if args.input not in (None, "-"):
+        check_file(args.input)
+    # These import torch, which takes seconds: --help and a mistake are to come at once.
+    import batching
+    import checkpoint
+
     folder = checkpoint.model_folder(args.model)
     # Standard output is for predictions: what the script says of itself goes to standard error.
     accelerator = common.start(args, stream=sys.stderr)

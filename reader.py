@@ -9,6 +9,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import re
 import zipfile
 import zlib
@@ -129,6 +130,12 @@ def read_rows(path, columns=None, quoting=None, encoding="utf-8", delimiter=None
         raise BadInput(f"{first_bad.reason} (every row of this file is bad)", without_skip(first_bad.advice))
     if not has_good:
         raise BadInput(f"{path}: has no rows", "A table needs a header with the column names and at least one row.")
+
+
+def check_file(path):
+    """Raise the BadInput of read_rows where a file is not there, so that this is said before torch is imported."""
+    if not os.path.exists(str(path).partition("::")[0]):
+        next(read_rows(path), None)
 
 
 def without_skip(advice):

@@ -11,7 +11,7 @@ import numpy as np
 from cache import array_of, cache_folder, cached_table, digest, download_file, write_json
 from hub import download, hub_commit
 from labels import label_words, with_label_ids, with_label_names
-from reader import BadInput, BadRow, nearest, place, read_rows, table_format
+from reader import BadInput, BadRow, check_file, nearest, place, read_rows, table_format
 from tasks import SPLIT_NAMES, is_url, with_metrics
 
 log = logging.getLogger("classifier")
@@ -70,7 +70,19 @@ def load_splits(task, refresh=False):
     return task, splits, fingerprints, bad_rows
 
 
+def check_files(task):
+    """Raise BadInput where a file of the task is not there."""
+    for file in (task.files or {}).values():
+        try:
+            if not is_url(file):
+                check_file(file)
+        except BadInput as error:
+            advice = f"{error.advice} The task's data come from {task.source}." if task.source else error.advice
+            raise BadInput(error.reason, advice) from None
+
+
 def _file_splits(task, refresh):
+    check_files(task)
     sources = {}
     for name, file in task.files.items():
         path = download_file(file, refresh) if is_url(file) else file
@@ -82,11 +94,7 @@ def _file_splits(task, refresh):
                 _, first = next(read_rows(path, **options, on_bad_row=lambda bad_row: None), (0, {}))
                 task = replace(task, text=[_only_text_column(first, task, path)])
         except OSError:
-            try:
-                next(read_rows(path))  # raises BadInput with the reason
-            except BadInput as error:
-                advice = f"{error.advice} The task's data come from {task.source}." if task.source else error.advice
-                raise BadInput(error.reason, advice) from None
+            next(read_rows(path))  # raises BadInput with the reason
         member, labels = path.partition("::")[2], [task.label, task.problem, task.separator]
         key = digest("rows", content, member, table_format(path), task.text, labels, options)
         table = digest(key, task.split.get("group"), task.on_bad_row, name.startswith("test"))

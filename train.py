@@ -16,29 +16,16 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-import torch
-from accelerate.utils import send_to_device, set_seed
-from transformers import get_scheduler
-
-import batching
-import checkpoint
 import common
-import report
 from common import BadInput, log
+
+# What imports torch is imported in the functions: it takes seconds, and --help and a mistake are to come at once.
 
 # What these say changes no result, or only where it is written: they neither name a run's folder nor tell runs apart.
 BOOKKEEPING = {
     *("task", "output_dir", "overwrite", "final_test", "log_every", "num_workers", "trackers", "threads", "refresh"),
-    *(
-        "resume",
-        "save_every",
-        "keep_checkpoints",
-        "micro_batch_size",
-        "eval_batch_size",
-        "eval_train_rows",
-        "gradient_checkpointing",
-        "dry_run",
-    ),
+    *("resume", "save_every", "keep_checkpoints", "micro_batch_size", "eval_batch_size", "eval_train_rows"),
+    *("gradient_checkpointing", "dry_run"),
 }
 DRY_RUN_STEPS = 50  # at most; a few seconds are enough
 
@@ -122,7 +109,6 @@ def parse_arguments():
     args, task = common.parse_arguments(parser, default="demo")
     if args.eval_every != "epoch" and not (args.eval_every.isdecimal() and int(args.eval_every)):
         raise BadInput(f"--eval_every {args.eval_every}: neither epoch nor a number of steps", "Write epoch, or 500.")
-    checkpoint.save_interval(args.save_every, steps_per_epoch=1)
     if args.overwrite and args.resume != "auto":
         raise BadInput("--overwrite starts again, --resume goes on (or not)", "Give one of the two.")
     if not 0 < args.epochs <= 1e6:
@@ -131,6 +117,9 @@ def parse_arguments():
         raise BadInput(f"--seed {args.seed}: NumPy's limit is 2**32 - 1", "Give a smaller one.")
     if (task.is_regression or task.is_multi_label) and (args.label_smoothing or args.class_weights != "none"):
         raise BadInput("--label_smoothing and --class_weights are for tasks with one class for each text", "Drop them.")
+    import checkpoint
+
+    checkpoint.save_interval(args.save_every, steps_per_epoch=1)
     settings = {name: value for name, value in vars(args).items() if name not in BOOKKEEPING}
     if not args.output_dir:
         given = {name: value for name, value in settings.items() if value != parser.get_default(name)}
@@ -150,20 +139,35 @@ def run_name(name, given):
             value = "+".join(map(str, value)) if isinstance(value, list) else str(value).replace(",", "+")
             words.append(f"{key}={Path(value).name}")  # of a model, the last part of its name
     name = ",".join(words)
-    return name if len(name) <= 150 else f"{name[:140]},{batching.digest(name)[:8]}"  # a folder name has 255 bytes
+    return name if len(name) <= 150 else f"{name[:140]},{common.digest(name)[:8]}"  # a folder name has 255 bytes
+
+
+def start(args):
+    """Return (accelerator, watch): with the run's trackers; for signals that ask the run to end."""
+    import checkpoint
+    import report
+
+    trackers = report.tracker_names(args.trackers)
+    options = {} if args.dry_run else {"log_with": trackers, "project_dir": args.output_dir}
+    accelerator = common.start(args, **options)
+    return accelerator, checkpoint.Watch(accelerator)
 
 
 def build_optimizer(model, args):
     """AdamW, fused where torch has it, without decay on biases and norm weights: on all that is no matrix."""
+    from torch.optim import AdamW
+
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [parameter for parameter in trained if parameter.ndim >= 2], "weight_decay": args.weight_decay},
         {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, args.learning_rate, tuple(args.adam_betas), args.adam_epsilon, fused=True)
+    return AdamW(groups, args.learning_rate, tuple(args.adam_betas), args.adam_epsilon, fused=True)
 
 
 def build_scheduler(optimizer, args, total_steps):
+    from transformers import get_scheduler
+
     warmup_steps = math.ceil(args.warmup_ratio * total_steps) if args.warmup_steps is None else args.warmup_steps
     if warmup_steps > total_steps:
         log.warning(f"WARNING: the warm-up of {warmup_steps} steps is longer than the run of {total_steps}")
@@ -182,18 +186,23 @@ def choose_micro_batch_size(args, state, share, limit, probe):
     return min(wanted, share, limit or share)
 
 
-def score_split(task, model, examples, accelerator, batch_size, layout, majority, watch):
+def score_split(examples, task, model, accelerator, batch_size, layout, majority, watch):
     """Return common.evaluate of tokenised examples, the same on every process."""
+    import batching
+
     logits = batching.all_logits(model, examples, accelerator, batch_size, layout, watch)
     return common.evaluate(task, logits, batching.array_of(examples, "label"), majority)
 
 
 def main():
     args, task, settings = parse_arguments()
-    trackers = report.tracker_names(args.trackers)
-    options = {} if args.dry_run else {"log_with": trackers, "project_dir": args.output_dir}
-    accelerator = common.start(args, **options)
-    watch = checkpoint.Watch(accelerator)  # for signals that ask the run to end
+    from accelerate.utils import send_to_device, set_seed
+
+    import batching
+    import checkpoint
+    import report
+
+    accelerator, watch = start(args)
 
     # The data, and the folder: is this run there already, or something else?
     task, splits, fingerprints, bad_rows = common.load_data(task, args)
@@ -241,14 +250,13 @@ def main():
         probe = partial(batching.largest_micro_batch, accelerator, plain_model, layout, examples["train"])
         share = math.ceil(args.batch_size / accelerator.num_processes)
         state.micro_batch_size = choose_micro_batch_size(args, state, share, limit, partial(probe, share))
-        data = report.describe_data(
-            task, splits, examples, batches, state.micro_batch_size, accelerator, tokenizer, layout
-        )
+        described = (task, splits, examples, batches, state.micro_batch_size, accelerator, tokenizer, layout)
+        data = report.describe_data(*described)
         if args.freeze == "encoder" and not args.dry_run:  # it runs once over each split, not in each step
-            frozen = (plain_model, layout, examples)
-            layout, examples = common.features_of(*frozen, accelerator, args.eval_batch_size, state)
+            layout, examples = common.features_of(plain_model, layout, examples, accelerator, args, state)
+
         # What is scored at each evaluation; the first split chooses the best model.
-        scoring = (accelerator, args.eval_batch_size, layout, majority, watch)
+        scoring = (task, plain_model, accelerator, args.eval_batch_size, layout, majority, watch)
         eval_every = steps_per_epoch if args.eval_every == "epoch" else int(args.eval_every)
         validation_splits = [name for name in splits if name.startswith("validation")]
         evaluated = {name: examples[name] for name in validation_splits}
@@ -277,9 +285,7 @@ def main():
                 saves = watch.look(state.step)
                 if state.step > state.evaluated_step and (is_over or state.step % eval_every == 0):
                     # Every process has all logits, so that all decide alike.
-                    evaluations = {
-                        name: score_split(task, plain_model, rows, *scoring) for name, rows in evaluated.items()
-                    }
+                    evaluations = {name: score_split(rows, *scoring) for name, rows in evaluated.items()}
                     score = evaluations[validation_splits[0]]["scores"][task.metrics[0]]
                     state.evaluated_step = state.step
                     state.evaluations_since_best += 1
@@ -328,7 +334,7 @@ def main():
         checkpoint.load_best(folder, state.best, plain_model)
         scores_of_best = dict(state.best["evaluations"])
         for name in [name for name in splits if name.startswith("test")]:
-            scores_of_best[name] = score_split(task, plain_model, examples[name], *scoring)
+            scores_of_best[name] = score_split(examples[name], *scoring)
         results = report.results(args, task, facts, progress, scores_of_best, data, accelerator)
         if accelerator.is_main_process:
             card = report.model_card(task, results)

@@ -1,5 +1,6 @@
 """Flags, exit codes, the choice of processes, models and their heads, losses and baselines."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 from conftest import ROOT
 
 import common
+from models import load_model
 from reader import BadInput
 from tasks import Task
 
@@ -97,6 +99,40 @@ def test_help_reads_like_a_page(script):
     assert done.returncode == 0
     assert f"python {script}" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 120
+
+
+SLOW_IMPORTS = {"torch", "transformers", "accelerate", "datasets", "evaluate", "sklearn", "scipy", "pandas", "pyarrow"}
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--nonsense"], ["no such file"]], ids=lambda words: words[0])
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "predict.py"])
+def test_help_and_mistakes_do_not_wait_for_imports_of_seconds(tmp_path, script, words):
+    if words == ["no such file"]:
+        model = [] if script == "train.py" else ["--model", "model"]
+        flag = {"train.py": "--train_file", "evaluate.py": "--file", "predict.py": "--input"}[script]
+        words = [*model, flag, "none.csv"]
+    command = [sys.executable, "-X", "importtime", ROOT / script, *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == (0 if words == ["--help"] else 2)
+    assert "none.csv" not in words or "none.csv: no such file" in done.stderr
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "numpy" in imported  # so the names are read aright
+    assert imported & SLOW_IMPORTS == set()
+
+
+def test_garbage_is_collected_again_after_the_imports(tiny_bert, monkeypatch, capsys):
+    were_collected = []
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+
+    def main():
+        were_collected.append(gc.isenabled())
+        load_model(str(tiny_bert), TWO)
+        were_collected.append(gc.isenabled())
+
+    common.run(main)
+    assert were_collected == [False, True]
+    exit_of(raising(BadInput("no", "yes")), monkeypatch, capsys)
+    assert gc.isenabled()
 
 
 # -------------------------------------------------------------------------------------------------- losses and scores

@@ -5,7 +5,7 @@ import huggingface_hub
 import pytest
 from data_help import COMMIT, LATER
 
-from hub import download, hub_commit
+from hub import download, hub_commit, note_loaded, was_loaded
 from reader import BadInput
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
@@ -36,6 +36,18 @@ def test_each_repository_kind_and_revision_has_a_commit_of_its_own(hub):
         assert hub_commit(*question) == hub.commit
     assert {question: hub_commit(*question) for question in questions} == expected
     assert len(hub.asked) == len(questions)
+
+
+def test_a_model_was_loaded_where_that_is_noted_and_its_files_are_still_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    snapshot = tmp_path / "hub" / "models--org--model" / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    assert not was_loaded("org/model", COMMIT)  # a download may have broken off
+    note_loaded("org/model", COMMIT)
+    assert was_loaded("org/model", COMMIT)
+    assert not was_loaded("org/model", LATER) and not was_loaded("org/other", COMMIT)
+    snapshot.rmdir()
+    assert not was_loaded("org/model", COMMIT)
 
 
 def fail_with(monkeypatch, error):

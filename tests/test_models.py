@@ -98,6 +98,16 @@ def test_broken_model_folders_are_bad_input(tmp_path, tiny_bert):
         load_model(str(tmp_path), TWO)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_not_finite_is_found_among_many(tmp_path, tiny_bert, value):
+    save_classifier(tmp_path, tiny_bert, TWO.labels)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["bert.embeddings.word_embeddings.weight"][3, 5] = value
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BadInput, match=r"word_embeddings\.weight hold NaN or infinity"):
+        load_model(str(tmp_path), TWO)
+
+
 def test_half_a_weights_file_is_bad_input(tmp_path, tiny_bert):
     save_classifier(tmp_path, tiny_bert, TWO.labels)
     weights = tmp_path / "model.safetensors"
