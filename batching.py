@@ -23,6 +23,8 @@ from preemption import SIGNALS
 from reader import BadInput
 from splits import stratified
 
+TOKENS_OF_A_PASS = {"cpu": 256}  # of padding, from which on it is faster to compute them in a pass of their own
+
 
 def longest_input(model, tokenizer):
     """Return the number of tokens that the model has positions for."""
@@ -172,6 +174,20 @@ def share(batch, rank, number_of_processes, micro_batch_size):
     return [(ids[start : start + micro_batch_size], 1.0) for start in range(0, len(ids), micro_batch_size)]
 
 
+def of_like_lengths(ids, lengths, worth):
+    """Return the ids, longest first, cut into parts where a cut saves more than `worth` tokens of padding.
+
+    lengths: (examples,), of these ids.
+    """
+    number = np.arange(len(ids))
+    saved = (len(ids) - number) * (lengths[0] - lengths)  # by a cut before each example
+    cut = int(saved.argmax())
+    if saved[cut] <= worth:
+        return [ids]
+    halves = slice(cut), slice(cut, None)
+    return [part for half in halves for part in of_like_lengths(ids[half], lengths[half], worth)]
+
+
 def step_loader(examples, batches, accelerator, micro_batch_size, layout, num_workers=0):
     """Return a DataLoader that yields, for every global batch, this process's micro-batches of it.
 
@@ -183,6 +199,12 @@ def step_loader(examples, batches, accelerator, micro_batch_size, layout, num_wo
     lengths = array_of(examples, "length")
     ordered = (batch[np.argsort(-lengths[batch], kind="stable")] for batch in batches)
     divided = [share(batch, rank, number_of_processes, micro_batch_size) for batch in ordered]
+    if not layout.is_row:
+        worth = TOKENS_OF_A_PASS.get(accelerator.device.type, 8192)
+        divided = [
+            [(part, weight) for ids, weight in mine for part in of_like_lengths(ids, lengths[ids], worth)]
+            for mine in divided
+        ]
     return DataLoader(
         divided,
         batch_size=None,

@@ -104,11 +104,13 @@ def run(main):
     finally:
         gc.enable()
     # Every process finds the same mistake. The first one says it, and the launcher ends the others while they wait
-    # here; a process that fails alone gets to say it too.
-    if os.environ.get("RANK", "0") != "0":
+    # here; a process that fails alone gets to say it too. Being ended is no news of its own.
+    is_first = os.environ.get("RANK", "0") == "0"
+    if not is_first:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
-    print(words, file=sys.stderr, flush=True)
+    if is_first or code != 75:
+        print(words, file=sys.stderr, flush=True)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # The process group is still up, and its threads would abort an ordinary exit and hide the code.
         sys.stdout.flush()

@@ -3,6 +3,7 @@
     python benchmarks/train_speed.py --output train_speed.json              # five rounds; an hour on two cores
     python benchmarks/train_speed.py --only ours trainer trainer_grouped
     python benchmarks/train_speed.py --ablations                            # train.py with one measure off each
+    python benchmarks/train_speed.py --only ours trainer_grouped --architecture deberta-v2    # a model that runs padded
 
 Same model, data, batch size and number of threads, dropout as the model's config says. After --warmup steps, --steps of
 them are counted, start-up, evaluation and saving are not: train.py by its own metrics.jsonl, the others by the clock
@@ -23,6 +24,7 @@ import math
 import runpy
 import statistics
 import sys
+import tempfile
 import time
 from functools import partial
 from itertools import pairwise
@@ -250,6 +252,13 @@ def padded():
     common.lay_out = lay_out_padded
 
 
+def padded_to_the_longest():
+    import batching
+
+    padded()
+    replace(batching, "TOKENS_OF_A_PASS", {"cpu": math.inf})
+
+
 def torch_dropout():
     import torch
 
@@ -296,7 +305,7 @@ def adamw_not_fused():
 def nothing_of_ours():
     import common
 
-    padded()
+    padded_to_the_longest()
     torch_dropout()
     new_gradients()
     small_pages()
@@ -318,7 +327,12 @@ def replace(owner, name, value):
 
 
 ABLATIONS = {
-    "padded": ("padded to the longest of the batch", partial(ours, patch=padded), "ours"),
+    "padded": ("padded, in groups of like length", partial(ours, patch=padded), "ours"),
+    "padded_to_the_longest": (
+        "padded to the longest of the batch",
+        partial(ours, patch=padded_to_the_longest),
+        "ours",
+    ),
     "torch_dropout": ("torch's dropout", partial(ours, patch=torch_dropout), "ours"),
     "new_gradients": ("a new gradient of all words in each step", partial(ours, patch=new_gradients), "ours"),
     "small_pages": ("memory in small pages", partial(ours, patch=small_pages), "ours"),
@@ -332,9 +346,33 @@ ABLATIONS = {
         "ours",
     ),
 }
+# What a config of this type needs to look like the published models, besides its sizes.
+ARCHITECTURES = {
+    "deberta-v2": {
+        "relative_attention": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_buckets": 256,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "position_biased_input": False,
+    }
+}
 PRODUCTS = {"matrix_products": ("bf16 products of the model's shapes", matrix_products, None)}
 
 # ------------------------------------------------------------------------------------------------------------ rounds
+
+
+def new_model(architecture, like, folder):
+    """Write a model of this architecture with new weights into the folder: with the sizes and tokenizer of `like`."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    values = AutoConfig.from_pretrained(like).to_dict()
+    values = {name: values[name] for name in (*sizes, "max_position_embeddings", "type_vocab_size", "pad_token_id")}
+    config = AutoConfig.for_model(architecture, **values, **ARCHITECTURES.get(architecture, {}))
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(like).save_pretrained(folder)
+    return folder
 
 
 def main():
@@ -346,6 +384,7 @@ def main():
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--task", default="mrpc")
     parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2", help="an id or a folder")
+    parser.add_argument("--architecture", metavar="TYPE", help="new weights; sizes and tokenizer are those of --model")
     parser.add_argument("--product_seconds", type=float, default=0.2, help="of each matrix product")
     args = parser.parse_args()
     if args.contender:
@@ -358,6 +397,9 @@ def main():
 
         if Path(default_config_file).exists():
             sys.exit(f"{default_config_file}: plain accelerate launch would read it; set HF_HOME to a folder without")
+    scratch = tempfile.TemporaryDirectory() if args.architecture else None
+    if args.architecture:
+        args.model = new_model(args.architecture, args.model, scratch.name)
     arguments = []
     for name in ("task", "model", "batch_size", "warmup", "steps", "product_seconds"):
         value = getattr(args, name)

@@ -82,6 +82,45 @@ def test_shares_of_all_processes_are_the_batch_each_example_once(processes, batc
     assert max(sizes) - min(sizes) <= 1
 
 
+def test_like_lengths_by_hand():
+    """16 x 100 positions for 8 of 100 tokens and 8 of 20: a cut in the middle saves 8 x 80 = 640 of them."""
+    lengths = np.repeat([100, 20], 8)
+    halves = batching.of_like_lengths(np.arange(16), lengths, worth=639)
+    assert [part.tolist() for part in halves] == [[*range(8)], [*range(8, 16)]]
+    assert [part.tolist() for part in batching.of_like_lengths(np.arange(16), lengths, worth=640)] == [[*range(16)]]
+    assert len(batching.of_like_lengths(np.arange(16), np.full(16, 50), worth=0)) == 1
+
+
+@pytest.mark.parametrize("number", [1, 2, 9, 64])
+def test_like_lengths_leave_no_cut_that_is_worth_it(number):
+    lengths = np.sort(np.random.default_rng(number).integers(10, 128, number))[::-1]
+    ids = np.random.default_rng(0).permutation(number)
+    parts = batching.of_like_lengths(ids, lengths, worth=100)
+    assert np.concatenate(parts).tolist() == ids.tolist()  # each once, longest first
+    length_of = dict(zip(ids.tolist(), lengths.tolist(), strict=True))
+    for part in parts:
+        of_part = [length_of[example] for example in part.tolist()]
+        for cut in range(1, len(part)):
+            whole = len(part) * of_part[0]
+            in_two = cut * of_part[0] + (len(part) - cut) * of_part[cut]
+            assert whole - in_two <= 100
+
+
+def test_steps_of_a_padded_model_are_cut_by_length(accelerator, layout):
+    """The cuts make no difference to what a step is: the same examples, and fewer positions that hold padding."""
+    from datasets import Dataset
+
+    lengths = [60, 8, 8, 60] * 16
+    examples = Dataset.from_dict({"input_ids": [[5] * n for n in lengths], "length": lengths, "label": [0] * 64})
+    plan = batching.plan(64, 32, seed=0, steps=2)
+    layout.is_row = False
+    for batch, parts in zip(plan, batching.step_loader(examples, plan, accelerator, 32, layout), strict=True):
+        assert [set(part["lengths"]) for part in parts] == [{60}, {8}]
+        assert sorted(np.concatenate([part["ids"] for part in parts])) == sorted(batch)
+        assert sum(part["positions"] for part in parts) == sum(lengths[i] for i in batch.tolist())
+        assert {part["weight"] for part in parts} == {1.0}
+
+
 # -------------------------------------------------------------------------------------------------------- laying out
 
 
