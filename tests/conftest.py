@@ -33,6 +33,14 @@ THINGS = ["room", "film", "book", "meal", "train", "course", "hotel", "phone", "
 WORDS = sorted({"the", "was", "very", "and", ".", ",", *THINGS, *ADJECTIVES["positive"], *ADJECTIVES["negative"]})
 
 
+# The files that take longest come first: two processes share the files, and neither is to wait at the end.
+SLOWEST = ["test_resume", "test_real_data", "test_benchmarks", "test_slurm", "test_train", "test_processes"]
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: SLOWEST.index(item.path.stem) if item.path.stem in SLOWEST else len(SLOWEST))
+
+
 @pytest.fixture(scope="session")
 def vocabulary(tmp_path_factory):
     """A WordPiece vocabulary file of the words above."""
