@@ -497,6 +497,13 @@ def trained(folder):
         raise BadInput(f"{path}: is damaged", "Copy the model folder again, or train again.") from None
 
 
+def pretrained(folder, task):
+    """Return the name of the pretrained model that a saved one was trained from; None where its weights were new."""
+    results = Path(folder).parent / "results.json"
+    model = json.loads(results.read_text(encoding="utf-8"))["model"] if results.is_file() else task.model
+    return model if isinstance(model, str) else None
+
+
 def model_folder(path):
     """Return the folder of a saved model: the path itself, or model/ of a run. A Hub id comes back as it is."""
     if (Path(path) / "model" / "config.json").is_file():

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -312,6 +312,22 @@ def probabilities(task, logits):
     return shifted / shifted.sum(axis=-1, keepdims=True)
 
 
+def predictions_of(task, logits):
+    """Return what logits (examples, outputs) predict: label ids, values in regression, 0 and 1 in multi-label."""
+    if task.is_regression:
+        return logits[:, 0]
+    if task.is_multi_label:
+        return (probabilities(task, logits) > (task.thresholds or 0.5)).astype(int)
+    return logits.argmax(axis=1)
+
+
+def label_word(task, label):
+    """Return a label, as an example of a split holds it, in words; a value in regression."""
+    if task.is_multi_label:
+        return task.separator.join(task.labels[position] for position in np.flatnonzero(label))
+    return label if task.is_regression else task.labels[label]
+
+
 def csv_row_writer(stream):
     """Return a function that writes a row as CSV. Before Python 3.13 csv leaves a lone carriage return unquoted."""
     plain = csv.writer(stream, lineterminator="\n")
@@ -331,10 +347,11 @@ def prediction_rows(task, logits):
     if task.is_regression:
         yield from ([float(value)] for value in logits[:, 0])
         return
-    for row in probabilities(task, logits):
+    for logits_of_row, row in zip(logits, probabilities(task, logits), strict=True):
         if task.is_multi_label:  # as one string, and the probability of just these labels
-            label = task.separator.join(name for name, value in zip(task.labels, row, strict=True) if value > 0.5)
-            probability = np.maximum(row, 1 - row).prod()
+            applies = predictions_of(task, logits_of_row[None])[0].astype(bool)
+            label = task.separator.join(name for name, does in zip(task.labels, applies, strict=True) if does)
+            probability = np.where(applies, row, 1 - row).prod()
         else:
             label, probability = task.labels[int(row.argmax())], row.max()
         yield [label, float(probability), *(float(value) for value in row)]
@@ -369,8 +386,8 @@ def balanced_weights(task, labels):
 
 
 def evaluate(task, logits, labels, majority):
-    """Return {"loss", "scores", "predictions", "constant", "majority"} of logits (examples, outputs) for labels
-    (examples,).
+    """Return {"loss", "scores", "predictions", "constant", "majority", "logits", "labels"} of logits (examples,
+    outputs) for labels (examples,).
 
     `loss` is the mean over the examples, `scores` the task's metrics, `predictions` label ids or values (in multi-label
     0 and 1), `constant` the one prediction where all are the same, `majority` the metrics of always predicting
@@ -382,22 +399,36 @@ def evaluate(task, logits, labels, majority):
     labels, broken = np.asarray(labels), (~np.isfinite(logits)).any(axis=1)
     if broken.any():
         raise FloatingPointError(f"{broken.sum()} of {len(labels)} examples have logits that are not finite")
-    if task.is_regression:
-        predictions = logits[:, 0]
-    else:
-        predictions = (logits > 0).astype(int) if task.is_multi_label else logits.argmax(axis=1)
+    predictions = predictions_of(task, logits)
     loss = example_losses(task, torch.from_numpy(logits), torch.tensor(labels)).mean().item()
     is_constant = len(predictions) > 1 and (predictions == predictions[0]).all()
-    with warnings.catch_warnings():  # a constant has no correlation: that is known, and no news
-        warnings.simplefilter("ignore")
-        majority_scores = metrics.compute(task.metrics, np.broadcast_to(majority, labels.shape), labels)
+    # A constant has no correlation: that is known, and no news.
+    majority_scores = metrics.compute(task.metrics, np.broadcast_to(majority, labels.shape), labels, warns=False)
     return {
         "loss": loss,
         "scores": metrics.compute(task.metrics, predictions, labels),
         "predictions": predictions,
         "constant": predictions[0].tolist() if is_constant else None,
         "majority": majority_scores,
+        "logits": logits,
+        "labels": labels,
     }
+
+
+def with_thresholds(task, logits, labels):
+    """Return a multi-label task with the probability above which each label applies: where its F1 is highest."""
+    from sklearn.metrics import precision_recall_curve
+
+    thresholds = []
+    for of_label, applies in zip(probabilities(task, logits).T, labels.T, strict=True):
+        if not applies.any():  # nothing to choose by
+            thresholds.append(0.5)
+            continue
+        precision, recall, cuts = precision_recall_curve(applies, of_label)  # a label applies from its cut on
+        f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+        best = int(f1[:-1].argmax())
+        thresholds.append(float((cuts[best] + (cuts[best - 1] if best else 0)) / 2))
+    return replace(task, thresholds=thresholds)
 
 
 def majority(task, labels):

@@ -1,11 +1,13 @@
-"""Score a saved model on a split of its own data, or on a file.
+"""Score a saved model on a split of its own data, or on a file: what the score is worth, and where it is wrong.
 
     python evaluate.py --model runs/mrpc                    # the validation split: the scores that training printed
     python evaluate.py --model runs/mrpc --split test
     python evaluate.py --model runs/mrpc --file more.csv    # a labelled file with the same columns
+    python evaluate.py --model runs/mrpc --compare runs/mrpc,seed=2     # is the one better, and do the data tell?
     accelerate launch evaluate.py --model runs/mrpc         # several processes: each example is still counted once
 
-Writes RUN/evaluation-SPLIT/ (--output_dir): evaluation.json, and predictions.csv with a row for every example.
+Writes RUN/evaluation-SPLIT/ (--output_dir): evaluation.json (scores with 95 % intervals, each class, the confusion,
+calibration, slices), predictions.csv with a row for every example, and errors.csv, the worst mistakes first.
 """
 
 from dataclasses import replace
@@ -26,25 +28,79 @@ def build_parser():
     group.add_argument("--model", required=True, metavar="ID|DIR", help="a run, a model folder, or a model of the Hub")
     group.add_argument("--split", default="validation", help="of the task's data (default: %(default)s)")
     group.add_argument("--file", metavar="FILE", help="score this file instead of a split")
+    group.add_argument(
+        "--compare",
+        metavar="OTHER",
+        help="a run, an evaluation folder, or a file of predictions of the same texts",
+    )
+    group.add_argument("--slices", metavar="COLUMN[,COLUMN]", help="score each value of these columns alone")
+    group.add_argument("--baseline", action="store_true", help="fit a bag of words and a frozen encoder beside it")
     group.add_argument("--output_dir", metavar="DIR", help="(default: evaluation-SPLIT beside the model folder)")
     common.add_machine_arguments(parser)
     return parser
 
 
-def write_predictions(path, task, rows, logits):
-    """Write predictions.csv: the texts, the label and the prediction of every example."""
+def write_rows(path, header, rows):
     temporary = path.with_suffix(".tmp")
     with open(temporary, "w", encoding="utf-8", newline="") as file:
         write_row = common.csv_row_writer(file)
-        write_row([*task.text, "label", *common.prediction_columns(task)])
-        for row, prediction in zip(rows, common.prediction_rows(task, logits), strict=True):
-            label = row["label"]
-            if task.is_multi_label:
-                label = task.separator.join(task.labels[position] for position in np.flatnonzero(label))
-            elif not task.is_regression:
-                label = task.labels[label]
-            write_row([*(row[column] for column in task.text), label, *prediction])
+        for row in (header, *rows):
+            write_row(row)
     temporary.replace(path)
+
+
+def write_predictions(folder, task, rows, logits, wrong, losses):
+    """Write predictions.csv, a row for every example, and errors.csv: the wrong ones, by number."""
+    columns = [*task.text, "label", *common.prediction_columns(task)]
+
+    def row_of(row, prediction):
+        return [*(row[column] for column in task.text), common.label_word(task, row["label"]), *prediction]
+
+    pairs = zip(rows, common.prediction_rows(task, logits), strict=True)
+    write_rows(folder / "predictions.csv", columns, (row_of(*pair) for pair in pairs))
+    chosen = zip(rows.select(wrong), common.prediction_rows(task, logits[wrong]), wrong, losses, strict=True)
+    lines = ([int(number), f"{loss:.4f}", *row_of(*pair)] for *pair, number, loss in chosen)
+    write_rows(folder / "errors.csv", ["example", "loss", *columns], lines)
+
+
+def write_compared(folder, task, rows, predictions, others, labels):
+    """Write compared.csv: the examples that one of two models gets right, and the other does not."""
+    import comparison
+
+    numbers = comparison.only_one_right(predictions, others, labels)
+    words = [[common.label_word(task, of[number]) for of in (labels, predictions, others)] for number in numbers]
+    texts = ([row[column] for column in task.text] for row in rows.select(numbers))
+    lines = ([int(number), *of, *said] for number, of, said in zip(numbers, texts, words, strict=True))
+    write_rows(folder / "compared.csv", ["example", *task.text, "label", "here", "other"], lines)
+
+
+def predictions_of_other(path, task, splits, fingerprints, args, accelerator):
+    """Return {split: predictions} of the model or the file that --compare names, for the examples of splits."""
+    import batching
+    import checkpoint
+    import comparison
+
+    if not Path(path).exists():
+        raise BadInput(f"--compare {path}: is not there", "Give a run, an evaluation folder, or a file of predictions.")
+    if Path(path).is_file() or Path(path, "predictions.csv").is_file():
+        return {name: comparison.predictions_in(path, task, rows) for name, rows in splits.items()}
+    folder = checkpoint.model_folder(path)
+    model, tokenizer, facts = common.load_model(folder, refresh=args.refresh)
+    its_own = tasks.saved_task(folder)[0] or task
+    reads = {key: getattr(its_own, key) for key in ("max_length", "truncate", "thresholds")}
+    its_task = common.with_labels_of(model, facts, replace(task, **reads))
+    its_task, examples = batching.tokenize_splits(its_task, splits, fingerprints, model, tokenizer)
+    layout = common.lay_out(model, tokenizer)
+    model = accelerator.prepare_model(model, evaluation_mode=True)
+    predictions = {}
+    for name in splits:
+        logits = batching.all_logits(model, examples[name], accelerator, args.eval_batch_size, layout)
+        of_split = common.predictions_of(its_task, logits)
+        if not task.is_regression and its_task.labels != task.labels:  # the same labels, with other ids
+            ids = np.array([task.labels.index(label) for label in its_task.labels])
+            of_split = of_split[:, np.argsort(ids)] if task.is_multi_label else ids[of_split]
+        predictions[name] = of_split
+    return predictions
 
 
 def main():
@@ -52,8 +108,14 @@ def main():
     if args.file:
         check_file(args.file)
     # These import torch, which takes seconds: --help and a mistake are to come at once.
+    import analysis
+    import baselines
     import batching
     import checkpoint
+    import comparison
+    import metrics
+    import page
+    from splits import column_of
 
     folder = checkpoint.model_folder(args.model)
     task, fingerprints = tasks.saved_task(folder)
@@ -85,42 +147,60 @@ def main():
             f"the {changed[0]} split is not the one of the training: its data or the rule that made it have changed",
             "Score the data as they are now with --file, or bring back the old ones.",
         )
-    task, examples = batching.tokenize_splits(task, {name: splits[name] for name in names}, now, model, tokenizer)
+    scored = {name: splits[name] for name in names}
+    columns = args.slices.split(",") if args.slices else []
+    slices = {name: {of: column_of(task, name, rows, of) for of in columns} for name, rows in scored.items()}
+    others, simpler = {}, {name: {} for name in names}
+    if args.baseline:
+        common.check_splits(task, splits, ["train"])
+        given = (task, splits, names, now, checkpoint.pretrained(folder, task))
+        simpler = baselines.predictions(*given, accelerator, args.eval_batch_size)
+    if args.compare:
+        others = predictions_of_other(args.compare, task, scored, now, args, accelerator)
+    task, examples = batching.tokenize_splits(task, scored, now, model, tokenizer)
     layout = common.lay_out(model, tokenizer)
     model = accelerator.prepare_model(model, evaluation_mode=True)
-    for name in names:
+    for name, rows in scored.items():
         shown = Path(args.file).name.split(".")[0] if args.file else name
         output = Path(
             args.output_dir or beside / f"evaluation-{shown}", *([name] if len(names) > 1 and args.output_dir else [])
         )
         checkpoint.check_output(output)
         logits = batching.all_logits(model, examples[name], accelerator, args.eval_batch_size, layout)
-        labels = array_of(splits[name], "label")
+        labels = array_of(rows, "label")
         # Without the training's majority at hand, that of these very labels: no baseline is higher.
         result = common.evaluate(task, logits, labels, common.majority(task, labels) if majority is None else majority)
-        left_out = sum(bad_row["split"] == name for bad_row in bad_rows)
-        words = f"scored {len(logits)} of {len(logits) + left_out} examples" if left_out else f"{len(logits)} examples"
-        log.info(
-            f"{shown}: {common.score_words(result['scores'])}, loss {result['loss']:.4f}, {words} "
-            f"(majority: {common.score_words(result['majority'])})"
-        )
-        if accelerator.is_main_process:
-            evaluation = {
-                "model": facts["model"],
-                "split": shown,
-                "examples": len(logits),
-                "bad_rows": left_out,
-                "fingerprint": now[name],
-                "mixed_precision": accelerator.mixed_precision,
-                "loss": result["loss"],
-                "scores": result["scores"],
-                "majority_baseline": result["majority"],
-            }
-            output.mkdir(parents=True, exist_ok=True)
-            common.write_bad_rows(output, [bad_row for bad_row in bad_rows if bad_row["split"] == name])
-            write_predictions(output / "predictions.csv", task, splits[name], logits)
-            write_json(output / "evaluation.json", evaluation)
-        log.info(f"written: {output}/evaluation.json, predictions.csv{', bad_rows.csv' if left_out else ''}")
+        if not accelerator.is_main_process:
+            continue
+        left_out = [bad_row for bad_row in bad_rows if bad_row["split"] == name]
+        lengths = array_of(examples[name], "length")
+        content = {
+            "model": facts["model"],
+            "split": shown,
+            "examples": len(logits),
+            "bad_rows": len(left_out),
+            "fingerprint": now[name],
+            "mixed_precision": accelerator.mixed_precision,
+            "loss": result["loss"],
+            "scores": result["scores"],
+            "majority_baseline": result["majority"],
+            "baselines": {of: metrics.compute(task.metrics, found, labels) for of, found in simpler[name].items()},
+            **analysis.analyse(task, result, logits, labels, lengths, slices[name]),
+        }
+        output.mkdir(parents=True, exist_ok=True)
+        if args.compare:
+            both = (args.model, args.compare)
+            content["comparison"] = comparison.compare(task, both, result["predictions"], others[name], labels)
+            write_compared(output, task, rows, result["predictions"], others[name], labels)
+        log.info(analysis.words(content))
+        common.write_bad_rows(output, left_out)
+        wrong = analysis.mistakes(task, result, logits, labels)
+        write_predictions(output, task, rows, logits, *wrong)
+        write_json(output / "evaluation.json", content)
+        of_page = {**content, "mistakes": page.mistakes_of(task, rows, logits, *wrong)}
+        page.write(output, task, {"title": f"{task.name}: {shown}", "model": facts["model"], "text": ""}, [of_page])
+        listed = ", bad_rows.csv" if left_out else ""
+        log.info(f"written: {output}/report.html, evaluation.json, predictions.csv, errors.csv{listed}")
     common.finish(accelerator, model)
 
 

@@ -13,6 +13,7 @@ import math
 import sys
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -58,8 +59,8 @@ def check(names, number_of_labels, multi_label=False):
             raise ValueError(f"f1 is for two labels, this task has {number_of_labels}: use f1_macro")
 
 
-def compute(names, predictions, references):
-    """Return {name: score}. Warns once, with the reasons, where scores are undefined."""
+def compute(names, predictions, references, warns=True):
+    """Return {name: score}. Warns once, with the reasons, where scores are undefined, unless that is no news."""
     predictions, references = np.asarray(predictions), np.asarray(references)
     if predictions.ndim not in (1, 2) or predictions.shape != references.shape:
         raise ValueError(f"need two equally long columns, got shapes {predictions.shape} and {references.shape}")
@@ -78,7 +79,7 @@ def compute(names, predictions, references):
         scores.update(metric.compute(predictions=predictions, references=references))
         if scores[name] is None:
             undefined.append(f"{name} is undefined: {why_undefined(name, predictions, references)}")
-    if undefined:
+    if undefined and warns:
         warnings.warn("; ".join(undefined), stacklevel=2)
     return scores
 
@@ -102,8 +103,10 @@ def load(name, multi_label=False):
 
         def _compute(self, predictions, references):
             predictions, references = (np.asarray(side, value.dtype) for side in (predictions, references))
-            defined = not why_undefined(name, predictions, references)
-            return {name: float(FORMULAS[name](predictions, references)) if defined else None}
+            if why_undefined(name, predictions, references):
+                return {name: None}
+            given = (predictions, references) if name in REGRESSION else (count_classes(predictions, references),)
+            return {name: float(FORMULAS[name](*given))}
 
     Metric.__name__ = name  # the library names the metric after its class
     return Metric(keep_in_memory=True)
@@ -147,77 +150,107 @@ def why_undefined(name, predictions, references):
     return ""
 
 
-def count_classes(predictions, references):
-    """Return in how many rows each class that occurs (in multi-label: each) is right, is predicted, is present."""
+class Counts(NamedTuple):
+    """What scores of classes are made of, each a number or an array with the same leading axes (resamples of rows)."""
+
+    rows: np.ndarray  # (...)
+    right: np.ndarray  # (...): rows predicted right; in multi-label those of which all labels are
+    hits: np.ndarray  # (..., classes): rows predicted right, by class
+    predicted: np.ndarray  # (..., classes): rows that each class is predicted for
+    actual: np.ndarray  # (..., classes): rows that each class is the reference of
+    classes: np.ndarray  # (...): in how many of them an average over classes divides
+
+
+def count_classes(predictions, references, times=None):
+    """Return the Counts of rows, each of which counts `times` (..., rows) times, or once; of classes that occur."""
+    from scipy.sparse import csr_array
+
     if references.ndim == 2:
-        return (predictions & references).sum(axis=0), predictions.sum(axis=0), references.sum(axis=0)
-    classes, codes = np.unique(np.concatenate([predictions, references]), return_inverse=True)
-    predicted, actual = np.split(codes, 2)
-    columns = (predicted[predicted == actual], predicted, actual)
-    return tuple(np.bincount(column, minlength=len(classes)) for column in columns)
+        predicted, actual = csr_array(predictions), csr_array(references)
+        right = (predictions == references).all(axis=1)
+    else:
+        classes, codes = np.unique(np.concatenate([predictions, references]), return_inverse=True)
+        rows, ones = np.arange(len(references)), np.ones(len(references))
+        predicted, actual = (
+            csr_array((ones, (rows, side)), shape=(len(rows), len(classes))) for side in np.split(codes, 2)
+        )
+        right = predictions == references
+    times = np.ones(len(references)) if times is None else np.asarray(times, np.float64)
+    hits, predicted, actual = (times @ part for part in (predicted * actual, predicted, actual))
+    # With one label a row scikit-learn leaves a class that does not occur out of an average; with several it does not.
+    number = np.sum((predicted + actual > 0) | (references.ndim == 2), axis=-1)
+    return Counts(times.sum(axis=-1), times @ right, hits, predicted, actual, number)
 
 
-def accuracy(predictions, references):
+def share(part, whole):
+    """Return part / whole, and 0 where the whole is 0."""
+    return part / np.where(whole == 0, 1, whole)
+
+
+def accuracy(counts):
     """Rows predicted right / rows; in multi-label a row is right where all of its labels are."""
-    return np.mean((predictions == references).reshape(len(references), -1).all(axis=1))
+    return share(counts.right, counts.rows)
 
 
-def f1(predictions, references):
-    """2 tp / (2 tp + fp + fn), the positive class being id 1 (van Rijsbergen 1979; GLUE's MRPC and QQP)."""
-    hits = np.sum((predictions == 1) & (references == 1))
-    return 2 * hits / (np.sum(predictions == 1) + np.sum(references == 1))
+def f1_of_classes(counts):
+    """2 tp / (2 tp + fp + fn) of each class (van Rijsbergen 1979), shape (..., classes)."""
+    return share(2 * counts.hits, counts.predicted + counts.actual)
 
 
-def f1_macro(predictions, references):
-    """Plain mean of each class's F1; 0 for a label of a multi-label task that is neither predicted nor present."""
-    hits, predicted, actual = count_classes(predictions, references)
-    return np.mean(2 * hits / np.maximum(predicted + actual, 1))
+def f1(counts):
+    """F1 of the positive class, which is the last (GLUE's MRPC and QQP)."""
+    return f1_of_classes(counts)[..., -1]
 
 
-def f1_weighted(predictions, references):
+def f1_micro(counts):
+    """F1 of all labels of all rows together."""
+    return share(2 * counts.hits.sum(axis=-1), (counts.predicted + counts.actual).sum(axis=-1))
+
+
+def f1_macro(counts):
+    """Plain mean of each class's F1, of the classes that occur; in multi-label of all, 0 for one that does not."""
+    return share(f1_of_classes(counts).sum(axis=-1), counts.classes)
+
+
+def f1_weighted(counts):
     """Mean of each class's F1, weighted by its rows in the references."""
-    hits, predicted, actual = count_classes(predictions, references)
-    return np.average(2 * hits / (predicted + actual), weights=actual)
+    return share((f1_of_classes(counts) * counts.actual).sum(axis=-1), counts.rows)
 
 
-def precision_weighted(predictions, references):
+def precision_weighted(counts):
     """Mean of each class's precision, weighted by its rows in the references; 0 for a class never predicted."""
-    hits, predicted, actual = count_classes(predictions, references)
-    return np.average(hits / np.maximum(predicted, 1), weights=actual)
+    return share((share(counts.hits, counts.predicted) * counts.actual).sum(axis=-1), counts.rows)
 
 
-def matthews_correlation(predictions, references):
+def matthews_correlation(counts):
     """R_K for any number of classes (Gorodkin 2004, doi:10.1016/j.compbiolchem.2004.09.006); for two, Matthews 1975."""
-    hits, predicted, actual = (counts.astype(np.float64) for counts in count_classes(predictions, references))
-    rows = actual.sum()
-    covariance = hits.sum() * rows - predicted @ actual
-    variances = (rows**2 - predicted @ predicted) * (rows**2 - actual @ actual)
-    return covariance / math.sqrt(variances) if variances else 0.0  # 0/0 is 0, as in scikit-learn
+    rows, predicted, actual = counts.rows, counts.predicted, counts.actual
+    covariance = counts.right * rows - (predicted * actual).sum(axis=-1)
+    variances = (rows**2 - (predicted**2).sum(axis=-1)) * (rows**2 - (actual**2).sum(axis=-1))
+    return share(covariance, np.sqrt(variances))  # 0/0 is 0, as in scikit-learn
 
 
 def pearson(predictions, references):
     """Covariance / (standard deviation * standard deviation) (Pearson 1895), as scipy.stats.pearsonr computes it."""
-    deviations = [values - values.mean() for values in (predictions, references)]
+    deviations = [values - values.mean(axis=-1, keepdims=True) for values in (predictions, references)]
     # Scaled to a largest value of 1 first: the squares of tiny deviations would be 0.
-    x, y = (values / np.abs(values).max() for values in deviations)
-    return np.clip(x @ y / math.sqrt((x @ x) * (y @ y)), -1.0, 1.0)  # rounding may give 1 + 2e-16
+    x, y = (values / np.abs(values).max(axis=-1, keepdims=True) for values in deviations)
+    covariance, variances = (x * y).sum(axis=-1), (x * x).sum(axis=-1) * (y * y).sum(axis=-1)
+    return np.clip(covariance / np.sqrt(variances), -1.0, 1.0)  # rounding may give 1 + 2e-16
 
 
 def spearmanr(predictions, references):
     """Pearson's correlation of the ranks, ties sharing their average rank (Spearman 1904)."""
-    ranks = []
-    for values in (predictions, references):
-        _, codes, counts = np.unique(values, return_inverse=True, return_counts=True)
-        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[codes])
-    return pearson(*ranks)
+    from scipy.stats import rankdata
+
+    return pearson(rankdata(predictions, axis=-1), rankdata(references, axis=-1))
 
 
 def mse(predictions, references):
     """Mean squared error, in squared label units."""
-    return np.mean((predictions - references) ** 2)
+    return np.mean((predictions - references) ** 2, axis=-1)
 
 
-f1_micro = f1  # of all labels of all rows together
 recall_weighted = accuracy  # each class's recall, weighted by its rows in the references: the same number
-# (predictions, references) -> score, where why_undefined has no objection.
+# Counts -> score, and in regression (predictions, references) -> score: where why_undefined has no objection.
 FORMULAS = {name: globals()[name] for name in DIRECTION}

@@ -1,211 +1,20 @@
-"""What a run tells while it goes: a progress bar or lines, metrics.jsonl, trackers, a row for every evaluation."""
+"""What is told of a run: what its data are like, what it will take, what it came to; results.json, the model card."""
 
 import json
 import math
 import platform
-import sys
-import time
 from importlib.metadata import version
 
 import numpy as np
 import torch
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import gather_object
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
+import analysis
 import facts
 import metrics
-from cache import write_text
-from common import BadInput, example_losses, log, number_words, score_words
-
-SECONDS_BETWEEN_LINES = 10
-
-
-def clock(seconds):
-    """Return seconds as h:mm:ss."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
-
-
-class Progress:
-    """Shows and notes the progress of one run, and adds up its times. Every process calls it; the main one writes."""
-
-    def __init__(self, accelerator, folder, state, total_steps, steps_per_epoch):
-        self.accelerator = accelerator
-        self.lines = folder / "metrics.jsonl"
-        self.state = state  # a checkpoint.State: what is added up here must outlive a killed run
-        self.total_steps = total_steps
-        self.steps_per_epoch = steps_per_epoch
-        self.recent = []  # of the steps since the last look: (step, ids, gradient norm, [(micro-batch, its losses)])
-        self.grad_norm = math.nan
-        self.intervals = []  # (seconds, tokens with padding)
-        self.last_line = self.last_look = time.monotonic()
-        self.started = self.last_look - state.train_seconds - state.evaluation_seconds - state.save_seconds
-        if accelerator.is_main_process and self.lines.exists():
-            self._cut_back()
-        on_terminal = accelerator.is_main_process and sys.stderr.isatty()
-        self.bar = tqdm(total=total_steps, initial=state.step, unit="step", dynamic_ncols=True, disable=not on_terminal)
-        self.redirect = logging_redirect_tqdm([log])
-        if on_terminal:  # else a row of the table would break the bar
-            self.redirect.__enter__()
-
-    def _cut_back(self):
-        """Take the lines out of metrics.jsonl that came after the checkpoint: they will be written again."""
-        kept = []
-        for line in self.lines.read_text(encoding="utf-8").splitlines():
-            try:
-                of_step = json.loads(line)
-            except ValueError:  # cut off by a crash
-                break
-            if of_step["step"] <= (self.state.step if of_step["type"] == "train" else self.state.evaluated_step):
-                kept.append(line)
-        write_text(self.lines, "".join(f"{line}\n" for line in kept))
-
-    def step(self, step, ids, grad_norm, losses_of_step):
-        """Note a step: its number, its examples, the gradient's norm, [(micro-batch, losses)] of this process."""
-        self.recent.append((step, ids, grad_norm, losses_of_step))
-
-    def read(self):
-        """Add the steps since the last call up, over all processes.
-
-        Called every few steps, not in each: reading a number from a GPU makes it wait. The sums are the same on all
-        processes, so that all stop together: raises FloatingPointError, naming the first step whose loss or gradient is
-        not finite.
-        """
-        # Step by step, not interval by interval: where a run is saved in between must not change how sums are rounded.
-        sums, broken = np.zeros((len(self.recent), 4)), []
-        for row, (step, ids, grad_norm, losses_of_step) in zip(sums, self.recent, strict=True):
-            for micro_batch, losses in losses_of_step:
-                losses = losses.double().numpy(force=True)
-                row += [losses.sum(), micro_batch["examples"], micro_batch["tokens"], micro_batch["positions"]]
-                wrong = ~np.isfinite(losses)
-                if wrong.any():
-                    broken.append((step, "loss", float(losses[wrong][0]), micro_batch["ids"][wrong].tolist()))
-            self.grad_norm = float(grad_norm)
-            # Under a scaler (fp16) an infinite gradient is an overflow: that step is skipped, and all is well.
-            if not (self.accelerator.scaler or math.isfinite(self.grad_norm)):
-                broken.append((step, "norm of the gradient", self.grad_norm, ids.tolist()))
-        everywhere = gather_object([(sums, broken)])
-        self.recent.clear()
-        if broken := [found for _, of_process in everywhere for found in of_process]:
-            step, what, value, _ = min(broken, key=lambda found: found[:2])
-            ids = sorted({example for found in broken if found[:2] == (step, what) for example in found[3]})
-            raise FloatingPointError(
-                f"step {step}: the {what} is {value}; training examples, from 0: {', '.join(map(str, ids))}\n"
-                "Try a lower --learning_rate, --warmup_ratio 0.1 or --mixed_precision no, and look at these examples."
-            )
-        state = self.state
-        for of_step in sum(sums for sums, _ in everywhere):
-            state.sums = (state.sums + of_step).tolist()
-            state.since_line = (state.since_line + of_step).tolist()
-            state.since_evaluation = (state.since_evaluation + of_step).tolist()
-        seconds = self._seconds()
-        state.line_seconds += seconds
-        state.train_seconds += seconds
-
-    def _seconds(self):
-        """Return the time since the last call."""
-        now = time.monotonic()
-        seconds, self.last_look = now - self.last_look, now
-        return seconds
-
-    def saved(self):
-        """Note that what has passed since the last look went into saving."""
-        self.state.save_seconds += self._seconds()
-
-    def line(self):
-        """Note the training since the line before; show it on the bar or, every few seconds, as a line."""
-        self.read()
-        state, step = self.state, self.state.step
-        (loss_sum, examples, _, positions), seconds = state.since_line, state.line_seconds
-        state.since_line, state.line_seconds = [0.0] * 4, 0.0
-        self.intervals.append((seconds, positions))
-        loss, examples_per_second = loss_sum / examples, examples / seconds
-        values = {
-            "loss": loss,
-            "learning_rate": state.learning_rate,
-            "grad_norm": self.grad_norm if math.isfinite(self.grad_norm) else None,  # an overflow in fp16
-            "examples_per_second": round(examples_per_second, 2),
-        }
-        self._note("train", step, values, "train", values)
-        epoch, now = step / self.steps_per_epoch, time.monotonic()
-        rate = f"lr {state.learning_rate:.2e}"
-        self.bar.set_postfix_str(f"epoch {epoch:.2f}, loss {loss:.4f}, {rate}", refresh=False)
-        self.bar.update(step - self.bar.n)
-        if self.bar.disable and now - self.last_line >= SECONDS_BETWEEN_LINES:
-            self.last_line = now
-            left = (now - self.started) / step * (self.total_steps - step)
-            log.info(
-                f"step {step}/{self.total_steps}, epoch {epoch:.2f}, loss {loss:.4f}, {rate}, "
-                f"{examples_per_second:.0f} examples/s, {clock(left)} left"
-            )
-
-    def evaluation(self, evaluations, is_best):
-        """Note evaluations of splits, and show each as a row with the scores of the majority class beside its own."""
-        state, step = self.state, self.state.step
-        loss_sum, examples, *_ = state.since_evaluation
-        state.since_evaluation = [0.0] * 4
-        for split, evaluation in evaluations.items():
-            loss, scores = evaluation["loss"], evaluation["scores"]
-            name = "train_sample" if split == "train" else split  # "train loss" is that of the steps
-            values = {"split": split, "loss": loss, "scores": scores}
-            self._note("eval", step, values, name, {"loss": loss, **scores})
-            log.info(
-                f"epoch {step / self.steps_per_epoch:.2f}, step {step} | train loss {loss_sum / examples:.4f}, "
-                f"{name} loss {loss:.4f}, lr {state.learning_rate:.2e} | {score_words(scores)} | "
-                f"majority: {score_words(evaluation['majority'])} | {clock(time.monotonic() - self.started)}"
-                f"{' | best' if is_best else ''}"
-            )
-        state.evaluation_seconds += self._seconds()
-
-    def has_timed_enough(self):
-        """Return whether a dry run can end, the same on all processes: after 5 seconds, and 3 steps."""
-        if self.accelerator.is_main_process and len(self.intervals) >= 3 and self.state.train_seconds >= 5:
-            self.accelerator.set_trigger()
-        return self.accelerator.check_trigger()
-
-    def totals(self):
-        """Return the times and sums of the whole training, by their names in results.json."""
-        state = self.state
-        _, examples, tokens, positions = state.sums
-        return {
-            "steps": state.step,
-            "epochs": state.step / self.steps_per_epoch,
-            "train_seconds": state.train_seconds,
-            "evaluation_seconds": state.evaluation_seconds,
-            "save_seconds": state.save_seconds,
-            "train_examples": int(examples),
-            "train_examples_per_second": examples / state.train_seconds,
-            "train_tokens_per_second": tokens / state.train_seconds,
-            "padding_fraction": 1 - tokens / positions,
-        }
-
-    def _note(self, kind, step, values, group, numbers):
-        """Write values as a line of metrics.jsonl; tell the trackers the numbers that are not None, as GROUP/NAME."""
-        if self.accelerator.is_main_process:
-            line = {"type": kind, "step": step, "epoch": round(step / self.steps_per_epoch, 4), **values}
-            with open(self.lines, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line, allow_nan=False) + "\n")
-        numbers = {f"{group}/{name}": number for name, number in numbers.items() if number is not None}
-        self.accelerator.log(numbers, step=step)
-
-    def close(self):
-        """Take the bar off the terminal."""
-        if not self.bar.disable:
-            self.redirect.__exit__(None, None, None)
-        self.bar.close()
-
-
-def tracker_names(words):
-    """Return the names in --trackers, or None. Raises BadInput for one that is unknown or not installed."""
-    names = words.split(",") if words else []
-    for name in names:
-        if name not in LOGGER_TYPE_TO_CLASS:
-            raise BadInput(f"--trackers {name}: unknown", f"Known: {', '.join(LOGGER_TYPE_TO_CLASS)}.")
-        if name not in [tracker.value for tracker in get_available_trackers()]:
-            raise BadInput(f"--trackers {name}: the package is not installed", f"pip install {name}")
-    return names or None
+import uncertainty
+from cache import array_of
+from common import example_losses, log, number_words, score_words
+from progress import Progress, clock, tracker_names  # noqa: F401 - for train.py
 
 
 def describe_data(task, splits, examples, batches, micro_batch_size, accelerator, tokenizer, layout):
@@ -265,7 +74,8 @@ def _data_warnings(task, splits, data):
     counts = {} if task.is_regression else of_train["labels"]
     few = [f"{label} ({number})" for label, number in counts.items() if number < facts.FEW]
     if few:
-        yield f"classes with fewer than {facts.FEW} rows in train: {', '.join(few[:10])}"
+        words = f"classes with fewer than {facts.FEW} rows in train: {', '.join(few[:10])}"
+        yield f"{words}; methods made for few examples, such as SetFit, are likely better at them"
 
 
 def describe_run(task, args, accelerator, model, layout, plan, examples, validation_splits, progress, micro_batch):
@@ -330,6 +140,10 @@ def results(args, task, facts, progress, evaluations, data, accelerator):
         **progress.totals(),
         "best_step": progress.state.best["step"],
         "scores": {name: evaluation["scores"] for name, evaluation in evaluations.items()},
+        "intervals": {
+            name: uncertainty.intervals(task.metrics, evaluation["predictions"], evaluation["labels"])
+            for name, evaluation in evaluations.items()
+        },
         "majority_baseline": {name: evaluation["majority"] for name, evaluation in evaluations.items()},
         "data": data,
         "settings": vars(args),
@@ -338,14 +152,106 @@ def results(args, task, facts, progress, evaluations, data, accelerator):
 
 
 def summary(results):
-    """Return the scores of a finished run as lines, each split's beside those of the majority class."""
+    """Return the scores of a finished run as lines: each split's, the majority's, and 95 % intervals."""
     lines = [
         f"{results['steps']} steps in {clock(results['train_seconds'])}, "
         f"{results['train_examples_per_second']:.0f} examples/s; best at step {results['best_step']}"
     ]
     for split, scores in results["scores"].items():
         lines.append(f"{split}: {score_words(scores)} (majority: {score_words(results['majority_baseline'][split])})")
+        lines.append(f"{split}, 95 % intervals: {uncertainty.words(results.get('intervals', {}).get(split, {}))}")
     return "\n".join(lines)
+
+
+def epoch_table(lines):
+    """Return the evaluations in metrics.jsonl as lines of a table: losses, scores, and the time that each took."""
+    rows, before = [], 0.0
+    lines = [line for line in lines if line["type"] == "eval"]
+    names = list(lines[0]["scores"]) if lines else []
+    for line in lines:
+        # All splits of one evaluation come together; the time goes with the first of them.
+        seconds, before = line["seconds"] - before, line["seconds"]
+        numbers = [line["train_loss"], line["loss"], *(line["scores"][name] for name in names)]
+        rows.append([f"{line['epoch']:.2f}", line["split"], *map(number_words, numbers), clock(seconds)])
+    rows = [["epoch", "split", "train loss", "loss", *names, "h:mm:ss"], *rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(word.rjust(width) for word, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def overfitting(lines):
+    """Return a hint where the validation loss has risen since its lowest while the training loss fell, else None."""
+    lines = [line for line in lines if line["type"] == "eval" and line["split"] != "train"]
+    lines = [line for line in lines if line["split"] == lines[0]["split"]]
+    lowest, last = min(lines, key=lambda line: line["loss"], default=None), lines[-1] if lines else None
+    if not lines or last["loss"] <= 1.05 * lowest["loss"] or last["train_loss"] >= lowest["train_loss"]:
+        return None
+    return (
+        f"{lowest['split']} loss rose from {lowest['loss']:.4f} (epoch {lowest['epoch']:.2f}) to {last['loss']:.4f} "
+        "while that of train fell: the model learns its examples by heart. What usually helps: fewer --epochs, "
+        "--early_stopping_patience 2, a lower --learning_rate, --weight_decay 0.1, more data."
+    )
+
+
+def say_results(folder, task, results, evaluations, progress):
+    """Log what a run has come to: first what is wrong with it, then the table of its epochs, and its scores."""
+    if progress.state.step < progress.total_steps:
+        since = progress.state.evaluations_since_best
+        log.info(f"no better {task.metrics[0]} in {since} evaluations: stopped early")
+    for name, evaluation in evaluations.items():
+        if warning := collapse(task, name, evaluation):
+            log.warning(in_red(f"WARNING: {warning}"))
+    lines = lines_of(folder)
+    if hint := overfitting(lines):
+        log.warning(f"WARNING: {hint}")
+    log.info(f"{epoch_table(lines)}\n{summary(results)}\nmodel: {folder / 'model'}, report: {folder / 'report.html'}")
+
+
+def lines_of(folder):
+    """Return the lines of a run's metrics.jsonl; none where there is no such file."""
+    file = folder / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+
+
+def in_red(words):
+    """Return words as a terminal shows them in red; as they are where the log goes elsewhere."""
+    return f"\x1b[1;31m{words}\x1b[0m" if log.handlers and log.handlers[0].stream.isatty() else words
+
+
+def write_page(folder, task, results, evaluations, splits, examples):
+    """Write report.html and plots/ of a run."""
+    import page
+
+    contents = []
+    for split in [name for name in evaluations if name != "train"]:
+        evaluation = evaluations[split]
+        given = (task, evaluation, evaluation["logits"], evaluation["labels"])
+        lengths = array_of(examples[split], "length")
+        wrong = analysis.mistakes(*given)
+        contents.append(
+            {
+                "split": split,
+                "examples": len(evaluation["labels"]),
+                "scores": evaluation["scores"],
+                "majority_baseline": evaluation["majority"],
+                "warning": collapse(task, split, evaluation),
+                **analysis.analyse(*given, lengths, {}),
+                "mistakes": page.mistakes_of(task, splits[split], evaluation["logits"], *wrong),
+            }
+        )
+    lines = lines_of(folder)
+    headline = {
+        "title": task.name,
+        "model": _model_words(results),
+        "text": f"{results['steps']} steps in {clock(results['train_seconds'])}, "
+        f"{results['train_examples_per_second']:.0f} examples/s; the best at step {results['best_step']}",
+        "hint": overfitting(lines),
+    }
+    tables = {
+        "Settings": results["settings"],
+        "Data": {**results["data"], "source": task.source, "licence": task.licence},
+        "Environment": {name: results[name] for name in ("num_processes", "mixed_precision", "versions", "hardware")},
+    }
+    page.write(folder, task, headline, contents, lines, tables)
 
 
 def already_complete(folder, results, final_test):
@@ -355,8 +261,8 @@ def already_complete(folder, results, final_test):
         log.info(f"its test split was not scored: evaluate.py --model {folder} --split test")
 
 
-def warn_of_collapse(task, split, evaluation):
-    """Warn, loudly, of a model that has learnt nothing: one prediction for all, or not better than the majority."""
+def collapse(task, split, evaluation):
+    """Return None, or in words that a model has learnt nothing: one prediction for all, no better than the majority."""
     metric, constant = task.metrics[0], evaluation["constant"]
     score, limit = evaluation["scores"][metric], evaluation["majority"][metric]
     if constant is not None:
@@ -367,11 +273,18 @@ def warn_of_collapse(task, split, evaluation):
         words = f"{metric} {number_words(score)} to {number_words(limit)}"
         what = f"ON {split.upper()} THE MODEL IS NO BETTER THAN THE MAJORITY CLASS ({words})"
     else:
-        return
-    log.warning(
-        f"WARNING: {what}.\nIt has learnt nothing of use. What usually helps: a lower --learning_rate, "
+        return None
+    return (
+        f"{what}.\nIt has learnt nothing of use. What usually helps: a lower --learning_rate, "
         "--warmup_ratio 0.1, more --epochs, another --seed, --class_weights balanced; or the labels are wrong."
     )
+
+
+def _model_words(results):
+    if not isinstance(results["model"], str):
+        return "trained from new weights"
+    commit = f" at commit {results['model_commit']}" if results["model_commit"] else ""
+    return f"fine-tuned from {results['model']}{commit}"
 
 
 def model_card(task, results):
@@ -380,12 +293,12 @@ def model_card(task, results):
     for split, scores in results["scores"].items():
         for name, score in scores.items():
             majority = results["majority_baseline"][split][name]
-            rows.append(f"| {split} | {name} | {number_words(score)} | {number_words(majority)} |")
+            interval = uncertainty.words({name: results["intervals"][split][name]}).removeprefix(f"{name} ")
+            rows.append(f"| {split} | {name} | {number_words(score)} | {interval} | {number_words(majority)} |")
     table = "\n".join(rows)
-    model = results["model"] if isinstance(results["model"], str) else "no checkpoint: trained from scratch"
     return f"""# {task.name}
 
-A text classifier, fine-tuned from {model}{f" at commit {results['model_commit']}" if results["model_commit"] else ""}.
+A text classifier, {_model_words(results)}.
 
 - Input: {" and ".join(task.text)}, up to {task.max_length} tokens.
 - Output: {"a number" if task.is_regression else ", ".join(task.labels)}.
@@ -393,8 +306,8 @@ A text classifier, fine-tuned from {model}{f" at commit {results['model_commit']
 - Training: {results["train_examples"]} examples seen in {results["steps"]} steps, seed {results["seed"]}; the run's
   results.json holds the rest of the recipe.
 
-| split | metric | score | majority class |
-|---|---|---|---|
+| split | metric | score | 95 % interval | majority class |
+|---|---|---|---|---|
 {table}
 
 ```python

@@ -175,6 +175,28 @@ def _only_text_column(row, task, where):
     return columns[0]
 
 
+def column_of(task, name, rows, column):
+    """Return another column of the data for the rows of a split, as words. Raises BadInput where there is none."""
+    if task.dataset:
+        theirs = (task.splits or {}).get(name, name)
+        table = download(task.dataset["path"], task.dataset.get("name"), task.dataset["revision"])
+        table = table[theirs if theirs in table else "train"]  # of which a split that is not there was made
+        if column not in table.column_names:
+            words = f'{task.dataset["path"]}: has no column "{column}"{nearest(column, table.column_names)}'
+            raise BadInput(words, f"Columns: {', '.join(table.column_names)}.")
+        return [str(value) for value in table.select(rows["row"])[column]]
+    file = task.files[name if name in task.files else "train"]
+    path = download_file(file, refresh=False) if is_url(file) else file
+    options = {option: getattr(task, option) for option in ("columns", "quoting", "encoding", "delimiter")}
+    values = {}
+    for line, row in read_rows(path, **options, on_bad_row=lambda bad_row: None):
+        if column not in row:
+            words = f'{place(file, line)}: has no column "{column}"{nearest(column, row)}'
+            raise BadInput(words, f"Columns: {', '.join(row)}.")
+        values[line] = str(row[column])
+    return [values[line] for line in rows["row"]]
+
+
 def _hub_splits(task, refresh):
     path, name = task.dataset["path"], task.dataset.get("name")
     commit = hub_commit(path, "dataset", task.dataset.get("revision"), refresh)

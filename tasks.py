@@ -49,6 +49,8 @@ class Task:
     defaults: dict = field(default_factory=dict)  # values for flags of train.py
     source: str = ""
     licence: str = ""
+    # Of a trained model, not of a YAML: above which probability each label of a multi-label task applies; None: 0.5.
+    thresholds: list[float] | None = None
 
     @property
     def is_regression(self):

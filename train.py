@@ -186,12 +186,16 @@ def choose_micro_batch_size(args, state, share, limit, probe):
     return min(wanted, share, limit or share)
 
 
-def score_split(examples, task, model, accelerator, batch_size, layout, majority, watch):
-    """Return common.evaluate of tokenised examples, the same on every process."""
+def score(splits, task, model, accelerator, batch_size, layout, majority, watch, thresholds_of=None):
+    """Return (task, {split: common.evaluate}); of several labels, with thresholds that one of the splits chooses."""
     import batching
 
-    logits = batching.all_logits(model, examples, accelerator, batch_size, layout, watch)
-    return common.evaluate(task, logits, batching.array_of(examples, "label"), majority)
+    labels = {name: batching.array_of(examples, "label") for name, examples in splits.items()}
+    given = (accelerator, batch_size, layout, watch)
+    logits = {name: batching.all_logits(model, examples, *given) for name, examples in splits.items()}
+    if thresholds_of and task.is_multi_label:
+        task = common.with_thresholds(task, logits[thresholds_of], labels[thresholds_of])
+    return task, {name: common.evaluate(task, logits[name], labels[name], majority) for name in splits}
 
 
 def main():
@@ -285,13 +289,13 @@ def main():
                 saves = watch.look(state.step)
                 if state.step > state.evaluated_step and (is_over or state.step % eval_every == 0):
                     # Every process has all logits, so that all decide alike.
-                    evaluations = {name: score_split(rows, *scoring) for name, rows in evaluated.items()}
-                    score = evaluations[validation_splits[0]]["scores"][task.metrics[0]]
+                    _, evaluations = score(evaluated, *scoring)
+                    score_now = evaluations[validation_splits[0]]["scores"][task.metrics[0]]
                     state.evaluated_step = state.step
                     state.evaluations_since_best += 1
-                    is_best = state.best is None or common.is_better(task, score, state.best["score"])
+                    is_best = state.best is None or common.is_better(task, score_now, state.best["score"])
                     if is_best:
-                        checkpoint.note_best(state, score, evaluations)
+                        checkpoint.note_best(state, score_now, evaluations)
                     progress.evaluation(evaluations, is_best)
                     saves = saves or is_best
                 if saves:
@@ -327,21 +331,17 @@ def main():
             whole = (whole_plan, examples, validation_splits)
             report.describe_run(task, args, accelerator, plain_model, layout, *whole, progress, micro_batch)
             return common.finish(accelerator, model, optimizer)
-        if state.step < total_steps:
-            log.info(f"no better {task.metrics[0]} in {state.evaluations_since_best} evaluations: stopped early")
 
-        # The best model: tested once, written once.
+        # The best model: scored once more, for all that the report tells, and written once.
         checkpoint.load_best(folder, state.best, plain_model)
-        scores_of_best = dict(state.best["evaluations"])
-        for name in [name for name in splits if name.startswith("test")]:
-            scores_of_best[name] = score_split(examples[name], *scoring)
-        results = report.results(args, task, facts, progress, scores_of_best, data, accelerator)
+        evaluated |= {name: examples[name] for name in splits if name.startswith("test")}
+        task, of_best = score(evaluated, *scoring, thresholds_of=validation_splits[0])
+        results = report.results(args, task, facts, progress, of_best, data, accelerator)
         if accelerator.is_main_process:
+            report.write_page(folder, task, results, of_best, splits, examples)
             card = report.model_card(task, results)
             checkpoint.write_model(folder, plain_model, tokenizer, task, fingerprints, majority, results, card)
-        log.info(f"{report.summary(results)}\nmodel: {folder / 'model'}")
-        for name, evaluation in scores_of_best.items():
-            report.warn_of_collapse(task, name, evaluation)
+        report.say_results(folder, task, results, of_best, progress)
         del loader, scheduler, plain_model, probe, save
         common.finish(accelerator, model, optimizer)
 

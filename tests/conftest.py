@@ -3,6 +3,7 @@
 import atexit
 import csv
 import json
+import logging
 import os
 import random
 import runpy
@@ -198,6 +199,19 @@ def run_inside(monkeypatch, capfd):
         return code, captured.out, captured.err
 
     return run
+
+
+@pytest.fixture
+def log_lines(monkeypatch):
+    """The lines that a test's own process logs."""
+    import common
+
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    monkeypatch.setattr(common.log, "handlers", [handler])
+    common.log.setLevel(logging.INFO)
+    return lines
 
 
 @pytest.fixture

@@ -174,7 +174,7 @@ def outcome(run):
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     return {
         "weights": hashlib.sha256((run / "model" / "model.safetensors").read_bytes()).hexdigest(),
-        "curve": [{**line, "examples_per_second": 0, "loss": line["loss"].hex()} for line in lines],
+        "curve": [{**line, "examples_per_second": 0, "seconds": 0, "loss": line["loss"].hex()} for line in lines],
         "scores": [results[name] for name in ("best_step", "scores", "steps", "train_examples")],
     }
 

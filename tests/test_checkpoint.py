@@ -789,7 +789,8 @@ def outcome(run):
     """The weights, and the lines of metrics.jsonl without their times."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
-        line.pop("examples_per_second", None)
+        for clocked in ("examples_per_second", "seconds"):
+            line.pop(clocked, None)
     return checkpoint.sha256(run / "model" / "model.safetensors"), lines
 
 

@@ -107,7 +107,11 @@ def test_scores_are_those_that_training_printed(copy, evaluate):
     assert f"validation: accuracy {line['scores']['accuracy']:.4f}, f1 {line['scores']['f1']:.4f}" in printed
     assert (evaluation["split"], evaluation["examples"]) == ("validation", 50)
     assert set(contents_of(copy)) - before == {
-        *("run/evaluation-validation/evaluation.json", "run/evaluation-validation/predictions.csv"),
+        f"run/evaluation-validation/{name}"
+        for name in (
+            *("evaluation.json", "predictions.csv", "errors.csv", "report.html"),
+            *("plots/confusion-validation.png", "plots/calibration-validation.png"),
+        )
     }
 
 
@@ -421,3 +425,135 @@ def test_the_folder_of_a_run_that_failed_holds_no_model(copy, refused):
 
 def test_an_output_folder_that_is_a_file_is_refused(copy, refused):
     assert "reviews.yaml" in refused("--model", "run", "--output_dir", "reviews.yaml", cwd=copy)
+
+
+# ---------------------------------------------------------------------------------------- what stands beside a score
+
+
+def test_errors_are_the_wrong_rows_worst_first(copy, evaluate):
+    turned = {"positive": "negative", "negative": "positive"}
+    rows = [(text, label if n % 3 else turned[label]) for n, (text, label) in enumerate(make_rows(30, 5))]
+    write_table(copy / "more.csv", rows)
+    evaluate("--model", "run", "--file", "more.csv", cwd=copy)
+    rows = read_table(copy / "run/evaluation-more/predictions.csv")
+    errors = read_table(copy / "run/evaluation-more/errors.csv")
+    wrong = {number for number, row in enumerate(rows) if row["label"] != row["predicted_label"]}
+    assert {int(row["example"]) for row in errors} == wrong and len(errors) == len(wrong) >= 9
+    for row in errors:
+        assert {name: row[name] for name in rows[0]} == rows[int(row["example"])]
+        assert float(row["loss"]) == pytest.approx(-np.log(float(row[f"probability_{row['label']}"])), abs=1e-3)
+    losses = [float(row["loss"]) for row in errors]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_intervals_classes_and_lengths_are_printed_and_written(copy, evaluate):
+    printed = evaluate("--model", "run", cwd=copy)
+    evaluation = read_json(copy / "run/evaluation-validation/evaluation.json")
+    low, high = evaluation["intervals"]["accuracy"]
+    assert low < evaluation["scores"]["accuracy"] < high
+    assert f"95 % intervals: accuracy {low:.4f} to {high:.4f}" in printed
+    assert sum(row["support"] for row in evaluation["classes"]) == 50
+    assert np.trace(evaluation["confusion"]) == round(50 * evaluation["scores"]["accuracy"])
+    assert sum(part["examples"] for part in evaluation["slices"]["length"]) == 50
+    assert read_json(copy / "run/results.json")["intervals"]["validation"] == evaluation["intervals"]
+    low, high = read_json(copy / "run/results.json")["intervals"]["test"]["accuracy"]
+    assert f"| {low:.4f} to {high:.4f} |" in (copy / "run/model/README.md").read_text()
+
+
+def test_slices_are_the_values_of_a_column(copy, evaluate, refused):
+    rows = [(text, label, ("web", "book", "web")[n % 3]) for n, (text, label) in enumerate(make_rows(30, 5))]
+    write_table(copy / "more.csv", rows, header=("text", "label", "source"))
+    printed = evaluate("--model", "run", "--file", "more.csv", "--slices", "source,label", cwd=copy)
+    slices = read_json(copy / "run/evaluation-more/evaluation.json")["slices"]
+    predictions = read_table(copy / "run/evaluation-more/predictions.csv")
+    assert [(part["slice"], part["examples"]) for part in slices["source"]] == [("web", 20), ("book", 10)]
+    for part in slices["source"]:
+        of_part = [row for row, (*_, source) in zip(predictions, rows, strict=True) if source == part["slice"]]
+        expected = np.mean([row["label"] == row["predicted_label"] for row in of_part])
+        assert part["scores"]["accuracy"] == pytest.approx(expected)
+    assert {part["slice"] for part in slices["label"]} == {"negative", "positive"}
+    assert "by source" in printed
+    lines = refused("--model", "run", "--file", "more.csv", "--slices", "sources", cwd=copy)
+    assert 'has no column "sources" (did you mean "source"?)' in lines
+
+
+def test_slices_of_a_split_that_was_made(reviews, vocabulary, evaluate, run_inside):
+    rows = [(text, label, str(n)) for n, (text, label) in enumerate(make_rows(60, 1))]
+    write_table(reviews / "numbered.csv", rows, header=("text", "label", "number"))
+    task = {"files": {"train": "numbered.csv"}, "text": "text", "split": {"validation": 0.25}}
+    (reviews / "made.yaml").write_text(yaml.safe_dump({**task, "model": bert_config(vocabulary)}))
+    flags = ("--task", "made.yaml", "--max_steps", 1, "--output_dir", "run", "--mixed_precision", "no")
+    assert run_inside("train.py", *flags, cwd=reviews)[0] == 0
+    evaluate("--model", "run", "--slices", "number", cwd=reviews)
+    predictions = read_table(reviews / "run/evaluation-validation/predictions.csv")
+    slices = read_json(reviews / "run/evaluation-validation/evaluation.json")["slices"]["number"]
+    assert {rows[int(part["slice"])][0] for part in slices} == {row["text"] for row in predictions}
+
+
+def test_compare_with_a_run_an_evaluation_and_a_file(copy, evaluate, run_inside):
+    """All three say the same, and a model does not differ from itself."""
+    flags = ("--task", "reviews.yaml", "--threads", 1, "--max_steps", 4, "--output_dir", "other")
+    assert run_inside("train.py", *flags, cwd=copy)[0] == 0
+    evaluate("--model", "other", cwd=copy)
+    there = read_table(copy / "other/evaluation-validation/predictions.csv")
+    found = []
+    for other in ("other", "other/evaluation-validation", "other/evaluation-validation/predictions.csv"):
+        printed = evaluate("--model", "run", "--compare", other, cwd=copy)
+        comparison = read_json(copy / "run/evaluation-validation/evaluation.json")["comparison"]
+        assert comparison["conclusion"] in printed
+        found.append({key: comparison[key] for key in ("scores", "differences", "mcnemar")})
+    assert found[0] == found[1] == found[2]
+    labels, predicted = ([row[name] for row in there] for name in ("label", "predicted_label"))
+    assert found[0]["scores"]["accuracy"] == pytest.approx(accuracy_score(labels, predicted))
+    here = read_table(copy / "run/evaluation-validation/predictions.csv")
+    only_one = read_table(copy / "run/evaluation-validation/compared.csv")
+    differ = [
+        n for n, rows in enumerate(zip(here, there, strict=True)) if len({r["predicted_label"] for r in rows}) > 1
+    ]
+    assert [int(row["example"]) for row in only_one] == differ
+    assert [(row["here"], row["other"]) for row in only_one] == [
+        (here[number]["predicted_label"], there[number]["predicted_label"]) for number in differ
+    ]
+    evaluate("--model", "run", "--compare", "run", cwd=copy)
+    same = read_json(copy / "run/evaluation-validation/evaluation.json")["comparison"]["differences"]["accuracy"]
+    assert same == {"difference": 0.0, "interval": [0.0, 0.0]}
+
+
+def test_compare_with_a_model_whose_labels_have_other_ids(copy, evaluate, run_inside):
+    task = yaml.safe_load((copy / "reviews.yaml").read_text())
+    (copy / "turned.yaml").write_text(yaml.safe_dump({**task, "labels": ["positive", "negative"]}))
+    flags = ("--task", "turned.yaml", "--threads", 1, "--max_steps", 17, "--output_dir", "turned")
+    assert run_inside("train.py", *flags, cwd=copy)[0] == 0
+    evaluate("--model", "turned", cwd=copy)
+    rows = read_table(copy / "turned/evaluation-validation/predictions.csv")
+    accuracy = np.mean([row["label"] == row["predicted_label"] for row in rows])
+    evaluate("--model", "run", "--compare", "turned", cwd=copy)
+    comparison = read_json(copy / "run/evaluation-validation/evaluation.json")["comparison"]
+    assert comparison["scores"]["accuracy"] == pytest.approx(accuracy)
+
+
+def test_baselines_stand_beside_the_model(copy, evaluate, refused, tiny_bert):
+    results = read_json(copy / "run/results.json")
+    (copy / "run/results.json").write_text(json.dumps({**results, "model": str(tiny_bert)}))  # as if it began there
+    printed = evaluate("--model", "run", "--baseline", cwd=copy)
+    baselines = read_json(copy / "run/evaluation-validation/evaluation.json")["baselines"]
+    assert set(baselines) == {"bag of words", "frozen encoder"}
+    # The reviews' words say it all: a linear model on them is hard to beat.
+    assert baselines["bag of words"]["accuracy"] > 0.9 and 0 < baselines["frozen encoder"]["accuracy"] <= 1
+    assert f"bag of words: accuracy {baselines['bag of words']['accuracy']:.4f}" in printed
+    assert "no train split" in refused("--model", "run", "--file", "test.csv", "--baseline", cwd=copy)
+
+
+def test_a_bag_of_words_is_the_one_of_scikit_learn(copy, evaluate):
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    evaluate("--model", "run", "--split", "test", "--baseline", cwd=copy)
+    train, test = (read_table(copy / f"{name}.csv") for name in ("train", "test"))
+    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
+    model = make_pipeline(words, LogisticRegression(max_iter=1000))
+    model.fit([row["text"] for row in train], [row["label"] for row in train])
+    expected = accuracy_score([row["label"] for row in test], model.predict([row["text"] for row in test]))
+    baselines = read_json(copy / "run/evaluation-test/evaluation.json")["baselines"]
+    assert baselines == {"bag of words": pytest.approx({"accuracy": expected, "f1": baselines["bag of words"]["f1"]})}

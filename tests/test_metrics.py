@@ -161,7 +161,8 @@ def test_many_rows_do_not_overflow(rows):
     references, noise = generator.integers(0, 3, rows), generator.integers(0, 3, rows)
     predictions = np.where(generator.random(rows) < 0.5, references, noise)
     expected = sklearn_metrics.matthews_corrcoef(references, predictions)
-    assert metrics.matthews_correlation(predictions, references) == pytest.approx(expected, **EXACT)
+    scores = metrics.compute(["matthews_correlation"], predictions, references)
+    assert scores == pytest.approx({"matthews_correlation": expected}, **EXACT)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +216,8 @@ def test_load_gives_an_evaluate_metric_and_pieces_equal_the_whole(name):
     else:
         predictions, references = generator.integers(0, 2, (2, 50))
     whole = metrics.load(name).compute(predictions=predictions, references=references)
-    assert whole == {name: pytest.approx(metrics.FORMULAS[name](predictions, references), **EXACT)}
+    if name != "f1_micro":  # which compute has for several labels alone
+        assert whole == metrics.compute([name], predictions, references)
     metric = metrics.load(name)
     assert isinstance(metric, metrics.import_evaluate().Metric) and metric.name == name
     for again in range(2):  # an instance starts anew after compute()

@@ -12,6 +12,9 @@ from sklearn.metrics import f1_score
 from sklearn.preprocessing import MultiLabelBinarizer
 from transformers import pipeline
 
+import common
+from tasks import Task
+
 LABELS = ["bad", "good", "room", "very"]
 METRICS = ["f1_micro", "f1_macro", "accuracy"]
 SAME = ("--threads", 1)
@@ -131,11 +134,28 @@ def test_evaluation_equals_scikit_learn_on_its_predictions(folder, run):
     assert evaluation["majority_baseline"] == results["majority_baseline"]["test"]
     assert f"(majority: f1_micro {evaluation['majority_baseline']['f1_micro']:.4f}" in printed
     probabilities = np.array([[float(row[f"probability_{name}"]) for name in LABELS] for row in rows])
-    assert ((probabilities > 0.5) == predicted).all()
+    thresholds = read_json(folder / "run/model/task.json")["thresholds"]
+    assert len(thresholds) == 4 and ((probabilities > thresholds) == predicted).all()
     entropy = -(truth * np.log(probabilities) + (1 - truth) * np.log(1 - probabilities))
     assert evaluation["loss"] == pytest.approx(entropy.mean(), rel=1e-5)
     joint = np.where(predicted, probabilities, 1 - probabilities).prod(axis=1)
     assert [float(row["probability"]) for row in rows] == pytest.approx(joint.tolist())
+
+
+def test_thresholds_are_those_of_the_highest_f1():
+    task = Task("t", text=["text"], labels=["x", "y", "z"], problem="multi_label")
+    generator = np.random.default_rng(0)
+    labels = (generator.random((300, 3)) < [0.5, 0.1, 0.0]).astype(int)
+    probabilities = np.clip(0.3 * labels + generator.uniform(0, 0.6, labels.shape).round(2), 0.01, 0.99)
+    logits = np.log(probabilities / (1 - probabilities))
+    thresholds = common.with_thresholds(task, logits, labels).thresholds
+    assert thresholds[2] == 0.5  # a label that no example has
+    for column in (0, 1):
+        found = f1_score(labels[:, column], probabilities[:, column] > thresholds[column])
+        cuts = [-1, *np.unique(probabilities[:, column])]
+        assert 0 < thresholds[column] < 1
+        best = max(f1_score(labels[:, column], probabilities[:, column] > cut) for cut in cuts)
+        assert found == pytest.approx(best)
 
 
 def test_prediction_equals_a_pipeline_of_transformers(folder, run):
@@ -143,12 +163,13 @@ def test_prediction_equals_a_pipeline_of_transformers(folder, run):
     texts = [text for text, _ in make_rows(20, 9)]
     write_table(folder / "in.csv", [(text,) for text in texts], header=("text",))
     run("predict.py", "--mixed_precision", "no", "--model", "run", "--input", "in.csv", "--output", "out.csv")
-    rows = read_table(folder / "out.csv")
+    rows, thresholds = read_table(folder / "out.csv"), read_json(folder / "run/model/task.json")["thresholds"]
     assert list(rows[0]) == ["text", *NEW]
     for row, text in zip(rows, texts, strict=True):
         answer = {one["label"]: one["score"] for one in classify([text])[0]}
         assert {name: float(row[f"probability_{name}"]) for name in LABELS} == pytest.approx(answer, abs=1e-5)
-        assert row["predicted_label"] == "|".join(name for name in LABELS if answer[name] > 0.5)
+        applies = [name for name, threshold in zip(LABELS, thresholds, strict=True) if answer[name] > threshold]
+        assert row["predicted_label"] == "|".join(applies)
     printed = run("predict.py", "--mixed_precision", "no", "--model", "run", "--text", texts[0])
     answer = {one["label"]: one["score"] for one in classify([texts[0]])[0]}
     words = sorted(((f"{value:.4f}", label) for label, value in answer.items()), reverse=True)

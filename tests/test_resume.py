@@ -264,7 +264,8 @@ def curve_of(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     exact = ("loss", "learning_rate", "grad_norm")
     hexadecimal = [{name: line[name].hex() for name in exact if line.get(name) is not None} for line in lines]
-    return [{**line, **numbers, "examples_per_second": None} for line, numbers in zip(lines, hexadecimal, strict=True)]
+    clocked = {"examples_per_second": None, "seconds": None}
+    return [{**line, **numbers, **clocked} for line, numbers in zip(lines, hexadecimal, strict=True)]
 
 
 def assert_equal(run, whole):

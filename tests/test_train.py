@@ -46,7 +46,14 @@ MODEL_FILES = {
 ONE_THREAD = ("--threads", 1)
 # With these the tiny model learns the reviews within two epochs.
 LEARNING = ("--learning_rate", 0.01, "--warmup_steps", 5)
-RUN_FILES = {"metrics.jsonl", "results.json", "state.json", *(f"model/{name}" for name in MODEL_FILES)}
+RUN_FILES = {
+    "metrics.jsonl",
+    "results.json",
+    "state.json",
+    "report.html",
+    "plots",
+    *(f"model/{name}" for name in MODEL_FILES),
+}
 
 
 def change_task(file, **changes):
@@ -70,7 +77,9 @@ def make_regression(task):
 
 
 def files_under(folder):
-    return {str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()}
+    """Return the files, all pictures as one."""
+    paths = [path for path in Path(folder).rglob("*") if path.is_file()]
+    return {str((path.parent if path.suffix == ".png" else path).relative_to(folder)) for path in paths}
 
 
 def contents_of(folder):
@@ -215,7 +224,8 @@ def test_metrics_hold_a_line_for_every_step_and_evaluation(launched):
     assert [line["epoch"] for line in lines] == [round(step / 13, 4) for step in range(1, 27)]
     lines = lines_of(run_of(launched), "eval")
     assert [line["step"] for line in lines] == [6, 12, 18, 24, 26]
-    assert all(set(line) == {"type", "step", "epoch", "split", "loss", "scores"} for line in lines)
+    keys = {"type", "step", "epoch", "split", "loss", "scores", "train_loss", "seconds"}
+    assert all(set(line) == keys for line in lines)
     assert {line["split"] for line in lines} == {"validation"}  # the test split is scored once, at the end
     assert all(list(line["scores"]) == ["accuracy", "f1"] for line in lines)
 

@@ -1,0 +1,171 @@
+"""What a score is made of: each class, the confusion, calibration, parts of the data, the worst mistakes.
+
+All of it is a function of logits and labels; nothing here knows of models or files.
+"""
+
+import numpy as np
+
+import common
+import metrics
+import uncertainty
+
+BINS = 15
+EXAMPLES_OF_A_BAR = 32
+LISTED = 20  # classes, and parts of the data
+
+
+def analyse(task, evaluation, logits, labels, lengths, columns):
+    """Return what evaluation.json says of scores beside the scores themselves.
+
+    evaluation: of common.evaluate; logits: (examples, outputs); labels: (examples,) ids or values, or (examples,
+    labels) of 0 and 1; lengths: (examples,), in tokens; columns: {name: a word for each example}. The examples that
+    share a word, or a quarter of the lengths, are scored alone.
+    """
+    predictions, names = evaluation["predictions"], task.metrics
+    parts = {"length": parts_by_length(lengths)} | {name: parts_by_word(words) for name, words in columns.items()}
+    content = {
+        "intervals": uncertainty.intervals(names, predictions, labels),
+        "slices": {name: list(of_parts(names, predictions, labels, of)) for name, of in parts.items()},
+    }
+    if task.is_regression:
+        return content
+    content["classes"] = of_classes(task, predictions, labels)
+    content["never_predicted"] = [row["label"] for row in content["classes"] if row["support"] and not row["predicted"]]
+    content["calibration"] = calibration(common.probabilities(task, logits), predictions, labels)
+    if not task.is_multi_label:
+        content["confusion"] = confusion(len(task.labels), predictions, labels)
+    if "matthews_correlation" in names:
+        content["batches"] = of_batches("matthews_correlation", predictions, labels)
+    return content
+
+
+def of_classes(task, predictions, labels):
+    """Return precision, recall, F1 and number of rows of each class; None where a rate is 0/0."""
+    if not task.is_multi_label:
+        classes = np.arange(len(task.labels))
+        predictions, labels = predictions[:, None] == classes, labels[:, None] == classes
+    predictions, labels = predictions.astype(bool), labels.astype(bool)
+    rows = []
+    for name, hits, predicted, support in zip(
+        task.labels, (predictions & labels).sum(axis=0), predictions.sum(axis=0), labels.sum(axis=0), strict=True
+    ):
+        rates = {"precision": (hits, predicted), "recall": (hits, support), "f1": (2 * hits, predicted + support)}
+        rates = {rate: float(part / whole) if whole else None for rate, (part, whole) in rates.items()}
+        rows.append({"label": name, **rates, "support": int(support), "predicted": int(predicted)})
+    return rows
+
+
+def confusion(classes, predictions, labels):
+    """Return counts as lists: a row for each label, a column for each prediction."""
+    cells = np.bincount(labels * classes + predictions, minlength=classes**2)
+    return cells.reshape(classes, classes).tolist()
+
+
+def calibration(probabilities, predictions, labels):
+    """Return the expected calibration error and its bins (Guo et al. 2017, https://arxiv.org/abs/1706.04599).
+
+    In each of 15 bins of like confidence: how sure the model is on average, and how often it is right. The error is the
+    mean distance of the two, weighted by examples. In multi-label each label of each example counts as a prediction.
+    """
+    if labels.ndim == 2:
+        confidence, is_right = np.maximum(probabilities, 1 - probabilities).ravel(), (predictions == labels).ravel()
+    else:
+        confidence, is_right = probabilities.max(axis=1), predictions == labels
+    of_example = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    bins, error = [], 0.0
+    for number in np.unique(of_example):
+        inside = of_example == number
+        mean, rate = float(confidence[inside].mean()), float(is_right[inside].mean())
+        error += inside.mean() * abs(mean - rate)
+        edges = {"low": float(number / BINS), "high": float((number + 1) / BINS)}
+        bins.append({**edges, "examples": int(inside.sum()), "confidence": mean, "accuracy": rate})
+    return {"expected_calibration_error": float(error), "bins": bins}
+
+
+def parts_by_word(words):
+    """Return [(word, numbers of the examples that have it)], the largest part first; beyond 20, the rest as one."""
+    words, of_example, counts = np.unique(np.asarray(words, dtype=str), return_inverse=True, return_counts=True)
+    parts = [(str(words[code]), np.flatnonzero(of_example == code)) for code in np.argsort(-counts, kind="stable")]
+    if len(parts) > LISTED:
+        rest = np.sort(np.concatenate([numbers for _, numbers in parts[LISTED:]]))
+        parts[LISTED:] = [(f"({len(parts) - LISTED} others)", rest)]
+    return parts
+
+
+def parts_by_length(lengths):
+    """Return [(words, numbers of the examples)] of four parts of about equal size, the shortest first."""
+    edges = np.unique(np.quantile(lengths, [0.25, 0.5, 0.75], method="lower"))
+    of_example = np.searchsorted(edges, lengths)
+    parts = [np.flatnonzero(of_example == number) for number in np.unique(of_example)]
+    return [(f"{lengths[numbers].min()} to {lengths[numbers].max()} tokens", numbers) for numbers in parts]
+
+
+def of_parts(names, predictions, labels, parts):
+    """Yield the scores of each part of the examples, with their intervals."""
+    for word, numbers in parts:
+        given = names, predictions[numbers], labels[numbers]
+        scores = {"scores": metrics.compute(*given, warns=False), "intervals": uncertainty.intervals(*given)}
+        yield {"slice": word, "examples": len(numbers), **scores}
+
+
+def of_batches(name, predictions, labels):
+    """Return a metric of each 32 examples in their order: how much a score of few examples wanders."""
+    starts = range(0, len(labels), EXAMPLES_OF_A_BAR)
+    parts = [slice(start, start + EXAMPLES_OF_A_BAR) for start in starts]
+    return [metrics.compute([name], predictions[part], labels[part], warns=False)[name] for part in parts]
+
+
+def mistakes(task, evaluation, logits, labels):
+    """Return (numbers, losses) of the examples that are wrong, worst first; in regression of all that are not exact."""
+    import torch
+
+    losses = common.example_losses(task, torch.from_numpy(logits), torch.tensor(labels)).numpy()
+    is_wrong = (evaluation["predictions"] != labels).reshape(len(labels), -1).any(axis=1)
+    numbers = np.flatnonzero(is_wrong)
+    numbers = numbers[np.argsort(-losses[numbers], kind="stable")]
+    return numbers, losses[numbers]
+
+
+def words(content):
+    """Return what evaluation.json says, as lines for the terminal."""
+    scores, of_majority = content["scores"], content["majority_baseline"]
+    examples, left_out = content["examples"], content["bad_rows"]
+    number = f"scored {examples} of {examples + left_out} examples" if left_out else f"{examples} examples"
+    lines = [
+        f"{content['split']}: {common.score_words(scores)}, loss {content['loss']:.4f}, {number} "
+        f"(majority: {common.score_words(of_majority)})",
+        f"95 % intervals: {uncertainty.words(content['intervals'])}",
+        *(f"{name}: {common.score_words(scores)}" for name, scores in content["baselines"].items()),
+    ]
+    if "classes" in content:
+        width = max(len(row["label"]) for row in content["classes"][:LISTED])
+        lines.append(f"{'':{width}}  precision  recall      f1  examples")
+        for row in content["classes"][:LISTED]:
+            rates = "".join(
+                f"{'none' if row[rate] is None else format(row[rate], '.4f'):>{column}}"
+                for rate, column in (("precision", 11), ("recall", 8), ("f1", 8))
+            )
+            lines.append(f"{row['label']:{width}}{rates}{row['support']:10}")
+        if len(content["classes"]) > LISTED:
+            lines.append(f"... {len(content['classes']) - LISTED} more classes in evaluation.json")
+        if content["never_predicted"]:
+            lines.append(f"never predicted: {', '.join(content['never_predicted'][:LISTED])}")
+        error = content["calibration"]["expected_calibration_error"]
+        lines.append(f"calibration: how sure the model is and how often it is right differ by {error:.4f} on average")
+    for column, parts in content["slices"].items():
+        lines += [f"by {column}", *(f"  {part['slice']}: {_of_part(part)}" for part in parts)]
+    if "comparison" in content:
+        lines.append(content["comparison"]["conclusion"])
+        if of_errors := content["comparison"].get("mcnemar"):
+            lines.append(
+                f"right here alone: {of_errors['only_here_right']}, there alone: {of_errors['only_other_right']} "
+                f"(McNemar's exact test: p = {of_errors['p']:.4f})"
+            )
+    return "\n".join(lines)
+
+
+def _of_part(part):
+    name, score = next(iter(part["scores"].items()))
+    interval = part["intervals"][name]
+    words = f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
+    return f"{name} {common.number_words(score)}{words}, {part['examples']} example{'s' * (part['examples'] > 1)}"

@@ -1,0 +1,204 @@
+"""What a run tells while it goes: a progress bar or lines, metrics.jsonl, trackers, a row for every evaluation."""
+
+import json
+import math
+import sys
+import time
+
+import numpy as np
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import gather_object
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from cache import write_text
+from common import BadInput, log, score_words
+
+SECONDS_BETWEEN_LINES = 10
+
+
+def clock(seconds):
+    """Return seconds as h:mm:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+class Progress:
+    """Shows and notes the progress of one run, and adds up its times. Every process calls it; the main one writes."""
+
+    def __init__(self, accelerator, folder, state, total_steps, steps_per_epoch):
+        self.accelerator = accelerator
+        self.lines = folder / "metrics.jsonl"
+        self.state = state  # a checkpoint.State: what is added up here must outlive a killed run
+        self.total_steps = total_steps
+        self.steps_per_epoch = steps_per_epoch
+        self.recent = []  # of the steps since the last look: (step, ids, gradient norm, [(micro-batch, its losses)])
+        self.grad_norm = math.nan
+        self.intervals = []  # (seconds, tokens with padding)
+        self.last_line = self.last_look = time.monotonic()
+        self.started = self.last_look - state.train_seconds - state.evaluation_seconds - state.save_seconds
+        if accelerator.is_main_process and self.lines.exists():
+            self._cut_back()
+        on_terminal = accelerator.is_main_process and sys.stderr.isatty()
+        self.bar = tqdm(total=total_steps, initial=state.step, unit="step", dynamic_ncols=True, disable=not on_terminal)
+        self.redirect = logging_redirect_tqdm([log])
+        if on_terminal:  # else a row of the table would break the bar
+            self.redirect.__enter__()
+
+    def _cut_back(self):
+        """Take the lines out of metrics.jsonl that came after the checkpoint: they will be written again."""
+        kept = []
+        for line in self.lines.read_text(encoding="utf-8").splitlines():
+            try:
+                of_step = json.loads(line)
+            except ValueError:  # cut off by a crash
+                break
+            if of_step["step"] <= (self.state.step if of_step["type"] == "train" else self.state.evaluated_step):
+                kept.append(line)
+        write_text(self.lines, "".join(f"{line}\n" for line in kept))
+
+    def step(self, step, ids, grad_norm, losses_of_step):
+        """Note a step: its number, its examples, the gradient's norm, [(micro-batch, losses)] of this process."""
+        self.recent.append((step, ids, grad_norm, losses_of_step))
+
+    def read(self):
+        """Add the steps since the last call up, over all processes.
+
+        Called every few steps, not in each: reading a number from a GPU makes it wait. The sums are the same on all
+        processes, so that all stop together: raises FloatingPointError, naming the first step whose loss or gradient is
+        not finite.
+        """
+        # Step by step, not interval by interval: where a run is saved in between must not change how sums are rounded.
+        sums, broken = np.zeros((len(self.recent), 4)), []
+        for row, (step, ids, grad_norm, losses_of_step) in zip(sums, self.recent, strict=True):
+            for micro_batch, losses in losses_of_step:
+                losses = losses.double().numpy(force=True)
+                row += [losses.sum(), micro_batch["examples"], micro_batch["tokens"], micro_batch["positions"]]
+                wrong = ~np.isfinite(losses)
+                if wrong.any():
+                    broken.append((step, "loss", float(losses[wrong][0]), micro_batch["ids"][wrong].tolist()))
+            self.grad_norm = float(grad_norm)
+            # Under a scaler (fp16) an infinite gradient is an overflow: that step is skipped, and all is well.
+            if not (self.accelerator.scaler or math.isfinite(self.grad_norm)):
+                broken.append((step, "norm of the gradient", self.grad_norm, ids.tolist()))
+        everywhere = gather_object([(sums, broken)])
+        self.recent.clear()
+        if broken := [found for _, of_process in everywhere for found in of_process]:
+            step, what, value, _ = min(broken, key=lambda found: found[:2])
+            ids = sorted({example for found in broken if found[:2] == (step, what) for example in found[3]})
+            raise FloatingPointError(
+                f"step {step}: the {what} is {value}; training examples, from 0: {', '.join(map(str, ids))}\n"
+                "Try a lower --learning_rate, --warmup_ratio 0.1 or --mixed_precision no, and look at these examples."
+            )
+        state = self.state
+        for of_step in sum(sums for sums, _ in everywhere):
+            state.sums = (state.sums + of_step).tolist()
+            state.since_line = (state.since_line + of_step).tolist()
+            state.since_evaluation = (state.since_evaluation + of_step).tolist()
+        seconds = self._seconds()
+        state.line_seconds += seconds
+        state.train_seconds += seconds
+
+    def _seconds(self):
+        """Return the time since the last call."""
+        now = time.monotonic()
+        seconds, self.last_look = now - self.last_look, now
+        return seconds
+
+    def saved(self):
+        """Note that what has passed since the last look went into saving."""
+        self.state.save_seconds += self._seconds()
+
+    def line(self):
+        """Note the training since the line before; show it on the bar or, every few seconds, as a line."""
+        self.read()
+        state, step = self.state, self.state.step
+        (loss_sum, examples, _, positions), seconds = state.since_line, state.line_seconds
+        state.since_line, state.line_seconds = [0.0] * 4, 0.0
+        self.intervals.append((seconds, positions))
+        loss, examples_per_second = loss_sum / examples, examples / seconds
+        values = {
+            "loss": loss,
+            "learning_rate": state.learning_rate,
+            "grad_norm": self.grad_norm if math.isfinite(self.grad_norm) else None,  # an overflow in fp16
+            "examples_per_second": round(examples_per_second, 2),
+        }
+        self._note("train", step, values, "train", values)
+        epoch, now = step / self.steps_per_epoch, time.monotonic()
+        rate = f"lr {state.learning_rate:.2e}"
+        self.bar.set_postfix_str(f"epoch {epoch:.2f}, loss {loss:.4f}, {rate}", refresh=False)
+        self.bar.update(step - self.bar.n)
+        if self.bar.disable and now - self.last_line >= SECONDS_BETWEEN_LINES:
+            self.last_line = now
+            left = (now - self.started) / step * (self.total_steps - step)
+            log.info(
+                f"step {step}/{self.total_steps}, epoch {epoch:.2f}, loss {loss:.4f}, {rate}, "
+                f"{examples_per_second:.0f} examples/s, {clock(left)} left"
+            )
+
+    def evaluation(self, evaluations, is_best):
+        """Note evaluations of splits, and show each as a row with the scores of the majority class beside its own."""
+        state, step = self.state, self.state.step
+        loss_sum, examples, *_ = state.since_evaluation
+        state.since_evaluation = [0.0] * 4
+        for split, evaluation in evaluations.items():
+            loss, scores = evaluation["loss"], evaluation["scores"]
+            name = "train_sample" if split == "train" else split  # "train loss" is that of the steps
+            values = {"split": split, "loss": loss, "scores": scores, "train_loss": loss_sum / examples}
+            values["seconds"] = round(time.monotonic() - self.started, 2)  # of the whole run until here
+            self._note("eval", step, values, name, {"loss": loss, **scores})
+            log.info(
+                f"epoch {step / self.steps_per_epoch:.2f}, step {step} | train loss {loss_sum / examples:.4f}, "
+                f"{name} loss {loss:.4f}, lr {state.learning_rate:.2e} | {score_words(scores)} | "
+                f"majority: {score_words(evaluation['majority'])} | {clock(time.monotonic() - self.started)}"
+                f"{' | best' if is_best else ''}"
+            )
+        state.evaluation_seconds += self._seconds()
+
+    def has_timed_enough(self):
+        """Return whether a dry run can end, the same on all processes: after 5 seconds, and 3 steps."""
+        if self.accelerator.is_main_process and len(self.intervals) >= 3 and self.state.train_seconds >= 5:
+            self.accelerator.set_trigger()
+        return self.accelerator.check_trigger()
+
+    def totals(self):
+        """Return the times and sums of the whole training, by their names in results.json."""
+        state = self.state
+        _, examples, tokens, positions = state.sums
+        return {
+            "steps": state.step,
+            "epochs": state.step / self.steps_per_epoch,
+            "train_seconds": state.train_seconds,
+            "evaluation_seconds": state.evaluation_seconds,
+            "save_seconds": state.save_seconds,
+            "train_examples": int(examples),
+            "train_examples_per_second": examples / state.train_seconds,
+            "train_tokens_per_second": tokens / state.train_seconds,
+            "padding_fraction": 1 - tokens / positions,
+        }
+
+    def _note(self, kind, step, values, group, numbers):
+        """Write values as a line of metrics.jsonl; tell the trackers the numbers that are not None, as GROUP/NAME."""
+        if self.accelerator.is_main_process:
+            line = {"type": kind, "step": step, "epoch": round(step / self.steps_per_epoch, 4), **values}
+            with open(self.lines, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line, allow_nan=False) + "\n")
+        numbers = {f"{group}/{name}": number for name, number in numbers.items() if number is not None}
+        self.accelerator.log(numbers, step=step)
+
+    def close(self):
+        """Take the bar off the terminal."""
+        if not self.bar.disable:
+            self.redirect.__exit__(None, None, None)
+        self.bar.close()
+
+
+def tracker_names(words):
+    """Return the names in --trackers, or None. Raises BadInput for one that is unknown or not installed."""
+    names = words.split(",") if words else []
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise BadInput(f"--trackers {name}: unknown", f"Known: {', '.join(LOGGER_TYPE_TO_CLASS)}.")
+        if name not in [tracker.value for tracker in get_available_trackers()]:
+            raise BadInput(f"--trackers {name}: the package is not installed", f"pip install {name}")
+    return names or None

@@ -1,0 +1,184 @@
+"""progress.py: what a run shows and notes while it goes, and the times that it adds up."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from checkpoint import State
+from progress import Progress, clock
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0, "0:00:00"), (59.6, "0:01:00"), (3723, "1:02:03"), (90000, "25:00:00")]
+)
+def test_time_is_h_mm_ss(seconds, words):
+    assert clock(seconds) == words
+
+
+def take_steps(progress, first, last, losses, norm=0.5, ids=(3, 1, 2, 0)):
+    """Note steps of two micro-batches of 2 examples with these losses, 10 tokens and 16 positions each."""
+    counts = {"examples": 2, "tokens": 10, "positions": 16}
+    for step in range(first, last + 1):
+        parts = [({**counts, "ids": np.array(ids[i : i + 2])}, torch.tensor(losses[i : i + 2])) for i in (0, 2)]
+        progress.step(step, np.array(ids), torch.tensor(norm), parts)
+        progress.state.step = step
+        progress.state.learning_rate = 1e-3 / step
+
+
+SCORES = {"f1": 0.8, "accuracy": None}
+EVALUATIONS = {"validation": {"loss": 0.3, "scores": SCORES, "majority": {"f1": 0.7, "accuracy": 0.5}}}
+
+
+def noted_in(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def progress_in(tmp_path, monkeypatch):
+    """A function that makes a Progress of 20 steps, 10 an epoch, with a line on the screen for each in the file."""
+    monkeypatch.setattr("progress.SECONDS_BETWEEN_LINES", 0)
+
+    def make(state=None):
+        return Progress(Accelerator(cpu=True), tmp_path, state or State(), total_steps=20, steps_per_epoch=10)
+
+    return make
+
+
+def test_progress_adds_up_and_writes_lines_of_metrics(tmp_path, log_lines, progress_in):
+    progress = progress_in()
+    take_steps(progress, 1, 5, [0.0, 1.0, 0.25, 0.75])
+    progress.line()
+    take_steps(progress, 6, 10, [0.25, 0.25, 0.0, 0.5], norm=0.125)
+    progress.line()
+    progress.evaluation(EVALUATIONS, is_best=True)
+    take_steps(progress, 11, 15, [0.0, 0.125, 0.0, 0.125])
+    progress.line()
+    progress.evaluation(EVALUATIONS, is_best=False)
+    progress.close()
+    lines = noted_in(tmp_path)
+    assert [(line["type"], line["step"], line["epoch"]) for line in lines] == [
+        *(("train", 5, 0.5), ("train", 10, 1.0), ("eval", 10, 1.0)),
+        *(("train", 15, 1.5), ("eval", 15, 1.5)),
+    ]
+    assert [line["loss"] for line in lines] == [0.5, 0.25, 0.3, 0.0625, 0.3]
+    assert [line["grad_norm"] for line in lines[:2]] == [0.5, 0.125]
+    assert [line["learning_rate"] for line in lines[:2]] == [1e-3 / 5, 1e-3 / 10]
+    assert lines[2]["scores"] == SCORES
+    assert log_lines[0].startswith("step 5/20, epoch 0.50, loss 0.5000, lr 2.00e-04, ")
+    assert "train loss 0.3750, validation loss 0.3000" in log_lines[2]
+    assert "f1 0.8000, accuracy undefined | majority: f1 0.7000, accuracy 0.5000" in log_lines[2]
+    assert log_lines[2].endswith("| best")
+    assert "train loss 0.0625" in log_lines[4]  # since the evaluation before
+    totals = progress.totals()
+    assert (totals["steps"], totals["epochs"], totals["train_examples"]) == (15, 1.5, 60)
+    assert totals["padding_fraction"] == pytest.approx(1 - 20 / 32)
+    assert totals["train_examples_per_second"] == pytest.approx(60 / totals["train_seconds"])
+    assert totals["train_tokens_per_second"] == pytest.approx(300 / totals["train_seconds"])
+
+
+def test_examples_with_weight_0_do_not_count(tmp_path, progress_in):
+    progress = progress_in()
+    nothing = {"examples": 0.0, "tokens": 0.0, "positions": 0.0, "ids": np.array([7])}
+    take_steps(progress, 1, 1, [1.0, 2.0, 3.0, 4.0])
+    progress.step(2, np.array([7]), torch.tensor(1.0), [(nothing, torch.tensor([0.0]))])
+    progress.state.step = 2
+    progress.line()
+    assert noted_in(tmp_path)[0]["loss"] == 2.5
+    assert progress.totals()["train_examples"] == 4
+
+
+def test_sums_do_not_depend_on_when_they_are_read(tmp_path, progress_in):
+    """A run that is saved, or stopped, in between must round as one that is not."""
+    losses = np.random.default_rng(0).uniform(0, 3, (20, 4)).astype(np.float32).tolist()
+    sums = []
+    for every in (1, 3, 20):
+        progress = progress_in()
+        for step in range(1, 21):
+            take_steps(progress, step, step, losses[step - 1])
+            if step % every == 0:
+                progress.read()
+        progress.read()
+        sums.append(progress.state.sums)
+    assert sums[0] == sums[1] == sums[2]
+    assert sums[0] == pytest.approx([np.sum(losses), 80, 400, 640])
+
+
+def test_time_without_training_is_left_out(progress_in, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("progress.time.monotonic", lambda: now[0])
+    progress = progress_in()
+    take_steps(progress, 1, 4, [1.0] * 4)
+    now[0] += 3
+    progress.read()
+    now[0] += 50  # a checkpoint is written
+    progress.saved()
+    take_steps(progress, 5, 6, [1.0] * 4)
+    now[0] += 1
+    progress.line()
+    now[0] += 20
+    progress.evaluation(EVALUATIONS, is_best=True)
+    state = progress.state
+    assert (state.train_seconds, state.evaluation_seconds, state.save_seconds) == (4, 20, 50)
+    assert noted_in(progress.lines.parent)[0]["examples_per_second"] == 6 * 4 / 4
+
+
+def test_lines_that_came_after_the_checkpoint_are_taken_out(tmp_path, progress_in):
+    def line(kind, step, **more):
+        return json.dumps({"type": kind, "step": step, **more}) + "\n"
+
+    before = [line("train", 5, loss=0.1 + 0.2), line("train", 10), line("eval", 10, split="a"), line("train", 12)]
+    after = [line("train", 13), line("train", 15), line("eval", 15), '{"type": "train", "st']
+    (tmp_path / "metrics.jsonl").write_text("".join(before + after))
+    progress_in(State(step=12, evaluated_step=10))
+    assert (tmp_path / "metrics.jsonl").read_text() == "".join(before)
+    # Saved at step 10 before its evaluation, which is to be repeated.
+    progress_in(State(step=10, evaluated_step=5))
+    assert (tmp_path / "metrics.jsonl").read_text() == "".join(before[:2])
+    progress_in(State())
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_a_run_that_goes_on_adds_to_what_was(tmp_path, progress_in):
+    state = State(step=10, train_seconds=7.0, sums=[9.0, 40.0, 100.0, 200.0], since_line=[1.0, 4.0, 10.0, 20.0])
+    state.since_evaluation = [2.0, 4.0, 10.0, 20.0]
+    progress = progress_in(state)
+    take_steps(progress, 11, 11, [0.0] * 4)
+    progress.line()
+    assert noted_in(tmp_path)[0]["loss"] == 1 / 8
+    totals = progress.totals()
+    assert totals["train_examples"] == 44 and 7 < totals["train_seconds"] < 60
+    assert state.since_evaluation == [2.0, 8.0, 30.0, 52.0]
+
+
+@pytest.mark.parametrize(
+    ("losses", "norms", "words"),
+    [
+        (
+            [1.0, float("nan"), 1.0, float("inf")],
+            [1.0, 1.0],
+            "step 1: the loss is nan; training examples, from 0: 0, 1",
+        ),
+        ([1.0] * 4, [1.0, float("inf")], "step 2: the norm of the gradient is inf; training examples, from 0: 0, 1, 2"),
+        ([1.0] * 4, [float("nan")] * 2, "step 1: the norm of the gradient is nan"),
+    ],
+)
+def test_the_first_step_that_is_not_finite_is_named(progress_in, losses, norms, words):
+    progress = progress_in()
+    for step, norm in enumerate(norms, start=1):
+        take_steps(progress, step, step, losses, norm)
+    with pytest.raises(FloatingPointError, match=words):
+        progress.read()
+
+
+def test_under_a_scaler_a_gradient_may_overflow(tmp_path, progress_in):
+    progress = progress_in()
+    progress.accelerator.scaler = torch.amp.GradScaler("cpu")
+    take_steps(progress, 1, 2, [1.0] * 4, norm=float("inf"))
+    progress.line()
+    assert noted_in(tmp_path)[0]["grad_norm"] is None  # infinity is no JSON
+    take_steps(progress, 3, 3, [float("nan")] * 4)
+    with pytest.raises(FloatingPointError, match="step 3: the loss is nan"):
+        progress.read()
