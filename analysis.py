@@ -97,7 +97,9 @@ def parts_by_length(lengths):
     edges = np.unique(np.quantile(lengths, [0.25, 0.5, 0.75], method="lower"))
     of_example = np.searchsorted(edges, lengths)
     parts = [np.flatnonzero(of_example == number) for number in np.unique(of_example)]
-    return [(f"{lengths[numbers].min()} to {lengths[numbers].max()} tokens", numbers) for numbers in parts]
+    ends = [(lengths[numbers].min(), lengths[numbers].max()) for numbers in parts]
+    words = [f"{low} tokens" if low == high else f"{low} to {high} tokens" for low, high in ends]
+    return list(zip(words, parts, strict=True))
 
 
 def of_parts(names, predictions, labels, parts):

@@ -4,6 +4,8 @@ In the page text and axes take the page's own colour, light or dark; text stays 
 """
 
 import io
+import logging
+import warnings
 from contextlib import contextmanager
 
 import numpy as np
@@ -16,8 +18,6 @@ MOST_NAMES, MOST_NUMBERS = 40, 20  # of classes, beside and in a confusion matri
 
 @contextmanager
 def _style():
-    import logging
-
     import matplotlib
     from matplotlib import font_manager
 
@@ -32,7 +32,8 @@ def _style():
         "svg.fonttype": "none",
         "svg.hashsalt": "report",  # the same names inside each time
     }
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # in the page, the browser has fonts enough
         yield
 
 
@@ -109,7 +110,8 @@ def batches(scores, total):
     with _style():
         figure, (axes,) = _figure(8, 2.6)
         heights = [np.nan if score is None else score for score in scores]
-        axes.bar(range(len(heights)), heights, color=BLUE)
+        axes.bar(range(1, len(heights) + 1), heights, color=BLUE)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         if total is not None:
             axes.axhline(total, color=ORANGE, lw=1.2, label=f"all examples: {total:.3f}")
             axes.legend(frameon=False)

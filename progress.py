@@ -2,11 +2,12 @@
 
 import json
 import math
+import os
 import sys
 import time
 
 import numpy as np
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, TensorBoardTracker, get_available_trackers
 from accelerate.utils import gather_object
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -202,3 +203,22 @@ def tracker_names(words):
         if name not in [tracker.value for tracker in get_available_trackers()]:
             raise BadInput(f"--trackers {name}: the package is not installed", f"pip install {name}")
     return names or None
+
+
+def start_trackers(accelerator, folder, project, settings, step):
+    """Start the trackers of --trackers: their files go into the run's folder, unless they write to a server.
+
+    settings: {name: value}, of the run; step: the one that a run goes on from, 0 for a new one.
+    """
+    kinds = list(map(str, accelerator.log_with))
+    if "mlflow" in kinds and "MLFLOW_TRACKING_URI" not in os.environ:
+        os.environ["MLFLOW_TRACKING_URI"] = (folder / "mlruns").resolve().as_uri()
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+    if "tensorboard" in kinds:  # events after the step, of a run that was killed, are hidden
+        board = TensorBoardTracker("tensorboard", folder, purge_step=step + 1)
+        accelerator.log_with = [board if kind == "tensorboard" else kind for kind in kinds]
+    options = {"wandb": {"dir": str(folder), "name": folder.name}, "mlflow": {"run_name": folder.name}}
+    accelerator.init_trackers(project, init_kwargs=options)
+    for tracker in accelerator.trackers:
+        if tracker.name != "tensorboard":  # which would make a second run of them
+            tracker.store_init_configuration(settings)

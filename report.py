@@ -14,7 +14,7 @@ import metrics
 import uncertainty
 from cache import array_of
 from common import example_losses, log, number_words, score_words
-from progress import Progress, clock, tracker_names  # noqa: F401 - for train.py
+from progress import Progress, clock, start_trackers, tracker_names  # noqa: F401 - for train.py
 
 
 def describe_data(task, splits, examples, batches, micro_batch_size, accelerator, tokenizer, layout):

@@ -98,7 +98,7 @@ def build_parser():
     output.add_argument("--keep_checkpoints", type=positive, default=2, metavar="N", help="and the best (default: 2)")
     output.add_argument("--dry_run", action="store_true", help="tell what the run takes, and write nothing")
     output.add_argument("--log_every", type=positive, default=10, help="steps between log lines (default: %(default)s)")
-    output.add_argument("--trackers", metavar="A[,B]", help="log to these too: tensorboard")
+    output.add_argument("--trackers", metavar="A[,B]", help="log to these too: tensorboard, wandb, mlflow")
     common.add_machine_arguments(parser)
     return parser
 
@@ -274,7 +274,7 @@ def main():
         progress = report.Progress(accelerator, folder, state, total_steps, steps_per_epoch)
         if accelerator.is_main_process:
             common.write_bad_rows(folder, bad_rows)
-        accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": state.step + 1}})
+        report.start_trackers(accelerator, folder, task.name, settings, state.step)
 
         def save():
             progress.read()

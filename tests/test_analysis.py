@@ -84,8 +84,8 @@ def test_parts_of_the_data():
         ("5 to 6 tokens", [5, 6]),
         ("7 to 9 tokens", [7, 9]),
     ]
-    assert [word for word, _ in analysis.parts_by_length(np.full(5, 7))] == ["7 to 7 tokens"]
-    assert [word for word, _ in analysis.parts_by_length(np.array([3]))] == ["3 to 3 tokens"]
+    assert [word for word, _ in analysis.parts_by_length(np.full(5, 7))] == ["7 tokens"]
+    assert [word for word, _ in analysis.parts_by_length(np.array([3]))] == ["3 tokens"]
 
 
 def test_scores_of_a_part_are_those_of_its_examples():

@@ -1,11 +1,13 @@
 """progress.py: what a run shows and notes while it goes, and the times that it adds up."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import TORCHRUN_2, lines_of, run_script
 
 from checkpoint import State
 from progress import Progress, clock
@@ -182,3 +184,33 @@ def test_under_a_scaler_a_gradient_may_overflow(tmp_path, progress_in):
     take_steps(progress, 3, 3, [float("nan")] * 4)
     with pytest.raises(FloatingPointError, match="step 3: the loss is nan"):
         progress.read()
+
+
+def test_trackers_hear_of_one_run_of_two_processes(review_task):
+    """TensorBoard, W&B without a network, and MLflow in files: each number once, all of it in the run's folder."""
+    pytest.importorskip("tensorboard"), pytest.importorskip("wandb"), pytest.importorskip("mlflow")
+    before = {*os.listdir(review_task.parent), "run"}
+    flags = ("--task", review_task, "--max_steps", 4, "--log_every", 2, "--threads", 1, "--output_dir", "run")
+    environment = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    trackers = ("--trackers", "tensorboard,wandb,mlflow")
+    ended = run_script(
+        "train.py", *flags, *trackers, cwd=review_task.parent, launcher=TORCHRUN_2, environment=environment
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert set(os.listdir(review_task.parent)) == before
+    run = review_task.parent / "run"
+    losses = [line["loss"] for line in lines_of(run)]
+    (noted,) = run.glob("mlruns/*/*/metrics/train/loss")
+    rows = [line.split() for line in noted.read_text().splitlines()]
+    assert [(float(value), int(step)) for _, value, step, *_ in rows] == list(zip(losses, (2, 4), strict=True))
+    (settings,) = run.glob("mlruns/*/*/params/batch_size")
+    assert settings.read_text() == "16"
+    (offline,) = run.glob("wandb/offline-run-*/*.wandb")
+    assert offline.read_bytes().count(b"train/loss") >= 2 and b"validation/accuracy" in offline.read_bytes()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [
+        (step, pytest.approx(loss)) for step, loss in zip((2, 4), losses, strict=True)
+    ]
