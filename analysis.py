@@ -14,24 +14,20 @@ EXAMPLES_OF_A_BAR = 32
 LISTED = 20  # classes, and parts of the data
 
 
-def analyse(task, evaluation, logits, labels, lengths, columns):
-    """Return what evaluation.json says of scores beside the scores themselves.
+def analyse(task, evaluation, lengths, columns):
+    """Return what evaluation.json says beside the scores and their intervals.
 
-    evaluation: of common.evaluate; logits: (examples, outputs); labels: (examples,) ids or values, or (examples,
-    labels) of 0 and 1; lengths: (examples,), in tokens; columns: {name: a word for each example}. The examples that
-    share a word, or a quarter of the lengths, are scored alone.
+    evaluation: of common.evaluate; lengths: (examples,), in tokens; columns: {name: a word for each example}. The
+    examples that share a word, or a quarter of the lengths, are scored alone.
     """
-    predictions, names = evaluation["predictions"], task.metrics
+    predictions, labels, names = evaluation["predictions"], evaluation["labels"], task.metrics
     parts = {"length": parts_by_length(lengths)} | {name: parts_by_word(words) for name, words in columns.items()}
-    content = {
-        "intervals": uncertainty.intervals(names, predictions, labels),
-        "slices": {name: list(of_parts(names, predictions, labels, of)) for name, of in parts.items()},
-    }
+    content = {"slices": {name: list(of_parts(names, predictions, labels, of)) for name, of in parts.items()}}
     if task.is_regression:
         return content
     content["classes"] = of_classes(task, predictions, labels)
     content["never_predicted"] = [row["label"] for row in content["classes"] if row["support"] and not row["predicted"]]
-    content["calibration"] = calibration(common.probabilities(task, logits), predictions, labels)
+    content["calibration"] = calibration(common.probabilities(task, evaluation["logits"]), predictions, labels)
     if not task.is_multi_label:
         content["confusion"] = confusion(len(task.labels), predictions, labels)
     if "matthews_correlation" in names:
@@ -117,11 +113,12 @@ def of_batches(name, predictions, labels):
     return [metrics.compute([name], predictions[part], labels[part], warns=False)[name] for part in parts]
 
 
-def mistakes(task, evaluation, logits, labels):
+def mistakes(task, evaluation):
     """Return (numbers, losses) of the examples that are wrong, worst first; in regression of all that are not exact."""
     import torch
 
-    losses = common.example_losses(task, torch.from_numpy(logits), torch.tensor(labels)).numpy()
+    labels = evaluation["labels"]
+    losses = common.example_losses(task, torch.from_numpy(evaluation["logits"]), torch.tensor(labels)).numpy()
     is_wrong = (evaluation["predictions"] != labels).reshape(len(labels), -1).any(axis=1)
     numbers = np.flatnonzero(is_wrong)
     numbers = numbers[np.argsort(-losses[numbers], kind="stable")]

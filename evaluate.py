@@ -74,6 +74,31 @@ def write_compared(folder, task, rows, predictions, others, labels):
     write_rows(folder / "compared.csv", ["example", *task.text, "label", "here", "other"], lines)
 
 
+def write_all(folder, task, rows, result, content, left_out, others):
+    """Write what evaluate.py says of a split into a folder; return the names of the files.
+
+    result: of common.evaluate; content: of evaluation.json; left_out: bad rows; others: another model's predictions.
+    """
+    import analysis
+    import page
+
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers, losses = analysis.mistakes(task, result)
+    write_predictions(folder, task, rows, result["logits"], numbers, losses)
+    write_json(folder / "evaluation.json", content)
+    mistakes = page.mistakes_of(task, rows, result["logits"], numbers, losses)
+    headline = {"title": f"{task.name}: {content['split']}", "model": content["model"], "text": ""}
+    page.write(folder, task, headline, [{**content, "mistakes": mistakes}])
+    written = ["report.html", "evaluation.json", "predictions.csv", "errors.csv"]
+    if others is not None:
+        write_compared(folder, task, rows, result["predictions"], others, result["labels"])
+        written.append("compared.csv")
+    if left_out:
+        common.write_bad_rows(folder, left_out)
+        written.append("bad_rows.csv")
+    return written
+
+
 def predictions_of_other(path, task, splits, fingerprints, args, accelerator):
     """Return {split: predictions} of the model or the file that --compare names, for the examples of splits."""
     import batching
@@ -114,7 +139,9 @@ def main():
     import checkpoint
     import comparison
     import metrics
-    import page
+    import report
+    import uncertainty
+    from facts import label_counts
     from splits import column_of
 
     folder = checkpoint.model_folder(args.model)
@@ -155,6 +182,8 @@ def main():
         common.check_splits(task, splits, ["train"])
         given = (task, splits, names, now, checkpoint.pretrained(folder, task))
         simpler = baselines.predictions(*given, accelerator, args.eval_batch_size)
+        if words := report.few_rows(task, label_counts(task, array_of(splits["train"], "label"))):
+            log.warning(f"WARNING: {words}")
     if args.compare:
         others = predictions_of_other(args.compare, task, scored, now, args, accelerator)
     task, examples = batching.tokenize_splits(task, scored, now, model, tokenizer)
@@ -173,7 +202,6 @@ def main():
         if not accelerator.is_main_process:
             continue
         left_out = [bad_row for bad_row in bad_rows if bad_row["split"] == name]
-        lengths = array_of(examples[name], "length")
         content = {
             "model": facts["model"],
             "split": shown,
@@ -183,24 +211,20 @@ def main():
             "mixed_precision": accelerator.mixed_precision,
             "loss": result["loss"],
             "scores": result["scores"],
+            "intervals": uncertainty.intervals(task.metrics, result["predictions"], labels),
             "majority_baseline": result["majority"],
             "baselines": {of: metrics.compute(task.metrics, found, labels) for of, found in simpler[name].items()},
-            **analysis.analyse(task, result, logits, labels, lengths, slices[name]),
+            "warning": report.collapse(task, shown, result),
+            **analysis.analyse(task, result, array_of(examples[name], "length"), slices[name]),
         }
-        output.mkdir(parents=True, exist_ok=True)
         if args.compare:
             both = (args.model, args.compare)
             content["comparison"] = comparison.compare(task, both, result["predictions"], others[name], labels)
-            write_compared(output, task, rows, result["predictions"], others[name], labels)
+        if content["warning"]:
+            log.warning(report.in_red(f"WARNING: {content['warning']}"))
         log.info(analysis.words(content))
-        common.write_bad_rows(output, left_out)
-        wrong = analysis.mistakes(task, result, logits, labels)
-        write_predictions(output, task, rows, logits, *wrong)
-        write_json(output / "evaluation.json", content)
-        of_page = {**content, "mistakes": page.mistakes_of(task, rows, logits, *wrong)}
-        page.write(output, task, {"title": f"{task.name}: {shown}", "model": facts["model"], "text": ""}, [of_page])
-        listed = ", bad_rows.csv" if left_out else ""
-        log.info(f"written: {output}/report.html, evaluation.json, predictions.csv, errors.csv{listed}")
+        written = write_all(output, task, rows, result, content, left_out, others.get(name))
+        log.info(f"written: {output}/{', '.join(written)}")
     common.finish(accelerator, model)
 
 

@@ -13,7 +13,7 @@ import facts
 import metrics
 import uncertainty
 from cache import array_of
-from common import example_losses, log, number_words, score_words
+from common import RunFailed, example_losses, log, number_words, score_words
 from progress import Progress, clock, start_trackers, tracker_names  # noqa: F401 - for train.py
 
 
@@ -71,11 +71,15 @@ def _data_warnings(task, splits, data):
             row = example(name, found["position"])
             words = f"{found['rows']} of {len(splits[name])} rows of {name} ({found['share']:.1%}) are in train too"
             yield f"{words}: its scores are too good by that; such as {row}"
-    counts = {} if task.is_regression else of_train["labels"]
-    few = [f"{label} ({number})" for label, number in counts.items() if number < facts.FEW]
-    if few:
-        words = f"classes with fewer than {facts.FEW} rows in train: {', '.join(few[:10])}"
-        yield f"{words}; methods made for few examples, such as SetFit, are likely better at them"
+    if words := few_rows(task, of_train["labels"]):
+        yield words
+
+
+def few_rows(task, counts):
+    """Return in words which classes have few rows in train, as facts.label_counts gives them; None where none has."""
+    few = [] if task.is_regression else [f"{name} ({rows})" for name, rows in counts.items() if rows < facts.FEW]
+    words = f"classes with fewer than {facts.FEW} rows in train: {', '.join(few[:10])}"
+    return f"{words}; methods made for few examples, such as SetFit, are likely better at them" if few else None
 
 
 def describe_run(task, args, accelerator, model, layout, plan, examples, validation_splits, progress, micro_batch):
@@ -218,24 +222,24 @@ def in_red(words):
 
 
 def write_page(folder, task, results, evaluations, splits, examples):
-    """Write report.html and plots/ of a run."""
+    """Write report.html and plots/ of a run. Raises RunFailed where that does not work."""
     import page
 
     contents = []
     for split in [name for name in evaluations if name != "train"]:
         evaluation = evaluations[split]
-        given = (task, evaluation, evaluation["logits"], evaluation["labels"])
-        lengths = array_of(examples[split], "length")
-        wrong = analysis.mistakes(*given)
         contents.append(
             {
                 "split": split,
                 "examples": len(evaluation["labels"]),
                 "scores": evaluation["scores"],
                 "majority_baseline": evaluation["majority"],
+                "intervals": results["intervals"][split],
                 "warning": collapse(task, split, evaluation),
-                **analysis.analyse(*given, lengths, {}),
-                "mistakes": page.mistakes_of(task, splits[split], evaluation["logits"], *wrong),
+                **analysis.analyse(task, evaluation, array_of(examples[split], "length"), {}),
+                "mistakes": page.mistakes_of(
+                    task, splits[split], evaluation["logits"], *analysis.mistakes(task, evaluation)
+                ),
             }
         )
     lines = lines_of(folder)
@@ -251,7 +255,11 @@ def write_page(folder, task, results, evaluations, splits, examples):
         "Data": {**results["data"], "source": task.source, "licence": task.licence},
         "Environment": {name: results[name] for name in ("num_processes", "mixed_precision", "versions", "hardware")},
     }
-    page.write(folder, task, headline, contents, lines, tables)
+    try:
+        page.write(folder, task, headline, contents, lines, tables)
+    except OSError as error:
+        words = f"{folder}/report.html could not be written: {error}\nMend this; then the same command."
+        raise RunFailed(words) from error
 
 
 def already_complete(folder, results, final_test):

@@ -54,7 +54,7 @@ def _resampled(names, references, *models, resamples):
         columns = np.split(kinds, 1 + len(models), axis=1)
         references, *models = (column if references.ndim == 2 else column[:, 0] for column in columns)
     else:  # nothing but the rows themselves to draw: fewer resamples where there are very many
-        resamples = min(resamples, max(1000, 10**8 // max(rows, 1)))
+        resamples = min(resamples, max(1000, 3 * 10**6 // max(rows, 1)))
     size = len(references)
     at_a_time = max(1, NUMBERS_AT_A_TIME // max(size, 1))
     for first in range(0, resamples if rows > 1 else 0, at_a_time):

@@ -1,6 +1,6 @@
 """One training in many layouts: how far losses, weights and scores of each are from those of one process.
 
-    python benchmarks/equivalence.py [--steps 50 200] [--layouts one micro_4 ...] [--markdown]
+    python benchmarks/equivalence.py [--steps 50 200] [--layouts one micro_4 ...] [--dropout 0.1]
 
 Trains the demo's small BERT, batch 32, for 50 steps in fp32 and 200 in float64 (a run made for this comparison: the
 scripts know fp32 and 16-bit types), without and with dropout, on gloo processes. Prints a table for RESULTS.md.
@@ -97,6 +97,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, nargs=2, default=[50, 200], help="in fp32 and in float64")
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--dropout", nargs="+", type=float, default=[0.0, 0.1], help="its rates")
     args = parser.parse_args()
     fp32, float64 = args.steps
     print(
@@ -104,7 +105,7 @@ def main():
     )
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        for rate in (0.0, 0.1):
+        for rate in args.dropout:
             task = task_with_dropout(folder, rate)
             bases = {}
             for layout in dict.fromkeys(["one", *args.layouts]):

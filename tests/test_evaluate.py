@@ -557,3 +557,33 @@ def test_a_bag_of_words_is_the_one_of_scikit_learn(copy, evaluate):
     expected = accuracy_score([row["label"] for row in test], model.predict([row["text"] for row in test]))
     baselines = read_json(copy / "run/evaluation-test/evaluation.json")["baselines"]
     assert baselines == {"bag of words": pytest.approx({"accuracy": expected, "f1": baselines["bag of words"]["f1"]})}
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--compare", "nowhere"], "--compare nowhere: is not there"),
+        (["--compare", "test.csv"], 'has no column "predicted_label"'),
+        (["--compare", "reviews.yaml"], "reviews.yaml"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(copy, refused, flags, words):
+    assert words in refused("--model", "run", *flags, cwd=copy)
+
+
+def test_a_model_that_learnt_nothing_is_said_first(copy, evaluate):
+    write_table(copy / "one.csv", [(text, "positive") for text, label in make_rows(40, 6) if label == "positive"])
+    printed = evaluate("--model", "run", "--file", "one.csv", cwd=copy).splitlines()
+    (warning,) = [number for number, line in enumerate(printed) if line.startswith("WARNING: ON ONE THE MODEL")]
+    (scores,) = [number for number, line in enumerate(printed) if line.startswith("one: accuracy")]
+    assert warning < scores
+    assert read_json(copy / "run/evaluation-one/evaluation.json")["warning"] in "\n".join(printed)
+
+
+def test_few_rows_of_a_class_are_said_beside_the_baselines(reviews, vocabulary, evaluate, run_inside):
+    task = {"files": {"train": "train.csv", "validation": "validation.csv"}, "text": "text"}
+    (reviews / "few.yaml").write_text(yaml.safe_dump({**task, "model": bert_config(vocabulary)}))
+    write_table(reviews / "train.csv", make_rows(20, 1))
+    flags = ("--task", "few.yaml", "--max_steps", 1, "--output_dir", "run", "--mixed_precision", "no")
+    assert run_inside("train.py", *flags, cwd=reviews)[0] == 0
+    assert "methods made for few examples" in evaluate("--model", "run", "--baseline", cwd=reviews)

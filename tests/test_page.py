@@ -14,6 +14,7 @@ from datasets import Dataset
 import analysis
 import common
 import page
+import uncertainty
 from tasks import Task
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -35,9 +36,10 @@ def write_page(folder, texts, labels, task, seed=0, lines=(), **more):
         "split": "validation",
         "examples": len(texts),
         "scores": result["scores"],
+        "intervals": uncertainty.intervals(task.metrics, result["predictions"], labels),
         "majority_baseline": result["majority"],
-        **analysis.analyse(task, result, logits, labels, lengths, {}),
-        "mistakes": page.mistakes_of(task, rows, logits, *analysis.mistakes(task, result, logits, labels)),
+        **analysis.analyse(task, result, lengths, {}),
+        "mistakes": page.mistakes_of(task, rows, logits, *analysis.mistakes(task, result)),
         **more,
     }
     page.write(folder, task, {"title": task.name, "model": "a model", "text": ""}, [content], lines)

@@ -48,7 +48,9 @@ import gc, json, os, runpy, signal, socket, sys, time
 sys.path.insert(0, {root!r})
 import numpy as np
 import torch, transformers, accelerate.utils, accelerate.tracking, safetensors.torch
-import batching, checkpoint, common, dropout, facts, metrics, report
+import batching, checkpoint, common, dropout, facts, metrics, page, report
+import jinja2, matplotlib.figure, scipy.sparse
+from matplotlib import font_manager
 from transformers import BertForSequenceClassification, get_scheduler, trainer_pt_utils
 metrics.compute(["accuracy", "f1"], np.array([0, 1]), np.array([0, 1]))
 
