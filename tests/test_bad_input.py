@@ -125,7 +125,7 @@ GERMAN = "text,label\nDas Frühstück war schön,gut\nDie Straße vor der Tür i
 JSONL = ("--train_file", "train.jsonl", "--validation_file", "validation.csv")
 PARQUET = ("--train_file", "train.parquet", "--validation_file", "validation.csv")
 ZIPPED = archive(train=TRAIN, validation=VALIDATION)
-GZIPPED = gzip.compress(TRAIN.encode() * 50)
+GZIPPED = gzip.compress(TRAIN.encode() * 50, mtime=0)
 
 FILES = [
     case(
