@@ -1,4 +1,4 @@
-"""What is told of a run: what its data are like, what it will take, what it came to; results.json, the model card."""
+"""What is told of a run: what its data are like, what it will take, what it came to; results.json."""
 
 import json
 import math
@@ -13,8 +13,9 @@ import facts
 import metrics
 import uncertainty
 from cache import array_of
-from common import RunFailed, example_losses, log, number_words, score_words
-from progress import Progress, clock, start_trackers, tracker_names  # noqa: F401 - for train.py
+from card import model_card, model_words  # noqa: F401 - for train.py
+from common import RunFailed, clock, example_losses, log, number_words, score_words
+from progress import Progress, start_trackers, tracker_names  # noqa: F401 - for train.py
 
 
 def describe_data(task, splits, examples, batches, micro_batch_size, accelerator, tokenizer, layout):
@@ -245,7 +246,7 @@ def write_page(folder, task, results, evaluations, splits, examples):
     lines = lines_of(folder)
     headline = {
         "title": task.name,
-        "model": _model_words(results),
+        "model": model_words(results),
         "text": f"{results['steps']} steps in {clock(results['train_seconds'])}, "
         f"{results['train_examples_per_second']:.0f} examples/s; the best at step {results['best_step']}",
         "hint": overfitting(lines),
@@ -286,44 +287,6 @@ def collapse(task, split, evaluation):
         f"{what}.\nIt has learnt nothing of use. What usually helps: a lower --learning_rate, "
         "--warmup_ratio 0.1, more --epochs, another --seed, --class_weights balanced; or the labels are wrong."
     )
-
-
-def _model_words(results):
-    if not isinstance(results["model"], str):
-        return "trained from new weights"
-    commit = f" at commit {results['model_commit']}" if results["model_commit"] else ""
-    return f"fine-tuned from {results['model']}{commit}"
-
-
-def model_card(task, results):
-    """Return the README.md of a model folder: what it is, its scores, and how to load it."""
-    rows = []
-    for split, scores in results["scores"].items():
-        for name, score in scores.items():
-            majority = results["majority_baseline"][split][name]
-            interval = uncertainty.words({name: results["intervals"][split][name]}).removeprefix(f"{name} ")
-            rows.append(f"| {split} | {name} | {number_words(score)} | {interval} | {number_words(majority)} |")
-    table = "\n".join(rows)
-    return f"""# {task.name}
-
-A text classifier, {_model_words(results)}.
-
-- Input: {" and ".join(task.text)}, up to {task.max_length} tokens.
-- Output: {"a number" if task.is_regression else ", ".join(task.labels)}.
-- Data: {task.source or task.dataset or ", ".join(task.files)}{f" ({task.licence})" if task.licence else ""}.
-- Training: {results["train_examples"]} examples seen in {results["steps"]} steps, seed {results["seed"]}; the run's
-  results.json holds the rest of the recipe.
-
-| split | metric | score | 95 % interval | majority class |
-|---|---|---|---|---|
-{table}
-
-```python
-from transformers import pipeline
-classify = pipeline("text-classification", model="THIS_FOLDER")
-print(classify("..."))
-```
-"""
 
 
 def environment(accelerator):

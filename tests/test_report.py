@@ -1,4 +1,4 @@
-"""Progress lines, the table of evaluations, warnings, the model card."""
+"""Progress lines, the table of evaluations, warnings."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -45,25 +45,6 @@ def test_a_model_that_learnt_nothing_is_warned_of(task, f1, constant, words):
         assert warning is None
     else:
         assert words in warning and "--learning_rate" in warning
-
-
-def test_the_model_card_has_scores_baselines_and_a_way_to_load():
-    results = {
-        "model": "org/encoder",
-        "model_commit": "abc",
-        "train_examples": 300,
-        "steps": 10,
-        "seed": 42,
-        "scores": {"validation": {"f1": 0.81234, "accuracy": None}},
-        "intervals": {"validation": {"f1": [0.7, 0.9], "accuracy": None}},
-        "majority_baseline": {"validation": {"f1": None, "accuracy": 0.5}},
-    }
-    card = report.model_card(TASK, results)
-    assert "org/encoder at commit abc" in card
-    assert "| validation | f1 | 0.8123 | 0.7000 to 0.9000 | undefined |" in card
-    assert "| validation | accuracy | undefined | none | 0.5000 |" in card
-    assert "negative, positive" in card
-    assert 'pipeline("text-classification"' in card
 
 
 # ---------------------------------------------------------------------------------------------------------- a dry run
