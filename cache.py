@@ -27,6 +27,12 @@ def digest(*parts):
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
+def sha256(path):
+    """Return the SHA-256 of a file's content, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write_text(path, text):
     """Write a file under a temporary name and rename it: it is complete or absent, after a power cut too."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")

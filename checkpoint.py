@@ -21,7 +21,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 
-from cache import write_json, write_text
+from cache import sha256, write_json, write_text
 from common import BadInput, Preempted, RunFailed, log, on_main_process
 from lock import locked
 from preemption import Watch, save_interval  # noqa: F401 - for train.py
@@ -318,11 +318,6 @@ def sync(path):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def steps_on_disk(folder):

@@ -248,14 +248,14 @@ def load_data(task, args):
     return task, splits, fingerprints, bad_rows
 
 
-def write_bad_rows(folder, bad_rows):
-    """Write bad_rows.csv, the rows that --on_bad_row skip left out; nothing where there are none."""
+def write_bad_rows(folder, bad_rows, name="bad_rows.csv"):
+    """Write a table of the rows that --on_bad_row skip left out; nothing where there are none."""
     if bad_rows:
         stream = io.StringIO(newline="")
         write_row = csv_row_writer(stream)
         for fields in [list(bad_rows[0]), *(bad_row.values() for bad_row in bad_rows)]:
             write_row(fields)
-        write_text(Path(folder) / "bad_rows.csv", stream.getvalue())
+        write_text(Path(folder) / name, stream.getvalue())
 
 
 def lay_out(model, tokenizer, seed=0):
@@ -437,6 +437,12 @@ def majority(task, labels):
     if task.is_multi_label:
         return (labels.mean(axis=0) > 0.5).astype(int).tolist()
     return float(np.mean(labels)) if task.is_regression else int(np.bincount(labels).argmax())
+
+
+def clock(seconds):
+    """Return seconds as h:mm:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
 def number_words(number):

@@ -15,7 +15,7 @@ FEW = 16  # rows of a class; below this, few-shot methods are likely better than
 def data_facts(task, splits, examples, batches, micro_batch_size, processes, special_tokens, is_row=False):
     """Return what is worth knowing about the data, as JSON values.
 
-    splits: rows with `hash` and the texts; examples: the same, tokenised (see batching.encode); batches: the plan;
+    splits: rows with `hash` and the texts; examples: the same, tokenised (see tokens.encode); batches: the plan;
     special_tokens: in each example. Shares are of rows, `unknown` and `tokens_per_character` of tokens of the text.
     """
     facts = {"splits": {}, "label_variants": label_variants(task)}

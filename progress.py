@@ -13,15 +13,9 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from cache import write_text
-from common import BadInput, log, score_words
+from common import BadInput, clock, log, score_words
 
 SECONDS_BETWEEN_LINES = 10
-
-
-def clock(seconds):
-    """Return seconds as h:mm:ss."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
 class Progress:

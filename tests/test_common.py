@@ -268,3 +268,10 @@ def test_one_process_that_was_to_be_two_stops(monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "29500")
     with pytest.raises(BadInput, match="asked for several processes"):
         common.start(SimpleNamespace(mixed_precision="no", threads=None))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0, "0:00:00"), (59.6, "0:01:00"), (3723, "1:02:03"), (90000, "25:00:00")]
+)
+def test_time_is_h_mm_ss(seconds, words):
+    assert common.clock(seconds) == words

@@ -10,14 +10,7 @@ from accelerate import Accelerator
 from conftest import TORCHRUN_2, lines_of, run_script
 
 from checkpoint import State
-from progress import Progress, clock
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"), [(0, "0:00:00"), (59.6, "0:01:00"), (3723, "1:02:03"), (90000, "25:00:00")]
-)
-def test_time_is_h_mm_ss(seconds, words):
-    assert clock(seconds) == words
+from progress import Progress
 
 
 def take_steps(progress, first, last, losses, norm=0.5, ids=(3, 1, 2, 0)):
