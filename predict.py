@@ -1,201 +1,385 @@
-"""Label new text with a saved model.
+"""Label new text with a saved model: one text, a table of any size, many files, or standard input.
 
-    python predict.py --model runs/demo --text "The room was lovely, but all in all the stay was far from good."
     python predict.py --model runs/mrpc --text "He left." --text_pair "He went away."
-    python predict.py --model runs/mrpc --input pairs.csv --output labelled.csv   # columns kept, rows in order
-    cat reviews.txt | python predict.py --model runs/demo --input -               # one text a line, to standard output
+    python predict.py --model runs/imdb --input reviews.csv --output labelled.csv
+    accelerate launch predict.py --model runs/imdb --input reviews.jsonl.gz --output labelled.parquet
+    python predict.py --model runs/imdb --input 'in/*.parquet' --output out/ --shard 3/100     # one hundredth of them
+    cat reviews.txt | python predict.py --model runs/imdb --input - > labelled.tsv
+    python predict.py --glue_submission glue/ --runs runs/* --fill_missing                     # for the leaderboard
 
-Adds the columns predicted_label, probability and probability_NAME (regression: predicted_value) to those of the input.
-Writes to --output alone; without it, to standard output. The format follows the name: .csv, .tsv or .jsonl.
+The columns of the input stay as they are; predicted_label, probability and probability_NAME are added (in regression
+predicted_value). --model may be a folder that export.py wrote. Writes --output, complete or not at all; the same
+command after a kill goes on where it was.
 """
 
-import gzip
+import codecs
+import glob
 import json
 import os
 import sys
-from dataclasses import replace
-from itertools import islice
+import time
+from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
-
 import common
-import tasks
-from common import BadInput
-from reader import check_file, nearest, read_rows, table_format, without_skip
+import writer
+from cache import digest, sha256, write_json
+from common import BadInput, log
+from reader import BadRow, check_file, count_rows, lines_of_text, nearest, place, read_rows, table_format, without_skip
+from tasks import delimiter
 
-ROWS_AT_A_TIME = 4096  # read, sorted by length, predicted, and written in input order
+SECONDS_BETWEEN_LINES = 10
+TABLE_KINDS = {"txt": "tsv", "json": "jsonl", "parquet": "jsonl"}  # what is written of an input in such a format
 
 
 def build_parser():
     parser = common.argument_parser(__doc__)
-    group = parser.add_argument_group("prediction")
-    group.add_argument("--model", required=True, metavar="DIR", help="a run, a model folder, or a model of the Hub")
-    group.add_argument("--text", help="one text")
-    group.add_argument("--text_pair", metavar="TEXT", help="the second text, for a model of pairs")
-    group.add_argument(
-        "--input", metavar="FILE|-", help="a table, or - for lines of text (pairs: two, with a tab between)"
+    add = parser.add_argument_group("prediction").add_argument
+    add("--model", metavar="DIR", help="a run, a model folder, an exported one, or a model of the Hub")
+    add("--text", help="one text")
+    add("--text_pair", metavar="TEXT", help="the second text, for a model of pairs")
+    words = "a table; .txt: a text a line (pairs: with a tab); 'in/*.csv': several files; -: standard input"
+    add("--input", metavar="FILE|-", help=words)
+    add(
+        "--output",
+        metavar="FILE",
+        help="csv, tsv, jsonl (.gz), parquet; of several a folder (default: standard output)",
     )
-    group.add_argument("--output", metavar="FILE", help="(default: standard output)")
-    group.add_argument(
-        "--top_k", type=common.positive, metavar="K", help="the K likeliest labels only, likeliest first (with --text)"
+    add("--top_k", type=common.positive, metavar="K", help="the K likeliest labels only, likeliest first")
+    add("--shard", type=shard, metavar="I/N", help="every N-th of several files, from the I-th on")
+    add("--on_bad_row", choices=["fail", "skip"], default="fail", help="skip: leave bad rows out, list them beside")
+    add("--encoding", default="utf-8", metavar="NAME", help="of the input (default: %(default)s)")
+    add(
+        "--delimiter", type=delimiter, metavar="MARK", help="between columns, such as ';' or tab (default: by the name)"
     )
+    add = parser.add_argument_group("GLUE").add_argument
+    add("--glue_submission", metavar="DIR", help="write the leaderboard's files and zip, of --runs")
+    add("--runs", nargs="+", metavar="DIR", help="runs of its tasks; of several of a task the best on validation")
+    add("--fill_missing", action="store_true", help="predict the majority class where a task has no run")
     common.add_machine_arguments(parser)
     return parser
 
 
-def read_lines(stream, columns):
-    """Yield rows of lines of text, as read_rows does of a table; a pair is divided by a tab."""
-    for number, line in enumerate(stream, start=1):
-        texts = line.rstrip("\r\n").split("\t") if len(columns) == 2 else [line.rstrip("\r\n")]
-        if len(texts) != len(columns):
+def shard(words):
+    """Return (I, N) of "I/N", 1 to N."""
+    number, total = map(int, words.split("/"))
+    if not 1 <= number <= total:
+        raise ValueError
+    return number, total
+
+
+# ------------------------------------------------------------------------------------------------ rows and predictions
+
+
+def rows_of(path, task, columns, args, bad_rows):
+    """Yield (line, row) of a table, checked; rows that are bad are refused, or go to the list bad_rows.
+
+    columns: those that the predictions add.
+    """
+
+    def on_bad_row(bad_row):
+        if args.on_bad_row == "fail":
+            raise BadInput(bad_row.reason, bad_row.advice if args.output else without_skip(bad_row.advice))
+        bad_rows.append({"file": str(path), "row": bad_row.line, "reason": bad_row.flaw})
+
+    reading = {"encoding": args.encoding, "delimiter": args.delimiter, "texts": task.text}
+    is_first = True
+    for line, row in read_rows(path, **reading, on_bad_row=on_bad_row):
+        for column in task.text:
+            if column not in row and is_first:
+                words = f'{place(path, line)}: the column "{column}" is not there{nearest(column, row)}'
+                raise BadInput(words, f"Columns: {', '.join(row)}.")
+        if clash := next((column for column in columns if column in row), None):
             raise BadInput(
-                f"standard input, line {number}: {len(texts)} text(s), the model reads {len(columns)}",
-                "Put one tab between the two texts of a pair.",
+                f'{place(path, line)}: there is a column "{clash}" already', "Rename or drop it in the input."
             )
-        yield number, dict(zip(columns, texts, strict=True))
+        is_first = False
+        flaws = (f'the column "{column}" holds {row.get(column)!r}, not text' for column in task.text)
+        if all(isinstance(row.get(column), str) for column in task.text):
+            yield line, row
+        else:
+            on_bad_row(BadRow(path, line, next(flaws)))
 
 
-def refuse(bad_row):
-    raise BadInput(bad_row.reason, without_skip(bad_row.advice))
+def arriving_lines(stream, encoding):
+    """Yield lists of the lines that have come: a person at a terminal, or a program at a pipe, waits for the answer."""
+    decoder, text = codecs.getincrementaldecoder(encoding)(), ""
+    while arrived := stream.read1(2**18):
+        *lines, text = (text + decoder.decode(arrived)).split("\n")
+        if lines:
+            yield lines
+    if text := text + decoder.decode(b"", final=True):
+        yield [text]
 
 
-def check_columns(where, row, text_columns, new_columns):
-    """Raise BadInput where a row lacks a text column, or has one that the predictions would overwrite."""
-    for column in text_columns:
-        if not isinstance(row.get(column), str):
-            found = f"holds {row[column]!r}, not text" if column in row else f"is not there{nearest(column, row)}"
-            raise BadInput(f'{where}: the column "{column}" {found}', f"Columns: {', '.join(row)}.")
-    for column in new_columns:
-        if column in row:
-            raise BadInput(f'{where}: there is a column "{column}" already', "Rename or drop it in the input.")
+def added_columns(task, top_k):
+    """Return the names of the columns that are added to a table."""
+    if not top_k or task.is_regression:
+        return common.prediction_columns(task)
+    numbers = range(1, min(top_k, len(task.labels)) + 1)
+    return ["predicted_label", "probability", *(f"{part}_{n}" for n in numbers for part in ("label", "probability"))]
 
 
-def predict(task, model, tokenizer, layout, accelerator, texts, batch_size):
-    """Return the logits of texts: an array (texts, outputs). texts: one list, or two of equal length for pairs."""
-    import torch
-    from accelerate.utils import send_to_device
-
-    import batching
-
-    encoded, _ = batching.encode(task, tokenizer, texts, task.max_length)
-    order = np.argsort([-len(ids) for ids in encoded["input_ids"]], kind="stable")
-    logits = np.zeros((len(order), model.config.num_labels), dtype=np.float32)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = {name: [values[i] for i in chosen] for name, values in encoded.items()}
-        inputs = send_to_device(layout.lay_out(batch), accelerator.device)
-        layout.begin(0, chosen, [len(ids) for ids in batch["input_ids"]], accelerator.device)
-        with torch.inference_mode():
-            logits[chosen] = model(**inputs).logits.float().cpu().numpy()
-    return logits
+def labelled(task, rows, logits, columns, top_k):
+    """Yield rows with what their logits (rows, outputs) say."""
+    for row, values in zip(rows, common.prediction_rows(task, logits), strict=True):
+        if top_k and not task.is_regression:
+            values = [*values[:2], *(part for pair in likeliest(task, values, top_k) for part in pair)]
+        yield {**row, **dict(zip(columns, values, strict=True))}
 
 
-def write_rows(stream, kind, rows, new_columns):
-    """Write (row, prediction) pairs as CSV (quoted), TSV (unquoted) or JSONL, each as soon as it comes."""
-    write_row = common.csv_row_writer(stream) if kind == "csv" else lambda fields: print(*fields, sep="\t", file=stream)
-    header = None
-    for row, values in rows:
-        if kind == "jsonl":
-            stream.write(json.dumps({**row, **dict(zip(new_columns, values, strict=True))}, ensure_ascii=False) + "\n")
-            continue
-        if header is None:
-            header = list(row)
-            write_row([*header, *new_columns])
-        if row.keys() != set(header):
-            raise BadInput(
-                f"the rows have other columns: {', '.join(row)}; {', '.join(header)}", "Name the output .jsonl."
-            )
-        fields = [row[column] for column in header]
-        if kind == "tsv" and any(mark in str(field) for field in fields for mark in "\t\r\n"):
-            raise BadInput("a field holds a tab or a line break, which TSV cannot", "Name the output .csv or .jsonl.")
-        write_row([*fields, *values])
+def likeliest(task, values, top_k):
+    """Return (label, probability) of the likeliest labels; values: of a row of common.prediction_rows."""
+    ranked = sorted(zip(values[2:], task.labels, strict=True), reverse=True)  # in multi-label each for itself
+    return [(label, probability) for probability, label in ranked[:top_k]]
+
+
+def logits_of(predictor, rows):
+    """Return the logits of (line, row) pairs."""
+    return predictor.logits([[row[column] for _, row in rows] for column in predictor.task.text])
+
+
+# ------------------------------------------------------------------------------------------------- one text and streams
+
+
+def row_of_text(task, args):
+    """Return --text and --text_pair as (line, row)."""
+    texts = [args.text] if args.text_pair is None else [args.text, args.text_pair]
+    if len(texts) != len(task.text):
+        words = f"the model reads {len(task.text)} text(s): {', '.join(task.text)}; {len(texts)} given"
+        raise BadInput(words, "Give --text and --text_pair for a pair, --text alone else.")
+    return 1, dict(zip(task.text, texts, strict=True))
+
+
+def show(task, logits, top_k):
+    """Print every label of one text with its probability, likeliest first; in regression the value."""
+    (values,) = common.prediction_rows(task, logits)
+    if task.is_regression:
+        print(f"{values[0]:.4f}")
+        return
+    for label, probability in likeliest(task, values, top_k):
+        print(f"{probability:.4f}  {label}")
+
+
+def predict_stream(predictor, args, columns):
+    """Write what is predicted of standard input, of --text, or of a table, each part as soon as it is known."""
+    from parts import windows
+
+    task, kind = predictor.task, "tsv"
+    if args.input == "-":
+        parts = read_lines(task, args.encoding)
+    elif args.text is not None:
+        parts = [[row_of_text(task, args)]]
+    else:
+        kind, parts = table_format(args.input, has_lines=True), windows(rows_of(args.input, task, columns, args, []))
+        kind = TABLE_KINDS.get(kind, kind)
+    with writer.table(args.output) if args.output else nullcontext(writer.lines(sys.stdout, kind)) as write:
+        for rows in parts:
+            for row in labelled(task, [row for _, row in rows], logits_of(predictor, rows), columns, args.top_k):
+                write(row)
+            sys.stdout.flush()
+
+
+def read_lines(task, encoding):
+    """Yield lists of (line, row) of standard input."""
+    before = 0
+    try:
+        for lines in arriving_lines(sys.stdin.buffer, encoding):
+            rows = []
+            for line, row, _ in lines_of_text("standard input", lines, task.text):
+                if isinstance(row, BadRow):
+                    raise BadInput(f"standard input, line {before + line}: {row.flaw}", without_skip(row.advice))
+                rows.append((before + line, row))
+            before += len(lines)
+            yield rows
+    except UnicodeError as error:
+        raise BadInput(f"standard input: is not {encoding} ({error})", "Give --encoding.") from None
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+
+class Progress:
+    """Says how many rows are done, how fast, and how long the rest will take."""
+
+    def __init__(self, path, accelerator):
+        self.processes = accelerator.num_processes
+        self.total = count_rows(path) if accelerator.is_main_process else None
+        self.rows = self.computed = 0
+        self.started = self.last_line = time.monotonic()
+
+    def done(self, rows, computed):
+        """Note a part of this process; the others are about as far."""
+        self.rows += rows * self.processes
+        self.computed += computed * self.processes
+        now = time.monotonic()
+        if now - self.last_line < SECONDS_BETWEEN_LINES:
+            return
+        self.last_line = now
+        rate, words = self.computed / (now - self.started), f"{self.rows:,} rows"
+        if self.total and self.rows < self.total and rate:
+            words = f"{self.rows:,} of {self.total:,} rows, {common.clock((self.total - self.rows) / rate)} left"
+        log.info(f"{words}, {rate:,.0f} rows/s")
+
+
+def settings_of(predictor, source, args, precision):
+    """Return what the logits of a file depend on."""
+    about = os.stat(str(source).partition("::")[0])
+    return {
+        "input": [str(Path(source).resolve()), about.st_size, about.st_mtime_ns],
+        "model": predictor.digest,
+        "mixed_precision": precision,
+        "reading": [args.encoding, args.delimiter, args.on_bad_row],
+    }
+
+
+def predict_file(predictor, source, output, args, columns, accelerator):
+    """Write a table's predictions to `output`; return what the manifest says of it. Every process calls this."""
+    from parts import Parts
+
+    task, started = predictor.task, time.monotonic()
+    settings = settings_of(predictor, source, args, accelerator.mixed_precision)
+    parts = Parts(output, settings, accelerator)
+    progress = Progress(source, accelerator)
+    made, bad_rows, number = {}, [], 0
+    try:
+        rows = rows_of(source, task, columns, args, [])
+        parts.compute(rows, lambda some: logits_of(predictor, some), progress.done)
+        if accelerator.is_main_process:
+            with writer.table(output) as write:
+                for rows, logits in parts.rows(rows_of(source, task, columns, args, bad_rows)):
+                    for row in labelled(task, rows, logits, columns, args.top_k):
+                        write(row)
+                    number += len(rows)
+    except writer.CannotWrite:  # the parts stay: once there is room, the same command goes on
+        raise
+    except BadInput:
+        parts.remove()
+        raise
+    if accelerator.is_main_process:
+        common.write_bad_rows(Path(output).parent, bad_rows, f"{Path(output).name}.bad_rows.csv")
+        parts.remove()
+        seconds, words = time.monotonic() - started, f", {len(bad_rows)} bad rows left out" if bad_rows else ""
+        log.info(f"{output}: {number:,} rows in {common.clock(seconds)}, {number / seconds:,.0f} rows/s{words}")
+        made = {"input": str(source), "rows": number, "bad_rows": len(bad_rows), "sha256": sha256(output)}
+        made["settings"] = digest(settings, args.top_k)
+    accelerator.wait_for_everyone()
+    return made
+
+
+def predict_files(predictor, args, columns, accelerator):
+    """Write the predictions of the files that --input names into the folder --output, those of this --shard.
+
+    A file that is there already, as a manifest says, of the same input, model and settings, is passed over.
+    """
+    folder, (number, total) = Path(args.output), args.shard or (1, 1)
+    outputs = outputs_of(args)
+    mine = sorted(outputs)[number - 1 :: total]
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in folder.glob(f"manifest-{number}-of-{total}.json.*.tmp"):  # of a process that was killed
+        file.unlink(missing_ok=True)
+    before = {}
+    for file in sorted(folder.glob("manifest-*.json")):
+        before |= json.loads(file.read_text(encoding="utf-8"))
+    manifest, left = {}, []
+    for source in mine:
+        output, settings = folder / outputs[source], settings_of(predictor, source, args, accelerator.mixed_precision)
+        made = before.get(outputs[source])
+        if made and made["settings"] == digest(settings, args.top_k) and output.is_file():
+            manifest[output.name] = made
+        else:
+            left.append(source)
+    log.info(f"{len(mine)} of {len(outputs)} files, {len(manifest)} of them are there")
+    for source in left:
+        output = folder / outputs[source]
+        manifest[output.name] = predict_file(predictor, source, output, args, columns, accelerator)
+        if accelerator.is_main_process:
+            write_json(folder / f"manifest-{number}-of-{total}.json", manifest)
+
+
+def outputs_of(args):
+    """Return {input: name of its output} of a pattern, in a table's own format."""
+    outputs = {}
+    for source in sorted(glob.glob(args.input)):
+        kind, name = table_format(source, has_lines=True), Path(source).name
+        if kind in ("txt", "json"):
+            name = f"{name[: name.lower().rindex(kind)]}{TABLE_KINDS[kind]}"
+        if name in outputs.values():
+            raise BadInput(f"--input {args.input}: two files would be written as {name}", "Name them in two commands.")
+        outputs[source] = name
+    return outputs
+
+
+# -------------------------------------------------------------------------------------------------------------- main
+
+
+def check_arguments(args):
+    """Raise BadInput for flags that do not go together, and for files that are not there."""
+    if args.glue_submission or args.runs:
+        given = [args.model, args.text, args.input, args.output]
+        if not (args.glue_submission and args.runs) or any(value is not None for value in given):
+            raise BadInput("--glue_submission DIR and --runs DIR... go together, and alone", "See --help.")
+        return
+    if args.model is None:
+        raise BadInput("the following arguments are required: --model", "See --help.")
+    if (args.text is None) == (args.input is None):
+        raise BadInput("give either --text or --input", "See --help.")
+    if is_pattern(args.input):
+        if not args.output:
+            raise BadInput(f"--input {args.input}: names several files", "Name a folder for them: --output out/.")
+        if not glob.glob(args.input):
+            raise BadInput(f"--input {args.input}: no such files", "Quote the pattern, and check the folder.")
+        return
+    if args.shard:
+        raise BadInput("--shard divides files, and --input names one", "Name several: --input 'in/*.csv'.")
+    if args.on_bad_row == "skip" and not args.output:
+        raise BadInput("--on_bad_row skip lists the bad rows beside --output", "Name a file with --output.")
+    if args.output:
+        writer.check_output(args.output)
+    if args.input not in (None, "-"):
+        check_file(args.input)
+
+
+def is_pattern(words):
+    """Return whether --input names several files."""
+    return words is not None and not os.path.exists(words) and any(mark in words for mark in "*?[")
 
 
 def main():
     args = build_parser().parse_args()
-    if (args.text is None) == (args.input is None):
-        raise BadInput("give either --text or --input", "See --help.")
-    if args.input not in (None, "-"):
-        check_file(args.input)
-    # These import torch, which takes seconds: --help and a mistake are to come at once.
-    import batching
-    import checkpoint
+    check_arguments(args)
+    # torch takes seconds: --help and a mistake are to come at once.
+    from predictor import load, onnx_file
 
-    folder = checkpoint.model_folder(args.model)
     # Standard output is for predictions: what the script says of itself goes to standard error.
-    accelerator = common.start(args, stream=sys.stderr)
-    if accelerator.num_processes > 1:
-        raise BadInput("predict.py runs as one process", "Start it with: python predict.py")
-    model, tokenizer, facts = common.load_model(folder)
-    task, _ = tasks.saved_task(folder)
-    task = task or tasks.Task(
-        name=Path(folder).name,
-        text=["text"],
-        labels=None if model.config.num_labels > 1 else "regression",
-        problem="multi_label" if model.config.problem_type == "multi_label_classification" else None,
-    )
-    task = common.with_labels_of(model, facts, task)
-    task = replace(task, max_length=task.max_length or batching.longest_input(model, tokenizer))
-    layout = common.lay_out(model, tokenizer)
-    model = accelerator.prepare_model(model, evaluation_mode=True).eval()
-    new_columns = common.prediction_columns(task)
-
-    def predicted(rows):
-        """Yield (row, prediction) for (line, row) pairs, in order."""
-        rows = iter(rows)
-        # A person at a terminal, or a program at a pipe, waits for an answer to each line.
-        at_a_time = 1 if args.input == "-" and sys.stdin.isatty() else ROWS_AT_A_TIME
-        while some := list(islice(rows, at_a_time)):
-            for line, row in some:
-                check_columns(f"{args.input or '--text'}, line {line}", row, task.text, new_columns)
-            texts = [[row[column] for _, row in some] for column in task.text]
-            logits = predict(task, model, tokenizer, layout, accelerator, texts, args.eval_batch_size)
-            yield from zip((row for _, row in some), common.prediction_rows(task, logits), strict=True)
-
-    if args.text is not None:
-        texts = [args.text] if args.text_pair is None else [args.text, args.text_pair]
-        if len(texts) != len(task.text):
-            raise BadInput(
-                f"the model reads {len(task.text)} text(s): {', '.join(task.text)}; {len(texts)} given",
-                "Give --text and --text_pair for a pair, --text alone else.",
-            )
-        rows, kind = [(1, dict(zip(task.text, texts, strict=True)))], None
-    elif args.input == "-":
-        rows, kind = read_lines(sys.stdin, task.text), "tsv"
+    threads, exported, started = None, args.model and onnx_file(args.model), time.perf_counter()
+    if exported:
+        accelerator, threads = common.start_exported(args, stream=sys.stderr)
     else:
-        rows, kind = read_rows(args.input, on_bad_row=refuse), table_format(args.input)
-    if args.output:
-        write_file(args.output, predicted(rows), new_columns)
-    elif args.text is not None:
-        show(task, next(predicted(rows))[1], args.top_k)
+        accelerator = common.start(args, stream=sys.stderr)
+    is_file = args.input not in (None, "-") and args.output
+    if accelerator.num_processes > 1 and not is_file:
+        raise BadInput("several processes share a file with an --output", "For this: python predict.py")
+    if args.glue_submission:
+        import glue
+
+        def load_run(run):
+            return load(run, accelerator, args.eval_batch_size)
+
+        return glue.write_submission(args.glue_submission, args.runs, args.fill_missing, load_run)
+    predictor = load(args.model, accelerator, args.eval_batch_size, threads)
+    if exported:
+        log.info(f"{exported}: loaded in {time.perf_counter() - started:.2f} s")
+    columns = added_columns(predictor.task, args.top_k)
+    if args.text is not None and not args.output:
+        show(predictor.task, logits_of(predictor, [row_of_text(predictor.task, args)]), args.top_k)
+    elif not is_file:
+        predict_stream(predictor, args, columns)
+    elif is_pattern(args.input):
+        predict_files(predictor, args, columns, accelerator)
     else:
-        write_rows(sys.stdout, kind, predicted(rows), new_columns)
-
-
-def write_file(path, rows, new_columns):
-    """Write rows to a table file; complete or absent."""
-    kind = table_format(path)
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    try:
-        open_file = gzip.open if path.endswith(".gz") else open
-        with open_file(temporary, "wt", encoding="utf-8", newline="") as stream:
-            write_rows(stream, kind, rows, new_columns)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be written ({error.strerror})", "Choose another --output.") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def show(task, prediction, top_k):
-    """Print the prediction for one text: every label with its probability, likeliest first."""
-    if task.is_regression:
-        print(f"{prediction[0]:.4f}")
-        return
-    likeliest = sorted(zip(prediction[2:], task.labels, strict=True), reverse=True)  # in multi-label each for itself
-    for probability, label in likeliest[:top_k]:
-        print(f"{probability:.4f}  {label}")
+        predict_file(predictor, args.input, args.output, args, columns, accelerator)
+    common.finish(accelerator)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Strict tables: CSV, TSV, JSON, JSONL (each also .gz) and Parquet -> rows with their line numbers.
+"""Strict tables: CSV, TSV, JSON, JSONL, lines of text (each also .gz) and Parquet -> rows with their line numbers.
 
 Text stays as it is written: no type is guessed, "None", "00456" and "1e5" arrive as these very characters. A file that
 is not a clean table ends with BadInput, which names the file, the line, what was found and what to do.
@@ -63,11 +63,14 @@ def nearest(name, names):
     return f' (did you mean "{matches[0]}"?)' if matches else ""
 
 
-def table_format(path):
-    """Return "csv", "tsv", "json", "jsonl" or "parquet" by the name of a file, with or without .gz."""
+def table_format(path, has_lines=False):
+    """Return "csv", "tsv", "json", "jsonl" or "parquet" by the name of a file, with or without .gz.
+
+    has_lines: "txt", too, where the rows are lines of text.
+    """
     name = str(path).lower().removesuffix(".gz")
     kind = name.rpartition(".")[2]
-    if kind not in ("csv", "tsv", "json", "jsonl", "parquet"):
+    if kind not in ("csv", "tsv", "json", "jsonl", "parquet", *(["txt"] if has_lines else [])):
         raise BadInput(
             f"{path}: cannot tell the format of this file by its name",
             "Name it .csv (quoted), .tsv (unquoted), .jsonl (an object a line) or .json (a list), each perhaps with "
@@ -78,18 +81,20 @@ def table_format(path):
 
 def place(path, number):
     """Return the words for a row of a file, as messages name it: `FILE, line 7`, or `FILE, record 7`."""
-    return f"{path}, {'record' if table_format(path) in ('json', 'parquet') else 'line'} {number}"
+    has_records = str(path).lower().removesuffix(".gz").endswith((".json", ".parquet"))
+    return f"{path}, {'record' if has_records else 'line'} {number}"
 
 
-def read_rows(path, columns=None, quoting=None, encoding="utf-8", delimiter=None, on_bad_row=fail):
+def read_rows(path, columns=None, quoting=None, encoding="utf-8", delimiter=None, on_bad_row=fail, texts=None):
     """Yield (line, row) of a table: the line where a row starts (in JSON and Parquet its number), from 1, and a dict.
 
     CSV is read quoted (RFC 4180), TSV unquoted (as GLUE's files are) unless `quoting` says otherwise; their values are
-    str. `columns` names the columns of a file without a header. A value in JSON is what JSON makes of it. A row that is
+    str. `columns` names the columns of a file without a header. A value in JSON is what JSON makes of it. With `texts`,
+    .txt files are read, too: their lines are values of this column, or of these two, with a tab between. A row that is
     ragged, undecodable, over-long or holds NUL goes to `on_bad_row` as a BadRow.
     Raises BadInput for a file that is missing, in another encoding, without a good row, or no table.
     """
-    kind, first_bad, has_good, is_scanned = table_format(path), None, False, False
+    kind, first_bad, has_good, is_scanned = table_format(path, has_lines=texts), None, False, False
     try:
         with open_table(path) as raw:
             try:
@@ -97,6 +102,8 @@ def read_rows(path, columns=None, quoting=None, encoding="utf-8", delimiter=None
                     rows = _parquet_rows(path, raw)
                 elif kind in DELIMITERS:
                     rows = _delimited_rows(path, _text(raw, encoding), kind, columns, quoting, delimiter)
+                elif kind == "txt":
+                    rows = lines_of_text(path, _text(raw, encoding), texts)
                 else:
                     rows = _json_rows(path, _text(raw, encoding), kind)
                 for line, row, text in rows:
@@ -109,7 +116,7 @@ def read_rows(path, columns=None, quoting=None, encoding="utf-8", delimiter=None
                     if "is not UTF-8, after" in row.flaw and not is_scanned:  # only the first one: it reads the file
                         is_scanned = True
                         # A bad byte in JSON is always told as such: the first of the file is in this row.
-                        at, advice = _about_encoding(path, line if kind in DELIMITERS else 0)
+                        at, advice = _about_encoding(path, 0 if kind == "json" or kind == "jsonl" else line)
                         row = BadRow(path, line, row.flaw + at, advice)
                     first_bad = first_bad or row
                     on_bad_row(row)
@@ -132,10 +139,25 @@ def read_rows(path, columns=None, quoting=None, encoding="utf-8", delimiter=None
         raise BadInput(f"{path}: has no rows", "A table needs a header with the column names and at least one row.")
 
 
+def count_rows(path):
+    """Return about how many rows a table has, by its line ends; exactly that of a Parquet file; None if unknown."""
+    kind = table_format(path, has_lines=True)
+    try:
+        if kind == "parquet":
+            from pyarrow import parquet
+
+            return parquet.read_metadata(path).num_rows
+        with open_table(path) as raw:
+            ends = sum(block.count(b"\n") for block in iter(lambda: raw.read(2**20), b""))
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, ValueError):  # told where the rows are read
+        return None
+    return None if kind == "json" else ends - (kind in DELIMITERS)
+
+
 def check_file(path):
     """Raise the BadInput of read_rows where a file is not there, so that this is said before torch is imported."""
     if not os.path.exists(str(path).partition("::")[0]):
-        next(read_rows(path), None)
+        next(read_rows(path, texts=["text"]), None)
 
 
 def without_skip(advice):
@@ -289,6 +311,17 @@ def _delimited_rows(path, stream, kind, header, quoting, delimiter):
             yield start, BadRow(path, start, f"{len(fields)} fields, but {columns}", hint), None
         else:
             yield start, dict(zip(header, fields, strict=True)), None
+
+
+def lines_of_text(path, lines, columns):
+    """Yield (line, dict or BadRow, None) of lines: each the value of one column, or of two with a tab between."""
+    for line, text in enumerate(lines, start=1):
+        fields = text.rstrip("\r\n").split("\t") if len(columns) == 2 else [text.rstrip("\r\n")]
+        if len(fields) == len(columns):
+            yield line, dict(zip(columns, fields, strict=True)), None
+        else:
+            flaw = f"{len(fields)} text(s), the model reads {len(columns)}"
+            yield line, BadRow(path, line, flaw, "Put one tab between the two texts of a pair,"), None
 
 
 def _check_header(path, line, header, quoted, mark, is_told):

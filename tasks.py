@@ -156,7 +156,7 @@ def task_from_mapping(content, path):
     if "files" in content and "splits" in content:
         raise BadInput(f"{path}: `splits` renames those of a data set on the Hub", "Name files in `files` as you wish.")
     if "delimiter" in content:
-        content["delimiter"] = _delimiter(content["delimiter"], f"{path}: ")
+        content["delimiter"] = delimiter(content["delimiter"], f"{path}: ")
     if isinstance(content.get("text"), str):
         content["text"] = [content["text"]]
     labels = content.get("labels")
@@ -222,7 +222,7 @@ def is_url(file):
     return str(file).startswith(("http://", "https://"))
 
 
-def _delimiter(word, where="--"):
+def delimiter(word, where="--"):
     mark = "\t" if word in ("tab", "\\t") else word
     if len(mark) != 1:
         raise BadInput(f"{where}delimiter {word!r}: is not one character", "Write one such as ; or |, or the word tab.")
@@ -315,7 +315,7 @@ def task_of(args, default=None):
         "text": args.text_columns and args.text_columns.split(","),
         "label": args.label_column,
         "metrics": args.metrics and args.metrics.split(","),
-        "delimiter": args.delimiter and _delimiter(args.delimiter),
+        "delimiter": args.delimiter and delimiter(args.delimiter),
         "split": args.group_column and {**task.split, "group": args.group_column},
         "limit": limits_of(args.limit),
         **{name: getattr(args, name) for name in ("max_length", "encoding", "truncate", "on_bad_row")},

@@ -25,14 +25,14 @@ def ours(args, flags=()):
     """Time predict.py's reading, predicting and writing of the rows."""
     import predict
 
-    write_file, seconds = predict.write_file, []
+    predict_file, seconds = predict.predict_file, []
 
     def timed(*given):
         begin = time.perf_counter()
-        write_file(*given)
+        predict_file(*given)
         seconds.append(time.perf_counter() - begin)
 
-    predict.write_file = timed
+    predict.predict_file = timed
     for name in ("few", "rows"):
         sys.argv = ["predict.py", "--model", str(args.folder / "run"), "--input", str(args.folder / f"{name}.jsonl")]
         sys.argv += ["--output", f"{name}.jsonl", *flags]

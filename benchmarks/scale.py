@@ -1,10 +1,12 @@
-"""train.py on files of more and more rows: start-up, time per step, and peak anonymous memory, which stay level.
+"""train.py, or predict.py, on files of more and more rows: speed and peak anonymous memory, which stay level.
 
     python benchmarks/scale.py [--rows 1000 10000 100000 1000000] [--suffix csv|jsonl|json|parquet] [--device cpu|cuda]
+    python benchmarks/scale.py --script predict --rows 10000 1000000
 
 Start-up is from the command to the end of the first step: with an empty cache (cold: reading and tokenising) and with
-what the first run left (warm). Measures RssAnon, since the resident size counts the mapped pages of the cache, which
-the system may take back. Linux.
+what the first run left (warm). predict.py's rate is the one that it tells: from the first row read to the last one
+written, loading not counted. Measures RssAnon, since the resident size counts the mapped pages of the cache, which the
+system may take back. Linux.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import json
 import os
 import random
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -41,28 +44,57 @@ def write_table(path, number, suffix):
         file.write("]" if suffix == "json" else "")
 
 
-def measure(command, folder, variables):
-    """Run train.py in a folder; return (seconds to the first step, median ms of a step, largest RssAnon in MB)."""
-    lines, begin, first, largest = Path(folder, "run/metrics.jsonl"), time.monotonic(), None, 0
-    lines.unlink(missing_ok=True)
-    process = subprocess.Popen(command, cwd=folder, env=variables, stdout=subprocess.DEVNULL)
+def peak_memory(command, folder, variables, look=lambda: None):
+    """Run a command, which must succeed; return its largest RssAnon in MB. look() is called all the while."""
+    process, largest = subprocess.Popen(command, cwd=folder, env=variables, stdout=subprocess.DEVNULL), 0
     while process.poll() is None:
-        if first is None and lines.exists():
-            first = time.monotonic() - begin
+        look()
         try:
             status = Path(f"/proc/{process.pid}/status").read_text()
             largest = max(largest, *map(int, re.findall(r"RssAnon:\s+(\d+)", status)), 0)
         except (OSError, TypeError):  # it ended just now
             pass
         time.sleep(0.02)
-    if process.returncode or first is None:
+    if process.returncode:
         sys.exit(f"{' '.join(command)}: exit code {process.returncode}")
+    return largest / 1000
+
+
+def measure_training(command, folder, variables):
+    """Run train.py in a folder; return (seconds to the first step, median ms of a step, largest RssAnon in MB)."""
+    lines, begin, first = Path(folder, "run/metrics.jsonl"), time.monotonic(), []
+    lines.unlink(missing_ok=True)
+
+    def look():
+        if not first and lines.exists():
+            first.append(time.monotonic() - begin)
+
+    largest = peak_memory(command, folder, variables, look)
     rates = [json.loads(line).get("examples_per_second") for line in lines.read_text().splitlines()]
-    return first, statistics.median(1000 * BATCH_SIZE / rate for rate in rates if rate), largest / 1000
+    return first[0], statistics.median(1000 * BATCH_SIZE / rate for rate in rates if rate), largest
+
+
+def measure_prediction(file, folder, variables):
+    """Label the file with the model of the run in a folder; return (rows/s, largest RssAnon in MB)."""
+    command = [
+        sys.executable,
+        str(ROOT / "predict.py"),
+        "--model",
+        "run",
+        "--input",
+        str(file),
+        "--output",
+        "out.jsonl",
+    ]
+    log = Path(folder, "log")
+    largest = peak_memory(["bash", "-c", f"exec {shlex.join(command)} 2> {log}"], folder, variables)
+    (rate,) = re.findall(r"out.jsonl: .* rows in .*, ([\d,]+) rows/s", log.read_text(encoding="utf-8"))
+    return int(rate.replace(",", "")), largest
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--script", choices=["train", "predict"], default="train")
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000])
     parser.add_argument("--suffix", default="csv", choices=["csv", "jsonl", "json", "parquet"])
     parser.add_argument("--steps", type=int, default=200)
@@ -73,7 +105,8 @@ def main():
     if args.device == "cpu":
         variables["CUDA_VISIBLE_DEVICES"] = ""
     measured = []
-    print("| rows | first step, cold | first step, warm | step | peak RssAnon |\n|---|---|---|---|---|", flush=True)
+    of_train = "| rows | first step, cold | first step, warm | step | peak RssAnon |\n|---|---|---|---|---|"
+    print(of_train if args.script == "train" else "| rows | rows/s | peak RssAnon |\n|---|---|---|", flush=True)
     for number in args.rows:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, f"rows.{args.suffix}")
@@ -87,13 +120,26 @@ def main():
             command += ["--limit", "validation=1000", "--batch_size", str(BATCH_SIZE), "--log_every", "1"]
             command += ["--eval_every", str(args.steps), "--output_dir", "run", "--overwrite"]
             variables["HF_HOME"] = f"{folder}/cache"
-            cold, step, peak = measure(command, folder, variables)
-            warm, *_ = measure(command, folder, variables)
+            if args.script == "predict":
+                few = [*command, "--max_steps", "1", "--limit", "train=64", "--eval_every", "1"]
+                subprocess.run(few, cwd=folder, env=variables, stdout=subprocess.DEVNULL, check=True)
+                rate, peak = measure_prediction(file, folder, variables)
+                measured.append({"rows": number, "rows_per_second": rate, "peak_mb": peak})
+                print(f"| {number:,} | {rate:,} | {peak:.0f} MB |", flush=True)
+                continue
+            cold, step, peak = measure_training(command, folder, variables)
+            warm, *_ = measure_training(command, folder, variables)
         row = {"rows": number, "cold_seconds": cold, "warm_seconds": warm, "step_milliseconds": step, "peak_mb": peak}
         measured.append(row)
         print(f"| {number:,} | {cold:.1f} s | {warm:.1f} s | {step:.1f} ms | {peak:.0f} MB |", flush=True)
     print(f"\ndifference: {measured[-1]['peak_mb'] - measured[0]['peak_mb']:.0f} MB")
-    content = {"benchmark": "scale", "suffix": args.suffix, "steps": args.steps, "device": args.device}
+    content = {
+        "benchmark": "scale",
+        "script": args.script,
+        "suffix": args.suffix,
+        "steps": args.steps,
+        "device": args.device,
+    }
     if args.output:
         args.output.write_text(json.dumps({**content, "measured": measured}, indent=2) + "\n", encoding="utf-8")
 

@@ -35,7 +35,16 @@ WORDS = sorted({"the", "was", "very", "and", ".", ",", *THINGS, *ADJECTIVES["pos
 
 
 # The files that take longest come first: two processes share the files, and neither is to wait at the end.
-SLOWEST = ["test_resume", "test_real_data", "test_benchmarks", "test_slurm", "test_train", "test_processes"]
+SLOWEST = [
+    "test_resume",
+    "test_real_data",
+    "test_benchmarks",
+    "test_slurm",
+    "test_train",
+    "test_processes",
+    "test_predict",
+    "test_examples",
+]
 
 
 def pytest_collection_modifyitems(items):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import bert_config, lines_of, make_rows, write_review_task
+from conftest import bert_config, lines_of, write_review_task
 from datasets import Dataset
 from test_processes import train
 from torch.nn.utils.rnn import pad_sequence
@@ -16,8 +16,6 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 import batching
 import common
 import packing
-import predict
-from tasks import Task
 
 PADDING, VOCABULARY = 1, 50
 SMALL = {
@@ -319,21 +317,6 @@ def test_an_evaluation_has_the_logits_of_transformers(family, batch_size):
     with torch.no_grad():
         expected = plain(**padded(examples)).logits
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("texts", [1, 2])
-def test_predictions_come_in_the_order_of_the_texts(tiny_bert, texts):
-    columns = [[text for text, _ in make_rows(30, seed)] for seed in range(texts)]
-    task = Task(name="", text=["a", "b"][:texts], labels=["negative", "positive"], max_length=32)
-    model, real, _ = common.load_model(str(tiny_bert), task)
-    plain = copy.deepcopy(model).eval()
-    layout = common.lay_out(model.eval(), real)
-    assert layout.is_row
-    logits = predict.predict(task, model, real, layout, Accelerator(cpu=True), columns, batch_size=7)
-    inputs = real(*columns, padding=True, truncation="longest_first", max_length=32, return_tensors="pt")
-    assert len(set(inputs["attention_mask"].sum(dim=1).tolist())) > 3
-    with torch.no_grad():
-        np.testing.assert_allclose(logits, plain(**inputs).logits, rtol=1e-5, atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------- models that cannot do it

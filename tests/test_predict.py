@@ -1,14 +1,25 @@
 """predict.py: labels for new text, from anywhere to anywhere; the input unchanged beside them, whole or not at all."""
 
 import csv
+import errno
+import gzip
+import hashlib
 import io
 import json
+import os
+import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
-from conftest import ACCELERATE, bert_config, make_rows, run_script, write_table
+from conftest import ACCELERATE, ROOT, TORCHRUN_2, bert_config, make_rows, run_script, write_table
+from pyarrow import parquet
 from transformers import pipeline
 
 FP32 = ("--mixed_precision", "no", "--threads", 1)
@@ -24,6 +35,11 @@ AWKWARD = [
 
 def read_table(text):
     return list(csv.DictReader(io.StringIO(text, newline="")))
+
+
+def stream(text):
+    """A standard input that holds this text."""
+    return io.TextIOWrapper(io.BytesIO(text.encode()))
 
 
 def files_in(folder):
@@ -233,6 +249,257 @@ def test_the_input_may_be_replaced_by_the_output(predict, tmp_path):
     assert [(row["text"], row["label"]) for row in found] == make_rows(5) and list(found[0])[2:] == NEW
 
 
+def test_lines_of_text_and_json_and_parquet(predict, expected, tmp_path):
+    texts = ["the room was good .", 'the "meal" was, very bad', "", " the book was fine . "]
+    (tmp_path / "in.txt").write_bytes("\r\n".join(texts).encode() + b"\r\n")
+    with gzip.open(tmp_path / "in.txt.gz", "wb") as file:
+        file.write("\n".join(texts).encode())
+    (tmp_path / "in.json").write_text(json.dumps([{"text": text, "id": 7} for text in texts]))
+    for name in ("in.txt", "in.txt.gz", "in.json"):
+        predict("--input", name, "--output", "out.jsonl")
+        found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+        assert [row["text"] for row in found] == texts
+        assert_probabilities(found, expected(texts))
+    predict("--input", "in.json", "--output", "out.parquet")
+    table = parquet.read_table(tmp_path / "out.parquet")
+    assert table.column_names == ["text", "id", *NEW] and table["id"].to_pylist() == [7] * 4
+    assert [str(table.schema.field(name).type) for name in ("text", "id", NEW[1])] == ["string", "int64", "double"]
+    assert_probabilities(table.to_pylist(), expected(texts))
+    parquet.write_table(table.select(["id", "text"]), tmp_path / "in.parquet")
+    predict("--input", "in.parquet", "--output", "again.parquet")
+    assert parquet.read_table(tmp_path / "again.parquet").select(table.column_names).equals(table)
+
+
+def test_another_encoding_and_another_delimiter(predict, expected, refused, tmp_path):
+    texts = ["the room was good .", "é the film was bad ."]
+    (tmp_path / "in.csv").write_bytes(b"id;text\n" + "".join(f"é;{text}\n" for text in texts).encode("latin-1"))
+    flags = ["--input", "in.csv", "--output", "out.jsonl", "--delimiter", ";"]
+    assert "--encoding latin-1" in refused(*flags)
+    predict(*flags, "--encoding", "latin-1")
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["text"]) for row in found] == [("é", text) for text in texts]
+    assert_probabilities(found, expected(texts))
+
+
+def test_bad_rows_end_it_or_are_listed_beside(predict, expected, refused, tmp_path):
+    (tmp_path / "in.csv").write_bytes(b"id,text\n1,the room was good .\n2,a,b\n3,\xff\n4,the film was bad .\n")
+    flags = ["--input", "in.csv", "--output", "out.csv"]
+    errors = refused(*flags)
+    assert "in.csv, line 3: 3 fields" in errors and "--on_bad_row skip" in errors
+    predict(*flags, "--on_bad_row", "skip")
+    assert files_in(tmp_path) == {"in.csv", "out.csv", "out.csv.bad_rows.csv"}
+    found = read_table((tmp_path / "out.csv").read_text())
+    assert [row["id"] for row in found] == ["1", "4"]
+    assert_probabilities(found, expected(["the room was good .", "the film was bad ."]))
+    bad = read_table((tmp_path / "out.csv.bad_rows.csv").read_text())
+    assert [(row["file"], row["row"]) for row in bad] == [("in.csv", "3"), ("in.csv", "4")]
+    assert "3 fields" in bad[0]["reason"] and "0xff" in bad[1]["reason"]
+    (tmp_path / "in.jsonl").write_text('{"text": "good"}\n{"text": null}\n{"txet": "bad"}\n')
+    predict("--input", "in.jsonl", "--output", "out.jsonl", "--on_bad_row", "skip")
+    assert [row["row"] for row in read_table((tmp_path / "out.jsonl.bad_rows.csv").read_text())] == ["2", "3"]
+
+
+def test_the_likeliest_labels_alone(predict, expected, tmp_path):
+    texts = [text for text, _ in make_rows(9, 3)]
+    write_table(tmp_path / "in.csv", [(text,) for text in texts], header=("text",))
+    predict("--input", "in.csv", "--output", "out.csv", "--top_k", 1)
+    found = read_table((tmp_path / "out.csv").read_text())
+    assert list(found[0]) == ["text", "predicted_label", "probability", "label_1", "probability_1"]
+    for row, answer in zip(found, expected(texts), strict=True):
+        assert row["predicted_label"] == row["label_1"] == max(answer, key=answer.get)
+        assert float(row["probability_1"]) == float(row["probability"]) == pytest.approx(max(answer.values()), abs=1e-5)
+    predict("--input", "in.csv", "--output", "out.csv", "--top_k", 7)
+    assert list(read_table((tmp_path / "out.csv").read_text())[0])[-2:] == ["label_2", "probability_2"]
+
+
+# --------------------------------------------------------------------------------------- processes, kills, a full disk
+
+
+def write_many(path, number=20_000):
+    """Write rows of five parts, where there are 20,000."""
+    return write_table(path, [(str(row), text) for row, (text, _) in enumerate(make_rows(number, 4))], ("id", "text"))
+
+
+def test_two_processes_write_what_one_does(trained, predict, tmp_path):
+    write_many(tmp_path / "in.csv")
+    predict("--input", "in.csv", "--output", "one.csv")
+    flags = [*FP32, "--model", trained, "--input", "in.csv", "--output", "two.csv"]
+    done = run_script("predict.py", *flags, cwd=tmp_path, launcher=TORCHRUN_2)
+    assert done.returncode == 0, done.stderr
+    assert files_in(tmp_path) == {"in.csv", "one.csv", "two.csv"}
+    assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
+    assert done.stderr.count("20,000 rows in") == 1
+    done = run_script("predict.py", "--model", trained, "--text", "a", cwd=tmp_path, launcher=TORCHRUN_2)
+    assert done.returncode == 1 and "several processes share a file" in done.stderr
+
+
+def test_killed_three_times_it_ends_with_the_same_bytes(trained, predict, tmp_path):
+    write_many(tmp_path / "in.csv")
+    predict("--input", "in.csv", "--output", "unbroken.csv")
+    command = [
+        sys.executable,
+        ROOT / "predict.py",
+        *FP32,
+        "--model",
+        trained,
+        "--input",
+        "in.csv",
+        "--output",
+        "out.csv",
+    ]
+    parts, computed = tmp_path / "out.csv.parts", {}
+    for kill in range(3):
+        running = subprocess.Popen(list(map(str, command)), cwd=tmp_path, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while len(list(parts.glob("*.npy"))) <= kill and time.monotonic() < deadline:
+            time.sleep(0.01)
+        running.kill()
+        assert running.wait() == -signal.SIGKILL
+        now = {file.name: file.stat().st_mtime_ns for file in parts.glob("*.npy")}
+        assert kill < len(now) < 5 and not (tmp_path / "out.csv").exists()
+        assert computed.items() <= now.items()  # nothing is computed twice
+        computed = now
+    predict("--input", "in.csv", "--output", "out.csv")
+    assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "unbroken.csv").read_bytes()
+    assert files_in(tmp_path) == {"in.csv", "unbroken.csv", "out.csv"}
+
+
+def test_parts_of_another_model_or_input_are_not_used(predict, tmp_path):
+    write_table(tmp_path / "in.csv", [("0", "the room was good .")], ("id", "text"))
+    predict("--input", "in.csv", "--output", "out.csv")
+    expected = (tmp_path / "out.csv").read_bytes()
+    parts = tmp_path / "out.csv.parts"
+    parts.mkdir()
+    (parts / "settings.json").write_text('{"model": "another"}')
+    np.save(parts / "00000000.npy", np.array([[9, -9]], dtype=np.float32))
+    predict("--input", "in.csv", "--output", "out.csv")
+    assert (tmp_path / "out.csv").read_bytes() == expected and not parts.exists()
+
+
+def test_a_full_disk_keeps_the_work(trained, run_inside, predict, tmp_path, monkeypatch):
+    write_many(tmp_path / "in.csv", 5000)
+    predict("--input", "in.csv", "--output", "unbroken.csv")
+    replace = os.replace
+
+    def full(source, target):
+        if str(target) == "out.csv":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        flags = [*FP32, "--model", trained, "--input", "in.csv", "--output", "out.csv"]
+        code, _, errors = run_inside("predict.py", *flags, cwd=tmp_path)
+    assert code == 2 and "out.csv: cannot be written (No space left on device)" in errors
+    assert files_in(tmp_path) == {"in.csv", "unbroken.csv", "out.csv.parts"}
+    assert len(list((tmp_path / "out.csv.parts").glob("*.npy"))) == 2
+    predict("--input", "in.csv", "--output", "out.csv")
+    assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "unbroken.csv").read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------------------- many files
+
+
+@pytest.fixture
+def several(tmp_path):
+    """Seven small files in in/, of several formats; returns {name of the output: its texts}."""
+    (tmp_path / "in").mkdir()
+    texts = {}
+    for number in range(7):
+        name, out = [("a.csv", "a.csv"), ("b.jsonl", "b.jsonl"), ("c.txt", "c.tsv")][number % 3]
+        texts[f"{number}{out}"] = of_file = [text for text, _ in make_rows(5 + number, number)]
+        path = tmp_path / "in" / f"{number}{name}"
+        if path.suffix == ".txt":
+            path.write_text("\n".join(of_file) + "\n")
+        else:
+            write_table(path, [(text,) for text in of_file], header=("text",))
+    return texts
+
+
+def texts_of(path):
+    lines = path.read_text().splitlines()
+    if path.suffix == ".jsonl":
+        return [json.loads(line)["text"] for line in lines]
+    return [row["text"] for row in csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",")]
+
+
+def test_shards_write_each_file_once_and_a_second_time_nothing(predict, several, tmp_path):
+    flags = ["--input", "in/*", "--output", "out"]
+    for number in (1, 2, 3):
+        predict(*flags, "--shard", f"{number}/3")
+    manifests = [json.loads((tmp_path / f"out/manifest-{number}-of-3.json").read_text()) for number in (1, 2, 3)]
+    assert [len(manifest) for manifest in manifests] == [3, 2, 2]
+    told = {name: facts for manifest in manifests for name, facts in manifest.items()}
+    assert told.keys() == several.keys()
+    for name, texts in several.items():
+        assert texts_of(tmp_path / "out" / name) == texts and told[name]["rows"] == len(texts)
+        assert told[name]["sha256"] == hashlib.sha256((tmp_path / "out" / name).read_bytes()).hexdigest()
+    manifest_names = {f"manifest-{number}-of-3.json" for number in (1, 2, 3)}
+    assert files_in(tmp_path / "out") == several.keys() | manifest_names
+
+    def state():
+        return {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in several}
+
+    before = state()
+    predict(*flags)  # divided otherwise: what is there counts
+    assert state() == before
+    (tmp_path / "out" / "3a.csv").unlink()
+    write_table(tmp_path / "in" / "1b.jsonl", [("the room was good .",)], header=("text",))
+    predict(*flags, "--shard", "1/1")
+    assert {name for name, at in state().items() if at != before[name]} == {"3a.csv", "1b.jsonl"}
+    assert texts_of(tmp_path / "out" / "1b.jsonl") == ["the room was good ."]
+
+
+def test_files_that_would_have_one_name_are_refused(refused, several, tmp_path):
+    (tmp_path / "in" / "2c.tsv").write_text("text\na\n")
+    assert "two files would be written as 2c.tsv" in refused("--input", "in/*", "--output", "out")
+
+
+@pytest.mark.parametrize("words", ["0/3", "4/3", "1", "a/b", "1/2/3"])
+def test_a_shard_is_one_of_n(refused, several, words):
+    assert "--shard" in refused("--input", "in/*", "--output", "out", "--shard", words)
+
+
+FILES, KILLS = (1000, 50) if os.environ.get("FULL") else (60, 4)
+
+
+def test_many_shards_and_random_kills(trained, tmp_path):
+    """Two jobs at a time, killed at random moments: every row exactly once, and the bytes of an unbroken command."""
+    (tmp_path / "in").mkdir()
+    for number in range(FILES):
+        rows = [(f"{number}-{row}", text) for row, (text, _) in enumerate(make_rows(6 + number % 5, number))]
+        write_table(tmp_path / "in" / f"{number:04}.csv", rows, ("id", "text"))
+
+    def start(folder, shard):
+        flags = ["--model", trained, "--input", "in/*.csv", "--output", folder, "--shard", shard, *FP32]
+        command = [sys.executable, *map(str, [ROOT / "predict.py", *flags])]
+        return subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+
+    def written():
+        return len(list((tmp_path / "out").glob("*.csv")))
+
+    assert start("unbroken", "1/1").wait() == 0
+    chooser, kills, shards = random.Random(0), 0, ["1/2", "2/2"]
+    while shards:
+        running = {shard: start("out", shard) for shard in shards}
+        if kills < KILLS:  # some files later, at any moment of a file
+            enough, deadline = written() + chooser.randrange(FILES * 2 // KILLS), time.monotonic() + 60
+            while written() < enough and time.monotonic() < deadline:
+                time.sleep(0.001)
+            time.sleep(chooser.uniform(0, 0.05))
+            for process in running.values():
+                kills += process.poll() is None
+                process.kill()
+        shards = [shard for shard, process in running.items() if process.wait() != 0]
+    assert kills >= KILLS
+    names = [f"{number:04}.csv" for number in range(FILES)]
+    assert files_in(tmp_path / "out") == {*names, "manifest-1-of-2.json", "manifest-2-of-2.json"}
+    ids = [row["id"] for name in names for row in read_table((tmp_path / "out" / name).read_text())]
+    assert ids == [f"{number}-{row}" for number in range(FILES) for row in range(6 + number % 5)]
+    merged = {at: b"".join((tmp_path / at / name).read_bytes() for name in names) for at in ("out", "unbroken")}
+    assert hashlib.sha256(merged["out"]).digest() == hashlib.sha256(merged["unbroken"]).digest()
+
+
 # -------------------------------------------------------------------------------------------------- standard input
 
 
@@ -247,6 +514,29 @@ def test_lines_of_standard_input_get_lines_of_standard_output(trained, expected,
     assert header == ["text", *NEW] and [line[0] for line in lines] == texts
     assert_probabilities([dict(zip(header, line, strict=True)) for line in lines], expected(texts))
     assert files_in(tmp_path) == set()
+
+
+def test_a_line_is_answered_before_the_next_one_comes(trained, expected, tmp_path):
+    """A person types, or a program asks at a pipe."""
+    command = [sys.executable, ROOT / "predict.py", *FP32, "--model", trained, "--input", "-"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    asked = subprocess.Popen(list(map(str, command)), cwd=tmp_path, **pipes, text=True, bufsize=1)
+    for number, text in enumerate(["the room was good .", "the film was bad .", "é"]):
+        asked.stdin.write(text + "\n")
+        asked.stdin.flush()
+        if number == 0:
+            header = asked.stdout.readline().rstrip("\n").split("\t")
+        answer = dict(zip(header, asked.stdout.readline().rstrip("\n").split("\t"), strict=True))
+        assert answer["text"] == text
+        assert_probabilities([answer], expected([text]))
+    rest, _ = asked.communicate("the meal was dull .")  # without a line's end
+    assert rest.split("\t")[0] == "the meal was dull ." and asked.returncode == 0
+
+
+def test_bytes_that_are_no_text_are_refused_at_standard_input(trained, run_inside, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"good\n\xff\xfe\n")))
+    code, _, errors = run_inside("predict.py", *FP32, "--model", trained, "--input", "-", cwd=tmp_path)
+    assert code == 2 and "standard input: is not utf-8" in errors
 
 
 # ----------------------------------------------------------------------------------------------- pairs, regression
@@ -281,12 +571,12 @@ def test_pairs(pairs, predict, refused, run_inside, tmp_path, monkeypatch):
     label = max(answers[0], key=answers[0].get)
     assert printed.split() == [f"{answers[0][label]:.4f}", label]
 
-    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{first}\t{second}\n" for second, first in rows)))
+    monkeypatch.setattr("sys.stdin", stream("".join(f"{first}\t{second}\n" for second, first in rows)))
     header, *lines = [line.split("\t") for line in predict("--input", "-", model=pairs).splitlines()]
     assert_probabilities([dict(zip(header, line, strict=True)) for line in lines], answers)
 
     assert "--text_pair" in refused("--text", "the room was good .", model=pairs)
-    monkeypatch.setattr("sys.stdin", io.StringIO("one text\n"))
+    monkeypatch.setattr("sys.stdin", stream("one text\n"))
     assert "standard input, line 1: 1 text(s), the model reads 2" in refused("--input", "-", model=pairs)
 
 

@@ -1,0 +1,171 @@
+"""A saved model as a function: texts in, logits and labels out. For predict.py, and for programs of your own.
+
+    from predictor import load
+    predictor = load("runs/mrpc")                                 # or an exported model: runs/mrpc/model/onnx
+    table = predictor.table([["He left."], ["He went away."]])    # {"predicted_label": [...], "probability": [...]}
+
+It writes no file and talks to no other process: an engine that runs one in each of its workers divides the rows itself.
+"""
+
+import gc
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+import common
+import hardware
+import tasks
+from cache import digest, sha256
+from common import BadInput
+from tokens import encode
+
+
+@dataclass
+class Predictor:
+    """A loaded model; see load."""
+
+    task: tasks.Task
+    tokenizer: object
+    forward: Callable  # of a batch, {column: ragged ids}, to its logits, float32 (examples, outputs)
+    batch_size: int
+    made_of: list  # files, and the commit of a model of the Hub
+
+    @cached_property
+    def digest(self):
+        """A name for the weights and the task."""
+        return digest([sha256(part) if isinstance(part, Path) else part for part in self.made_of])
+
+    def logits(self, texts):
+        """Return the logits of texts, float32 (texts, outputs). texts: a list for each of the task's columns."""
+        encoded, _ = encode(self.task, self.tokenizer, texts, self.task.max_length)
+        order = np.argsort([-len(ids) for ids in encoded["input_ids"]], kind="stable")  # those of like length together
+        logits = np.empty((len(order), 1 if self.task.is_regression else len(self.task.labels)), dtype=np.float32)
+        for start in range(0, len(order), self.batch_size):
+            chosen = order[start : start + self.batch_size]
+            logits[chosen] = self.forward({name: [ids[i] for i in chosen] for name, ids in encoded.items()})
+        return logits
+
+    def table(self, texts):
+        """Return what predict.py adds to a table: {column: values}. texts: as of logits."""
+        rows = list(common.prediction_rows(self.task, self.logits(texts)))
+        return {name: [row[at] for row in rows] for at, name in enumerate(common.prediction_columns(self.task))}
+
+
+def onnx_file(path):
+    """Return the .onnx file that a path names: itself, or model.onnx in a folder; None for any other model."""
+    file = Path(path) if str(path).endswith(".onnx") else Path(path) / "model.onnx"
+    return file if file.is_file() else None
+
+
+def load(path, accelerator=None, batch_size=64, threads=None):
+    """Return the Predictor of a run, a model folder, a model of the Hub, or a folder that export.py wrote.
+
+    accelerator: says on which device, and in which precision; without one, as accelerate chooses by itself. threads: of
+    an exported model; None: the cores there are.
+    Raises BadInput for what is no classifier.
+    """
+    if file := onnx_file(path):
+        return _exported(file, batch_size, threads)
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import send_to_device
+    from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+    import batching
+    import checkpoint
+
+    folder = checkpoint.model_folder(path)
+    model, tokenizer, facts = common.load_model(folder)
+    task, _ = tasks.saved_task(folder)
+    task = task or tasks.Task(
+        name=Path(folder).name,
+        text=["text"],
+        labels=None if model.config.num_labels > 1 else "regression",
+        problem="multi_label" if model.config.problem_type == "multi_label_classification" else None,
+    )
+    task = common.with_labels_of(model, facts, task)
+    task = replace(task, max_length=task.max_length or batching.longest_input(model, tokenizer))
+    layout = common.lay_out(model, tokenizer)
+    accelerator = accelerator or Accelerator()
+    model = accelerator.prepare_model(model, evaluation_mode=True).eval()
+
+    def forward(batch):
+        lengths = [len(ids) for ids in batch["input_ids"]]
+        try:
+            inputs = send_to_device(layout.lay_out(batch), accelerator.device)
+            layout.begin(0, range(len(lengths)), lengths, accelerator.device)
+            with torch.inference_mode():
+                return model(**inputs).logits.float().cpu().numpy()
+        except RuntimeError as error:
+            if len(lengths) == 1 or not should_reduce_batch_size(error):
+                raise
+        clear_device_cache(garbage_collection=True)  # too large for the memory: in two halves
+        half = len(lengths) // 2
+        halves = [{name: ids[at] for name, ids in batch.items()} for at in (slice(half), slice(half, None))]
+        return np.concatenate([forward(part) for part in halves])
+
+    files = sorted(file for file in Path(folder).glob("*") if file.is_file() and file.suffix != ".md")
+    made_of = [path, facts["commit"]] if facts["commit"] else files
+    return Predictor(task, tokenizer, forward, batch_size, made_of)
+
+
+class _Tokenizer:
+    """The tokenizer.json of an exported model, called as tokens.encode does: transformers' own would import torch."""
+
+    unk_token_id = None  # nobody counts the unknown tokens here
+
+    def __init__(self, file, columns):
+        from tokenizers import Tokenizer
+
+        self.backend, self.model_input_names = Tokenizer.from_file(str(file)), columns
+        self.backend.no_truncation()
+        self.backend.no_padding()
+
+    def __call__(self, *texts, return_special_tokens_mask):
+        encoded = self.backend.encode_batch(list(zip(*texts, strict=True)) if len(texts) > 1 else list(texts[0]))
+        parts = {"input_ids": "ids", "token_type_ids": "type_ids", "special_tokens_mask": "special_tokens_mask"}
+        return {name: [getattr(one, part) for one in encoded] for name, part in parts.items()}
+
+
+def padded(batch, pad_token_id):
+    """Return a batch, {column: ragged ids}, and its attention_mask, as int64 arrays (examples, longest)."""
+    lengths = np.array([len(ids) for ids in batch["input_ids"]])
+    is_real = np.arange(lengths.max()) < lengths[:, None]
+    inputs = {"attention_mask": is_real.astype(np.int64)}
+    for name, rows in batch.items():
+        inputs[name] = np.full(is_real.shape, pad_token_id if name == "input_ids" else 0, dtype=np.int64)
+        inputs[name][is_real] = np.concatenate(rows)
+    return inputs
+
+
+def _exported(file, batch_size, threads):
+    """Return the Predictor of an .onnx file that export.py wrote. It needs no torch, whose import takes seconds."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise BadInput(f"{file}: needs the package onnxruntime", "pip install -r requirements-extra.txt") from None
+    folder = file.parent
+    task, _ = tasks.saved_task(folder)
+    if task is None:
+        raise BadInput(f"{file}: has no task.json beside it", "Keep all files together that export.py wrote.")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or hardware.available_cores()
+    try:
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        columns = [of.name for of in session.get_inputs()]
+        tokenizer = _Tokenizer(folder / "tokenizer.json", columns)
+        pad_token_id = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("pad_token_id") or 0
+    except Exception as error:  # onnxruntime and tokenizers have kinds of their own
+        words = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise BadInput(f"{file}: cannot be loaded ({words})", "Export again, or copy the whole folder again.") from None
+    gc.enable()  # see common.run
+
+    def forward(batch):
+        return session.run(["logits"], padded(batch, pad_token_id))[0]
+
+    made_of = [*sorted(folder.glob(f"{file.name}*")), folder / "tokenizer.json", folder / "task.json"]
+    return Predictor(task, tokenizer, forward, batch_size, made_of)

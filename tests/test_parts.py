@@ -1,0 +1,102 @@
+"""parts.py: logits in parts on disk, each computed once, by one of the processes; a killed prediction goes on."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import parts
+from common import RunFailed
+
+ROWS = [(line, {"text": str(line)}) for line in range(2, 13)]  # eleven rows, in parts of four: 4, 4, 3
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    monkeypatch.setattr(parts, "ROWS", 4)
+
+
+def process(index=0, number=1):
+    return SimpleNamespace(
+        process_index=index, num_processes=number, is_main_process=index == 0, wait_for_everyone=lambda: None
+    )
+
+
+class Model:
+    """Its logits are the line numbers; it notes what it computed, and breaks at a line."""
+
+    def __init__(self, breaks_at=None):
+        self.computed, self.breaks_at, self.told = [], breaks_at, []
+
+    def __call__(self, rows):
+        lines = [line for line, _ in rows]
+        if self.breaks_at in lines:
+            raise KeyboardInterrupt
+        self.computed += lines
+        return np.array([[line, -line] for line in lines], dtype=np.float32)
+
+    def done(self, rows, computed):
+        self.told.append((rows, computed))
+
+
+def compute(folder, model, settings="a", index=0, number=1):
+    of_process = parts.Parts(folder / "out.csv", {"of": settings}, process(index, number))
+    of_process.compute(iter(ROWS), model, model.done)
+    return parts.Parts(folder / "out.csv", {"of": settings}, process())
+
+
+def values(all_parts):
+    found = all_parts.rows(iter(ROWS))
+    return [(row["text"], *values) for rows, logits in found for row, values in zip(rows, logits, strict=True)]
+
+
+EXPECTED = [(str(line), line, -line) for line in range(2, 13)]
+
+
+def test_rows_come_back_in_order_with_their_logits(tmp_path):
+    model = Model()
+    made = compute(tmp_path, model)
+    assert values(made) == EXPECTED
+    assert model.told == [(4, 4), (4, 4), (3, 3)]
+    made.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_processes_take_turns(tmp_path):
+    models = [Model(), Model()]
+    for index, model in enumerate(models):
+        made = compute(tmp_path, model, index=index, number=2)
+    assert [model.computed for model in models] == [[2, 3, 4, 5, 10, 11, 12], [6, 7, 8, 9]]
+    assert values(made) == EXPECTED
+
+
+def test_what_is_there_is_not_computed_again(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        compute(tmp_path, Model(breaks_at=7))
+    model = Model()
+    assert values(compute(tmp_path, model)) == EXPECTED
+    assert model.computed == list(range(6, 13)) and model.told == [(4, 0), (4, 4), (3, 3)]
+
+
+def test_other_settings_start_again(tmp_path):
+    compute(tmp_path, Model(), settings="a")
+    model = Model()
+    assert values(compute(tmp_path, model, settings="b")) == EXPECTED
+    assert model.computed == list(range(2, 13))
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY\x01\x00v", None])
+def test_a_damaged_part_is_computed_again(tmp_path, content):
+    compute(tmp_path, Model())
+    part = tmp_path / "out.csv.parts" / "00000001.npy"
+    part.write_bytes(part.read_bytes()[:-4] if content is None else content)
+    model = Model()
+    assert values(compute(tmp_path, model)) == EXPECTED
+    assert model.computed == [6, 7, 8, 9]
+
+
+def test_a_part_that_another_command_took_away_is_told(tmp_path):
+    made = compute(tmp_path, Model())
+    (tmp_path / "out.csv.parts" / "00000002.npy").unlink()
+    with pytest.raises(RunFailed, match="another process"):
+        values(made)

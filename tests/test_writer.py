@@ -1,0 +1,87 @@
+"""writer.py: tables of predictions in each format, whole or not at all."""
+
+import csv
+import errno
+import gzip
+import json
+
+import pytest
+from pyarrow import parquet
+
+import writer
+from reader import BadInput
+
+ROWS = [
+    {"id": "007", "text": 'he said "no", twice\nand left', "probability": 0.1},
+    {"id": "1e5", "text": "房間 é", "probability": 1 / 3},
+]
+
+
+def write(path, rows=ROWS):
+    with writer.table(path) as write_row:
+        for row in rows:
+            write_row(row)
+
+
+def test_csv_and_json_lines_are_read_back_by_pythons_own(tmp_path):
+    write(tmp_path / "out.csv")
+    with open(tmp_path / "out.csv", newline="", encoding="utf-8") as file:
+        assert list(csv.DictReader(file)) == [{key: str(value) for key, value in row.items()} for row in ROWS]
+    write(tmp_path / "out.jsonl.gz")
+    with gzip.open(tmp_path / "out.jsonl.gz", "rt", encoding="utf-8") as file:
+        assert [json.loads(line) for line in file] == ROWS
+    assert {file.name for file in tmp_path.iterdir()} == {"out.csv", "out.jsonl.gz"}
+
+
+def test_tsv_has_no_quotes_and_no_line_breaks(tmp_path):
+    write(tmp_path / "out.tsv", ROWS[1:])
+    assert (tmp_path / "out.tsv").read_text(encoding="utf-8") == f"id\ttext\tprobability\n1e5\t房間 é\t{1 / 3}\n"
+    for text in ("a\tb", "a\nb", "a\rb"):
+        with pytest.raises(BadInput, match="tab or a line break"):
+            write(tmp_path / "bad.tsv", [{"text": text}])
+    assert not (tmp_path / "bad.tsv").exists()
+
+
+@pytest.mark.parametrize("number", [1, 3, 4])  # of rows, three to a group
+def test_parquet_keeps_types_and_nothing(tmp_path, monkeypatch, number):
+    monkeypatch.setattr(writer, "ROWS_OF_A_GROUP", 3)
+    rows = [{"id": row, "text": None if row == 1 else "a", "list": [row]} for row in range(number)]
+    write(tmp_path / "out.parquet", rows)
+    assert parquet.read_table(tmp_path / "out.parquet").to_pylist() == rows
+
+
+def test_a_column_of_two_types_cannot_be_parquet(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "ROWS_OF_A_GROUP", 2)
+    with pytest.raises(BadInput, match="one type") as refusal:
+        write(tmp_path / "out.parquet", [{"id": 1}, {"id": 2}, {"id": "three"}])
+    assert ".jsonl" in refusal.value.advice
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_with_other_columns_are_for_json_lines(tmp_path):
+    rows = [{"a": 1, "b": 2}, {"b": 4, "a": 3}, {"a": 5}]
+    with pytest.raises(BadInput, match="other columns"):
+        write(tmp_path / "out.csv", rows)
+    write(tmp_path / "out.jsonl", rows)
+    write(tmp_path / "two.csv", rows[:2])
+    assert (tmp_path / "two.csv").read_text() == "a,b\n1,2\n3,4\n"
+    assert {file.name for file in tmp_path.iterdir()} == {"out.jsonl", "two.csv"}
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyError("any")])
+def test_an_error_leaves_the_file_that_was_there(tmp_path, error):
+    (tmp_path / "out.csv").write_text("before")
+    raised = pytest.raises(writer.CannotWrite if isinstance(error, OSError) else KeyError)
+    with raised, writer.table(tmp_path / "out.csv") as write_row:
+        write_row(ROWS[0])
+        raise error
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["before"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("out.json", "format"), ("out.parquet.gz", "format"), ("out", "format"), ("no/out.csv", "no such folder")],
+)
+def test_a_name_that_cannot_be_written_is_refused_at_once(tmp_path, name, words):
+    with pytest.raises(BadInput, match=words):
+        writer.check_output(tmp_path / name)

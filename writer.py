@@ -1,0 +1,113 @@
+"""Tables of predictions: CSV, TSV, JSON lines, Parquet, each perhaps .gz; complete under their name, or absent."""
+
+import gzip
+import json
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+import common
+from reader import BadInput, table_format
+
+KINDS = ("csv", "tsv", "jsonl", "parquet")
+ROWS_OF_A_GROUP = 10_000  # in Parquet
+
+
+class CannotWrite(BadInput):
+    """A disk that is full, a folder that may not be written to: nothing is wrong with the rows."""
+
+    def __init__(self, path, error):
+        super().__init__(f"{path}: cannot be written ({error.strerror or error})", "Choose another --output.")
+
+
+def check_output(path):
+    """Raise BadInput for a name that tells no format, or a folder that is not there."""
+    kind = table_format(path)
+    if kind not in KINDS or str(path).endswith(".parquet.gz"):
+        raise BadInput(f"{path}: is not written in this format", "Name it .csv, .tsv, .jsonl (.gz), or .parquet.")
+    if not Path(path).parent.is_dir():
+        raise BadInput(f"{path}: cannot be written (no such folder)", "Choose another --output.")
+
+
+@contextmanager
+def table(path):
+    """Open a table to write; yield a function of a row (a dict). The file appears at the end, where no error came."""
+    temporary = Path(f"{path}.tmp")  # always the same: what a killed process left is written anew
+    try:
+        if table_format(path) == "parquet":
+            with _parquet(temporary) as write:
+                yield write
+        else:
+            open_file = gzip.open if str(path).endswith(".gz") else open
+            with open_file(temporary, "wt", encoding="utf-8", newline="") as stream:
+                yield lines(stream, table_format(path))
+        os.replace(temporary, path)
+    except OSError as error:
+        raise CannotWrite(path, error) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def lines(stream, kind):
+    """Return a function that writes a row: as CSV (quoted), TSV (unquoted), or a line of JSON."""
+    header = None
+    write_csv = common.csv_row_writer(stream)
+
+    def write(row):
+        nonlocal header
+        if kind == "jsonl":
+            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+            return
+        rows = [row.values()]
+        if header is None:
+            header = list(row)
+            rows = [header, row.values()]
+        elif list(row) != header:
+            if row.keys() != set(header):
+                words = f"the rows have other columns: {', '.join(row)}; {', '.join(header)}"
+                raise BadInput(words, "Name the output .jsonl.")
+            rows = [[row[column] for column in header]]
+        for fields in rows:
+            if kind == "csv":
+                write_csv(fields)
+                continue
+            line = "\t".join(map(str, fields))
+            if line.count("\t") >= len(header) or "\n" in line or "\r" in line:
+                words = "a field holds a tab or a line break, which TSV cannot"
+                raise BadInput(words, "Name the output .csv or .jsonl.")
+            stream.write(line + "\n")
+
+    return write
+
+
+@contextmanager
+def _parquet(path):
+    """As table: the types are those of the first group of rows."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    rows, writer = [], None
+
+    def flush():
+        nonlocal writer
+        try:
+            group = pa.Table.from_pylist(rows, schema=writer.schema if writer else None)
+        except pa.ArrowException as error:
+            words = f"a column does not hold values of one type ({' '.join(str(error).split())})"
+            raise BadInput(words, "Name the output .jsonl.") from None
+        writer = writer or parquet.ParquetWriter(path, group.schema)
+        writer.write_table(group)
+        rows.clear()
+
+    def write(row):
+        rows.append(row)
+        if len(rows) == ROWS_OF_A_GROUP:
+            flush()
+
+    try:
+        yield write
+        if rows:
+            flush()
+    finally:
+        if writer:
+            writer.close()
