@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 import slurm_cluster
-from conftest import ROOT, TORCHRUN_2, lines_of, run_script
+from conftest import ROOT, TORCHRUN_2, lines_of, make_rows, run_script, write_table
+from model_help import save_model
+
+from tasks import Task
 
 EPOCHS, STEPS = 45, 45 * 13  # 200 rows in batches of 16; long enough to be hit in the middle
 FLAGS = ["--epochs", EPOCHS, "--eval_every", 200, "--log_every", 1, "--threads", 1]
@@ -197,3 +200,55 @@ def test_a_job_does_not_come_back_for_ever(cluster, submit, review_task):
     cluster.start_again(job)
     (task,) = cluster.wait(job, lambda task: task["JobState"] == "FAILED", SECONDS, log)
     assert (task["Restarts"], task["ExitCode"]) == ("1", "75:0")
+
+
+# ---------------------------------------------------------------------------------------------------- predictions
+
+
+@pytest.fixture
+def predict(cluster, tmp_path):
+    """A function that submits predict_array.sbatch from tmp_path and returns (id of the job, its log)."""
+    environment = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+    def submit(array, *words):
+        words = ["--cpus-per-task=1", f"--array={array}", ROOT / "slurm" / "predict_array.sbatch", *words]
+        job = cluster.submit(*words, cwd=tmp_path, environment=environment)
+        return job, tmp_path / f"slurm-{job}_*.log"
+
+    return submit
+
+
+def test_an_array_predicts_every_file_once(cluster, predict, tiny_bert, tmp_path):
+    save_model(tmp_path / "model", tiny_bert, Task("", text=["text"], labels=["negative", "positive"], max_length=32))
+    (tmp_path / "in").mkdir()
+    for number in range(7):
+        write_table(tmp_path / "in" / f"{number}.csv", make_rows(20, number))
+    (tmp_path / "predict.py").symlink_to(ROOT / "predict.py")
+    words = ["--model", "model", "--input", "in/*.csv", "--mixed_precision", "no", "--threads", 1, "--output"]
+    job, log = predict("1-3", *words, "out")
+    tasks = complete(cluster, job, log)
+    assert len(tasks) == 3
+    done = run_script("predict.py", *words, "whole", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    outputs = {file.name: file.read_bytes() for file in (tmp_path / "out").glob("*.csv")}
+    assert outputs == {file.name: file.read_bytes() for file in (tmp_path / "whole").glob("*.csv")}
+    assert sorted(outputs) == [f"{number}.csv" for number in range(7)]
+    manifests = sorted(tmp_path.glob("out/manifest-*.json"))
+    names = [name for manifest in manifests for name in json.loads(manifest.read_text(encoding="utf-8"))]
+    assert len(manifests) == 3 and sorted(names) == sorted(outputs)
+
+
+def test_a_prediction_that_is_stopped_comes_back(cluster, predict, tmp_path):
+    program = "import os, sys, time\nprint(*sys.argv[1:], flush=True)\n"
+    program += "time.sleep(0 if os.environ.get('SLURM_RESTART_COUNT') else 60)\n"
+    (tmp_path / "predict.py").write_text(program, encoding="utf-8")
+    job, log = predict("1", "--model", "a b")
+    file = tmp_path / f"slurm-{job}_1.log"
+    slurm_cluster.poll(lambda: file.exists() and file.read_text(), SECONDS, lambda: cluster.tell(job, log))
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    cluster.wait(job, lambda task: (task["JobState"], task["Restarts"]) == ("PENDING", "1"), SECONDS, log)
+    cluster.start_again(f"{job}_1")
+    complete(cluster, job, log)
+    lines = file.read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if line.startswith("--model")] == ["--model a b --shard 1/1"] * 2
+    assert f"job {job}_1 was stopped (exit code 138): back into the queue" in lines

@@ -1,0 +1,62 @@
+"""Label tables of any size with a saved model on Ray: on this machine, or on the cluster that RAY_ADDRESS names.
+
+    python examples/ray_data.py --model runs/imdb --input 'in/*.parquet' --output labelled --workers 2
+    python examples/ray_data.py --model runs/imdb --input s3://bucket/in --output s3://bucket/out --workers 64 --gpus 1
+
+Adds the columns that predict.py adds and writes a folder of Parquet files; the order of the rows is Ray's. The
+project's modules travel to the workers with the job. --model is a path that each worker sees, or a model of the Hub.
+Needs ray[data], beside requirements.txt.
+"""
+
+import argparse
+import os
+from glob import glob
+from pathlib import Path
+
+import pyarrow as pa
+import ray
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+class Labeller:
+    """Made once in each worker."""
+
+    def __init__(self, model):
+        from common import quieten_libraries
+        from predictor import load
+
+        quieten_libraries()
+        self.predictor = load(model)
+
+    def __call__(self, rows):
+        texts = [rows[column].to_pylist() for column in self.predictor.task.text]
+        for name, values in self.predictor.table(texts).items():
+            rows = rows.append_column(name, pa.array(values))
+        return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, metavar="DIR", help="a run, a model folder, or a model of the Hub")
+    parser.add_argument("--input", required=True, help="Parquet: 'in/*.parquet', a folder, or its address")
+    parser.add_argument("--output", required=True, help="a folder, or its address")
+    parser.add_argument("--workers", type=int, default=1, help="models at a time (default: %(default)s)")
+    parser.add_argument("--cpus", type=float, default=1, help="of each worker (default: %(default)s)")
+    parser.add_argument("--gpus", type=float, default=0, help="of each worker (default: %(default)s)")
+    args = parser.parse_args()
+    model = os.path.abspath(args.model) if os.path.exists(args.model) else args.model  # workers are in other folders
+    ray.init(runtime_env={"py_modules": [str(file) for file in PROJECT.glob("*.py")]})
+    ray.data.read_parquet(sorted(glob(args.input)) or args.input).map_batches(
+        Labeller,
+        fn_constructor_args=[model],
+        compute=ray.data.ActorPoolStrategy(size=args.workers),
+        num_cpus=args.cpus,
+        num_gpus=args.gpus,
+        batch_size=4096,
+        batch_format="pyarrow",
+    ).write_parquet(args.output)
+
+
+if __name__ == "__main__":
+    main()
