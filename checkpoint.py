@@ -503,6 +503,8 @@ def model_folder(path):
     """Return the folder of a saved model: the path itself, or model/ of a run. A Hub id comes back as it is."""
     if (Path(path) / "model" / "config.json").is_file():
         return str(Path(path) / "model")
+    if (Path(path) / "model.onnx").is_file():
+        raise BadInput(f"{path}: is an exported model", "predict.py takes it. Here: the model it was exported from.")
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise BadInput(f"{path}: holds no model", "Give a model folder, or the folder of a finished run.")
     return str(path)

@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -154,9 +155,7 @@ def start(args, stream=None, **accelerator_options):
         **accelerator_options,
     )
     torch.set_num_threads(threads)
-    log.handlers = [logging.StreamHandler(stream or sys.stdout)]
-    log.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
-    log.propagate = False
+    log_to(stream or sys.stdout, logging.INFO if accelerator.is_main_process else logging.ERROR)
     number = accelerator.num_processes
     check_processes(number)
     processes = f"{number} process{'es' if number > 1 else ''}"
@@ -168,6 +167,35 @@ def start(args, stream=None, **accelerator_options):
             "step, --micro_batch_size cuts it"
         )
     return accelerator
+
+
+def start_exported(args, stream=None):
+    """Return (what stands for the Accelerator where onnxruntime computes, threads): one process, and no torch."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise BadInput("onnxruntime computes in one process, the launcher started several", "Launch with python alone.")
+    if args.mixed_precision not in ("auto", "no"):
+        words = f"--mixed_precision {args.mixed_precision}: an exported model has its precision in it"
+        raise BadInput(words, "Drop the flag. Smaller and faster: export.py --quantize int8.")
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    threads, words = hardware.choose_threads(
+        args.threads, os.environ.get("OMP_NUM_THREADS"), hardware.available_cores(), 1, launched
+    )
+    log_to(stream or sys.stdout)
+    log.info(f"onnxruntime, cpu, 1 process, precision of the file, {words}")
+
+    def nothing(*_):
+        pass
+
+    alone = {"is_main_process": True, "process_index": 0, "num_processes": 1, "mixed_precision": "no"}
+    calls = {"wait_for_everyone": nothing, "free_memory": nothing, "end_training": nothing}
+    return SimpleNamespace(**alone, **calls), threads
+
+
+def log_to(stream, level=logging.INFO):
+    """Send the log lines of this process to a stream."""
+    log.handlers = [logging.StreamHandler(stream)]
+    log.setLevel(level)
+    log.propagate = False
 
 
 def check_processes(number):
