@@ -43,6 +43,7 @@ SLOWEST = [
     "test_train",
     "test_processes",
     "test_predict",
+    "test_export",
     "test_examples",
 ]
 

@@ -1,0 +1,229 @@
+"""Export a saved model to ONNX, with a certificate: its whole validation split through onnxruntime, beside torch.
+
+    python export.py --model runs/mrpc                      # float32
+    python export.py --model runs/mrpc --quantize int8      # and model_int8.onnx: smaller, faster, a little less exact
+    python predict.py --model runs/mrpc/model/onnx --text "He left." --text_pair "He went away."
+    python predict.py --model runs/mrpc/model/onnx/model_int8.onnx --input pairs.csv --output labelled.csv
+
+Writes RUN/model/onnx/, whole or not at all: model.onnx, model_int8.onnx, config.json, the tokenizer, task.json, and
+certificate.json: the first metric, its difference from torch with a 95 % interval, the largest difference of a logit,
+milliseconds per example, bytes. The model card repeats it. Where the numbers are off, nothing is left, and exit code 1.
+
+Inputs, int64 (batch, length): input_ids, attention_mask and, if the model reads them, token_type_ids. Output: logits,
+float32 (batch, outputs). Batches of any size, and lengths from 1 to the model's maximum.
+"""
+
+import logging
+import re
+import time
+import warnings
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+
+import certificate
+import common
+import tasks
+from cache import sha256, write_json, write_text
+from common import BadInput, RunFailed, log
+from tokens import token_columns
+
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+QUANTIZED = ["MatMul", "Gemm", "Gather"]  # products, and the tables of embeddings
+LARGEST = 2**31 - 2**25  # bytes of weights in an .onnx file, whose format ends at 2 GiB; more lie in a file beside it
+
+
+def build_parser():
+    parser = common.argument_parser(__doc__)
+    add = parser.add_argument_group("export").add_argument
+    add("--model", required=True, metavar="DIR", help="a run, or a model folder")
+    add("--quantize", choices=["int8"], help="int8: write a quantized model, too")
+    words = "how far a float32 logit may be from torch's; sums in another order: 1e-6 to 3e-5 (default: 1e-4)"
+    add("--atol", type=common.amount, default=1e-4, metavar="X", help=words)
+    common.add_machine_arguments(parser)
+    parser.set_defaults(refresh=False)  # the data stay those of the training
+    return parser
+
+
+@contextmanager
+def quiet():
+    """Keep the exporter's warnings off the terminal: they are about torchvision, and names of axes."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def write_onnx(model, columns, file):
+    """Write a transformers model as an .onnx file. columns: what it reads beside the mask."""
+    import torch
+
+    # Two different sizes above 1: torch takes a 1 for a constant, and equal sizes for one size. With padding.
+    inputs = {name: torch.zeros(3, 8, dtype=torch.int64) for name in ("input_ids", "attention_mask", "token_type_ids")}
+    inputs["attention_mask"][:, :5] = 1
+    inputs = {name: value for name, value in inputs.items() if name in (*columns, "attention_mask")}
+    attention = model.config._attn_implementation
+    large = sum(parameter.nbytes for parameter in model.parameters()) > LARGEST
+    try:
+        with quiet():
+            model.set_attn_implementation(
+                "eager"
+            )  # fewer nodes than torch's own; MiniLM: a tenth faster in batches, alone no slower
+            torch.onnx.export(
+                model,
+                (),
+                str(file),
+                kwargs=inputs,
+                input_names=list(inputs),
+                output_names=["logits"],
+                dynamic_shapes={name: {0: "batch", 1: "length"} for name in inputs},
+                dynamo=True,
+                external_data=large,
+                verbose=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        words = " ".join(str(error).split())[:300]
+        raise RunFailed(f"a {model.config.model_type} model cannot be exported by torch ({words})") from error
+    finally:
+        model.set_attn_implementation(attention)
+
+
+def write_int8(source, target):
+    """Write a quantized .onnx file: weights in 8 bits, activations in 8 bits by the range that each batch has."""
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with quiet():
+        model = onnx.load(source)
+        # The quantizer turns some weights round, and would stop at the shapes that the exporter noted of them.
+        del model.graph.value_info[:]
+        quantize_dynamic(
+            model,
+            target,
+            op_types_to_quantize=QUANTIZED,
+            per_channel=True,  # a scale for each row of weights; on MRPC half the difference of one for all
+            reduce_range=True,  # weights of 7 bits: sums of 8 overflow on CPUs without VNNI, and no certificate holds
+            weight_type=QuantType.QInt8,
+            use_external_data_format=target.with_name(f"{source.name}.data").exists(),
+        )
+
+
+def torch_forward(model, pad_token_id):
+    """Return the function of a Predictor that computes as transformers does, on padded rows, in float32."""
+    import torch
+
+    from predictor import padded
+
+    def forward(batch):
+        inputs = {name: torch.from_numpy(rows) for name, rows in padded(batch, pad_token_id).items()}
+        with torch.inference_mode():
+            return model(**inputs).logits.numpy()
+
+    return forward
+
+
+def write_card(file, name, words):
+    """Put a section on ONNX at the end of a model card, in place of an older one."""
+    card = file.read_text(encoding="utf-8") if file.is_file() else f"# {name}\n"
+    card = re.sub(r"^## ONNX\n.*?(?=^## |\Z)", "", card, flags=re.DOTALL | re.MULTILINE)
+    write_text(file, f"{card.rstrip()}\n\n{words}")
+
+
+def saved(folder, args):
+    """Return (model, tokenizer, task, {split: rows}) of a model folder, with its own validation splits."""
+    from batching import longest_input
+
+    task, fingerprints = tasks.saved_task(folder)
+    if task is None:
+        raise BadInput(f"{args.model}: has no task.json, so its data are not known", "Train it here: train.py.")
+    model, tokenizer, facts = common.load_model(folder)
+    task = common.with_labels_of(model, facts, task)
+    task, splits, now, _ = common.load_data(task, args)
+    names = [name for name in splits if name.startswith("validation")] or ["validation"]
+    common.check_splits(task, splits, names)
+    if changed := [name for name in names if fingerprints.get(name, now[name]) != now[name]]:
+        words = f"the {changed[0]} split is not the one of the training: its data or the rule that made it have changed"
+        raise BadInput(words, "Bring back the old data: the certificate is about them.")
+    if not tokenizer.is_fast:
+        raise BadInput(f"{args.model}: its tokenizer has no tokenizer.json", "Take a model with a fast tokenizer.")
+    task = replace(task, max_length=task.max_length or longest_input(model, tokenizer))
+    return model.eval(), tokenizer, task, {name: splits[name] for name in names}
+
+
+def export(folder, temporary, args, threads):
+    """Write all files of an export into the folder `temporary`; return the certificate. Raises RunFailed."""
+    from predictor import Predictor, load
+
+    model, tokenizer, task, splits = saved(folder, args)
+    columns = token_columns(tokenizer)
+    files = {"fp32": temporary / "model.onnx"} | ({"int8": temporary / "model_int8.onnx"} if args.quantize else {})
+    temporary.mkdir()
+    write_onnx(model, columns, files["fp32"])
+    if args.quantize:
+        write_int8(*files.values())
+    tokenizer.save_pretrained(temporary)
+    tasks.save_task(task, tasks.saved_task(folder)[1], temporary / "task.json")
+    write_text(temporary / "config.json", model.config.to_json_string(use_diff=False))  # the pad token, too
+    forward = torch_forward(model, model.config.pad_token_id or 0)
+    predictors = {"torch": Predictor(task, tokenizer, forward, args.eval_batch_size, [])}
+    predictors |= {name: load(file, None, args.eval_batch_size, threads) for name, file in files.items()}
+    logits = {}
+    for name, predictor in predictors.items():
+        started = time.perf_counter()
+        logits[name] = {split: certificate.logits_of(predictor, rows) for split, rows in splits.items()}
+        log.info(f"{name}: {', '.join(splits)} in {common.clock(time.perf_counter() - started)}")
+    content = certificate.certify(task, logits, splits)
+    lengths, largest = certificate.difference_of_lengths(
+        model, columns, task.max_length, forward, predictors["fp32"].forward
+    )
+    content["lengths"] = {"tokens": lengths, "largest_logit_difference": largest}
+    certificate.check(task, content, args.atol)
+    first = next(iter(splits.values()))
+    timed = {"in_batches": args.eval_batch_size, "alone": 1}
+    for how, size in timed.items():
+        for name, value in certificate.milliseconds(predictors, first, size).items():
+            content[name][f"milliseconds_per_example_{how}"] = value
+    for name, file in {"torch": folder / "model.safetensors", **files}.items():
+        parts = sorted(file.parent.glob(f"{file.name}*"))  # large ones have a second file
+        content[name] |= {"file": file.name, "bytes": sum(part.stat().st_size for part in parts)}
+        content[name] |= {"sha256": {part.name: sha256(part) for part in parts}}
+    about = {"task": task.name, "metric": task.metrics[0], "atol": args.atol, "threads": threads}
+    about |= {"examples": {split: len(rows) for split, rows in splits.items()}, "batch_size": args.eval_batch_size}
+    return {**about, "versions": {name: version(name) for name in ("torch", "transformers", *PACKAGES)}, **content}
+
+
+def main():
+    args = build_parser().parse_args()
+    for name in PACKAGES:
+        try:
+            import_module(name)
+        except ImportError:
+            raise BadInput(f"needs the package {name}", "pip install -r requirements-extra.txt") from None
+    import checkpoint  # torch takes seconds: --help and a mistake are to come at once
+
+    folder = Path(checkpoint.model_folder(args.model))
+    if not folder.is_dir():
+        raise BadInput(f"{args.model}: is not a folder", "Give a run, or a model folder: first train.py.")
+    _, threads = common.start_exported(args)
+    checkpoint.torch.set_num_threads(threads)
+    common.quieten_libraries()
+    output, temporary = folder / "onnx", folder / "onnx.tmp"
+    checkpoint.put_back(output)
+    try:
+        content = export(folder, temporary, args, threads)
+        write_json(temporary / "certificate.json", content)
+        checkpoint.put_in_place(temporary, output)
+        write_card(folder / "README.md", content["task"], certificate.section(content))
+    except OSError as error:
+        raise RunFailed(f"{output} could not be written: {error}\nMend this; then the same command.") from error
+    finally:
+        checkpoint.put_back(output)
+    log.info(f"{certificate.section(content)}\nwritten: {output}/, {folder / 'README.md'}")
+
+
+if __name__ == "__main__":
+    common.run(main)
