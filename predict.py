@@ -94,16 +94,19 @@ def rows_of(path, task, columns, args, bad_rows):
                 f'{place(path, line)}: there is a column "{clash}" already', "Rename or drop it in the input."
             )
         is_first = False
-        flaws = (f'the column "{column}" holds {row.get(column)!r}, not text' for column in task.text)
-        if all(isinstance(row.get(column), str) for column in task.text):
+        wrong = next((column for column in task.text if not isinstance(row.get(column), str)), None)
+        if wrong is None:
             yield line, row
         else:
-            on_bad_row(BadRow(path, line, next(flaws)))
+            on_bad_row(BadRow(path, line, f'the column "{wrong}" holds {row.get(wrong)!r}, not text'))
 
 
 def arriving_lines(stream, encoding):
     """Yield lists of the lines that have come: a person at a terminal, or a program at a pipe, waits for the answer."""
-    decoder, text = codecs.getincrementaldecoder(encoding)(), ""
+    try:
+        decoder, text = codecs.getincrementaldecoder("utf-8-sig" if encoding == "utf-8" else encoding)(), ""
+    except LookupError:
+        raise BadInput(f"--encoding {encoding}: unknown", "Known are utf-8, gb18030, latin-1, utf-16, ...") from None
     while arrived := stream.read1(2**18):
         *lines, text = (text + decoder.decode(arrived)).split("\n")
         if lines:
@@ -270,7 +273,7 @@ def predict_file(predictor, source, output, args, columns, accelerator):
 def predict_files(predictor, args, columns, accelerator):
     """Write the predictions of the files that --input names into the folder --output, those of this --shard.
 
-    A file that is there already, as a manifest says, of the same input, model and settings, is passed over.
+    A file that is there already, as any manifest says, of the same input, model and settings, is passed over.
     """
     folder, (number, total) = Path(args.output), args.shard or (1, 1)
     outputs = outputs_of(args)
@@ -278,14 +281,14 @@ def predict_files(predictor, args, columns, accelerator):
     folder.mkdir(parents=True, exist_ok=True)
     for file in folder.glob(f"manifest-{number}-of-{total}.json.*.tmp"):  # of a process that was killed
         file.unlink(missing_ok=True)
-    before = {}
-    for file in sorted(folder.glob("manifest-*.json")):
-        before |= json.loads(file.read_text(encoding="utf-8"))
+    manifests = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("manifest-*.json"))]
     manifest, left = {}, []
     for source in mine:
         output, settings = folder / outputs[source], settings_of(predictor, source, args, accelerator.mixed_precision)
-        made = before.get(outputs[source])
-        if made and made["settings"] == digest(settings, args.top_k) and output.is_file():
+        told = [made for before in manifests if (made := before.get(output.name))]
+        told = {made["sha256"]: made for made in told if made["settings"] == digest(settings, args.top_k)}
+        made = told.get(sha256(output)) if told and output.is_file() else None
+        if made:
             manifest[output.name] = made
         else:
             left.append(source)

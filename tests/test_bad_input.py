@@ -900,7 +900,7 @@ PREDICTED = {
     "no such input": (["--model", "model", "--input", "trian.csv", *OUT], "no such file (did you mean", "path"),
     "no text column": (["--model", "model", "--input", "txt.csv", *OUT], ("txt.csv, line 2", '"text"'), "txt, label"),
     "a ragged row at the end": (["--model", "model", "--input", "ragged.csv", *OUT], "ragged.csv, line 6: 3", "Quote"),
-    "a number as text": (["--model", "model", "--input", "number.jsonl", *OUT], ("line 2", '"text" holds 5'), "text"),
+    "a number as text": (["--model", "model", "--input", "number.jsonl", *OUT], ("line 2", '"text" holds 5'), "skip"),
     "an unknown output": (["--model", "model", "--input", "train.csv", "--output", "out.xls"], "out.xls", ".jsonl"),
     "a pair for one text": (["--model", "model", "--text", "a", "--text_pair", "b"], "1 text(s)", "--text alone"),
 }
@@ -924,12 +924,14 @@ def test_predict(tmp_path, refused, classifier, tiny_bert, mistake):
     refused(*flags, script="predict.py", reason=reason, advice=(advice,))
 
 
-def test_predict_advises_no_flag_that_it_has_not(tmp_path, classifier, run_inside):
+def test_predict_advises_to_skip_rows_only_where_they_can_be_listed(tmp_path, classifier, run_inside):
     classifier("negative", "positive")
     write_files(tmp_path, {"ragged.csv": TRAIN + "nice, clean and quiet,positive\n"})
-    flags = ["--model", "model", "--input", "ragged.csv", *OUT]
+    flags = ["--model", "model", "--input", "ragged.csv"]
     code, _, errors = run_inside("predict.py", *flags, cwd=tmp_path)
     assert code == 2 and "--on_bad_row" not in errors
+    code, _, errors = run_inside("predict.py", *flags, *OUT, cwd=tmp_path)
+    assert code == 2 and "--on_bad_row skip" in errors
 
 
 # ------------------------------------------------------------------------------------------------------- as processes

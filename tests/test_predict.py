@@ -450,6 +450,17 @@ def test_shards_write_each_file_once_and_a_second_time_nothing(predict, several,
     assert texts_of(tmp_path / "out" / "1b.jsonl") == ["the room was good ."]
 
 
+def test_files_of_other_settings_are_not_taken_for_these(predict, several, tmp_path):
+    flags, name = ["--input", "in/*", "--output", "out"], tmp_path / "out" / "0a.csv"
+    predict(*flags)
+    first = name.read_bytes()
+    predict(*flags, "--top_k", 1, "--shard", "1/2")
+    second = name.read_bytes()
+    assert second != first
+    predict(*flags)  # the first manifest is still there, and right about another file
+    assert name.read_bytes() == first
+
+
 def test_files_that_would_have_one_name_are_refused(refused, several, tmp_path):
     (tmp_path / "in" / "2c.tsv").write_text("text\na\n")
     assert "two files would be written as 2c.tsv" in refused("--input", "in/*", "--output", "out")
@@ -460,7 +471,7 @@ def test_a_shard_is_one_of_n(refused, several, words):
     assert "--shard" in refused("--input", "in/*", "--output", "out", "--shard", words)
 
 
-FILES, KILLS = (1000, 50) if os.environ.get("FULL") else (60, 4)
+FILES, KILLS = (1000, 50) if os.environ.get("FULL") == "1" else (40, 2)
 
 
 def test_many_shards_and_random_kills(trained, tmp_path):
@@ -535,8 +546,14 @@ def test_a_line_is_answered_before_the_next_one_comes(trained, expected, tmp_pat
 
 def test_bytes_that_are_no_text_are_refused_at_standard_input(trained, run_inside, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"good\n\xff\xfe\n")))
-    code, _, errors = run_inside("predict.py", *FP32, "--model", trained, "--input", "-", cwd=tmp_path)
+    flags = [*FP32, "--model", trained, "--input", "-"]
+    code, _, errors = run_inside("predict.py", *flags, cwd=tmp_path)
     assert code == 2 and "standard input: is not utf-8" in errors
+    code, _, errors = run_inside("predict.py", *flags, "--encoding", "utf-99", cwd=tmp_path)
+    assert code == 2 and "--encoding utf-99: unknown" in errors
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("good\r\nbad".encode("utf-8-sig"))))
+    code, printed, _ = run_inside("predict.py", *flags, cwd=tmp_path)
+    assert code == 0 and [line.split("\t")[0] for line in printed.splitlines()[1:]] == ["good", "bad"]
 
 
 # ----------------------------------------------------------------------------------------------- pairs, regression
@@ -576,6 +593,9 @@ def test_pairs(pairs, predict, refused, run_inside, tmp_path, monkeypatch):
     assert_probabilities([dict(zip(header, line, strict=True)) for line in lines], answers)
 
     assert "--text_pair" in refused("--text", "the room was good .", model=pairs)
+    (tmp_path / "in.jsonl").write_text('{"first": "a", "second": "b"}\n{"first": "a", "second": 7}\n')
+    errors = refused("--input", "in.jsonl", "--output", "out.jsonl", model=pairs)
+    assert 'in.jsonl, line 2: the column "second" holds 7, not text' in errors
     monkeypatch.setattr("sys.stdin", stream("one text\n"))
     assert "standard input, line 1: 1 text(s), the model reads 2" in refused("--input", "-", model=pairs)
 
