@@ -37,7 +37,7 @@ def ours(args, flags=()):
         sys.argv = ["predict.py", "--model", str(args.folder / "run"), "--input", str(args.folder / f"{name}.jsonl")]
         sys.argv += ["--output", f"{name}.jsonl", *flags]
         predict.main()
-    return {"examples": len(Path("rows.jsonl").read_text(encoding="utf-8").splitlines()), "seconds": seconds[-1]}
+    return {"examples": len(read("rows.jsonl")), "seconds": seconds[-1]}
 
 
 def pipeline(args, precision="float32"):
@@ -53,12 +53,17 @@ def pipeline(args, precision="float32"):
         "text-classification", model=folder, device=args.device, dtype=getattr(torch, precision), batch_size=32
     )
     for name in ("few", "rows"):
-        rows = [json.loads(line) for line in (args.folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+        rows = read(args.folder / f"{name}.jsonl")
         inputs = [dict(zip(("text", "text_pair"), (row[column] for column in task.text), strict=False)) for row in rows]
         begin = time.perf_counter()
         predictions = classify(inputs, truncation=True, max_length=task.max_length)
         seconds = time.perf_counter() - begin
     return {"examples": len(predictions), "seconds": seconds}
+
+
+def read(path):
+    with open(path, encoding="utf-8") as file:  # splitlines() would cut a text at its U+2028
+        return [json.loads(line) for line in file]
 
 
 CONTENDERS = {  # name: (words, function, the one to compare with)
