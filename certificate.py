@@ -11,14 +11,8 @@ from cache import array_of
 from common import RunFailed
 from tokens import encode
 
-ROWS, TIMED, ROUNDS = 4096, 128, 5  # read at a time; examples that are timed, and how often
+TIMED, ROUNDS = 128, 5  # examples that are timed, and how often
 TOGETHER = 1024  # tokens up to which several examples of any length fit into memory with all their attention weights
-
-
-def logits_of(predictor, rows):
-    """Return the logits of a split's rows, from their texts: float32 (rows, outputs)."""
-    some = (rows[start : start + ROWS] for start in range(0, len(rows), ROWS))
-    return np.concatenate([predictor.logits([part[column] for column in predictor.task.text]) for part in some])
 
 
 def difference_of_lengths(model, columns, max_length, ours, theirs):

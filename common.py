@@ -1,9 +1,7 @@
 """What two or more scripts need, in the order data meets it: arguments, processes, tokens, model, losses, scores."""
 
 import argparse
-import csv
 import gc
-import io
 import logging
 import os
 import signal
@@ -18,12 +16,13 @@ import numpy as np
 import hardware
 import metrics
 import tasks
-from cache import array_of, digest, one_process_at_a_time, write_text  # noqa: F401 - digest for train.py
+from cache import array_of, digest, one_process_at_a_time  # noqa: F401 - digest for train.py
 from labels import UNLABELLED
 from models import freeze, load_model, with_labels_of  # noqa: F401 - for the scripts
 from reader import BadInput
 from splits import check_files, load_splits
 from tasks import amount, count, positive, share  # noqa: F401 - the types of flags, for the scripts
+from writer import write_bad_rows  # noqa: F401 - for train.py
 
 log = logging.getLogger("classifier")
 
@@ -276,16 +275,6 @@ def load_data(task, args):
     return task, splits, fingerprints, bad_rows
 
 
-def write_bad_rows(folder, bad_rows, name="bad_rows.csv"):
-    """Write a table of the rows that --on_bad_row skip left out; nothing where there are none."""
-    if bad_rows:
-        stream = io.StringIO(newline="")
-        write_row = csv_row_writer(stream)
-        for fields in [list(bad_rows[0]), *(bad_row.values() for bad_row in bad_rows)]:
-            write_row(fields)
-        write_text(Path(folder) / name, stream.getvalue())
-
-
 def lay_out(model, tokenizer, seed=0):
     """Prepare a model for examples that lie end to end, and for dropout that is a function of them; return its Layout.
 
@@ -332,6 +321,13 @@ def check_splits(task, splits, names):
             )
 
 
+def check_unchanged(names, before, now, advice):
+    """Raise BadInput where a named split is not the one of the training. before, now: fingerprints by split."""
+    if changed := [name for name in names if before.get(name, now[name]) != now[name]]:
+        words = f"the {changed[0]} split is not the one of the training: its data or the rule that made it have changed"
+        raise BadInput(words, advice)
+
+
 def probabilities(task, logits):
     """Return each label's probability, in float64, shape (examples, labels): softmax, or sigmoid in multi-label."""
     if task.is_multi_label:
@@ -354,13 +350,6 @@ def label_word(task, label):
     if task.is_multi_label:
         return task.separator.join(task.labels[position] for position in np.flatnonzero(label))
     return label if task.is_regression else task.labels[label]
-
-
-def csv_row_writer(stream):
-    """Return a function that writes a row as CSV. Before Python 3.13 csv leaves a lone carriage return unquoted."""
-    plain = csv.writer(stream, lineterminator="\n")
-    quoted = csv.writer(stream, lineterminator="\n", quoting=csv.QUOTE_ALL)
-    return lambda row: (quoted if any("\r" in str(field) for field in row) else plain).writerow(row)
 
 
 def prediction_columns(task):

@@ -20,6 +20,7 @@ import tasks
 from cache import array_of, write_json
 from common import BadInput, log
 from reader import check_file
+from writer import write_bad_rows, write_csv
 
 
 def build_parser():
@@ -40,15 +41,6 @@ def build_parser():
     return parser
 
 
-def write_rows(path, header, rows):
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w", encoding="utf-8", newline="") as file:
-        write_row = common.csv_row_writer(file)
-        for row in (header, *rows):
-            write_row(row)
-    temporary.replace(path)
-
-
 def write_predictions(folder, task, rows, logits, wrong, losses):
     """Write predictions.csv, a row for every example, and errors.csv: the wrong ones, by number."""
     columns = [*task.text, "label", *common.prediction_columns(task)]
@@ -57,10 +49,10 @@ def write_predictions(folder, task, rows, logits, wrong, losses):
         return [*(row[column] for column in task.text), common.label_word(task, row["label"]), *prediction]
 
     pairs = zip(rows, common.prediction_rows(task, logits), strict=True)
-    write_rows(folder / "predictions.csv", columns, (row_of(*pair) for pair in pairs))
+    write_csv(folder / "predictions.csv", columns, (row_of(*pair) for pair in pairs))
     chosen = zip(rows.select(wrong), common.prediction_rows(task, logits[wrong]), wrong, losses, strict=True)
     lines = ([int(number), f"{loss:.4f}", *row_of(*pair)] for *pair, number, loss in chosen)
-    write_rows(folder / "errors.csv", ["example", "loss", *columns], lines)
+    write_csv(folder / "errors.csv", ["example", "loss", *columns], lines)
 
 
 def write_compared(folder, task, rows, predictions, others, labels):
@@ -71,7 +63,7 @@ def write_compared(folder, task, rows, predictions, others, labels):
     words = [[common.label_word(task, of[number]) for of in (labels, predictions, others)] for number in numbers]
     texts = ([row[column] for column in task.text] for row in rows.select(numbers))
     lines = ([int(number), *of, *said] for number, of, said in zip(numbers, texts, words, strict=True))
-    write_rows(folder / "compared.csv", ["example", *task.text, "label", "here", "other"], lines)
+    write_csv(folder / "compared.csv", ["example", *task.text, "label", "here", "other"], lines)
 
 
 def write_all(folder, task, rows, result, content, left_out, others):
@@ -94,7 +86,7 @@ def write_all(folder, task, rows, result, content, left_out, others):
         write_compared(folder, task, rows, result["predictions"], others, result["labels"])
         written.append("compared.csv")
     if left_out:
-        common.write_bad_rows(folder, left_out)
+        write_bad_rows(folder / "bad_rows.csv", left_out)
         written.append("bad_rows.csv")
     return written
 
@@ -168,12 +160,9 @@ def main():
     task, splits, now, bad_rows = common.load_data(task, args)
     names = [name for name in splits if name == split or name.startswith(f"{split}_")] or [split]
     common.check_splits(task, splits, names)
-    changed = [name for name in names if fingerprints.get(name, now[name]) != now[name]]
-    if changed and not args.limit:
-        raise BadInput(
-            f"the {changed[0]} split is not the one of the training: its data or the rule that made it have changed",
-            "Score the data as they are now with --file, or bring back the old ones.",
-        )
+    if not args.limit:
+        advice = "Score the data as they are now with --file, or bring back the old ones."
+        common.check_unchanged(names, fingerprints, now, advice)
     scored = {name: splits[name] for name in names}
     columns = args.slices.split(",") if args.slices else []
     slices = {name: {of: column_of(task, name, rows, of) for of in columns} for name, rows in scored.items()}

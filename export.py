@@ -116,12 +116,11 @@ def torch_forward(model, pad_token_id):
     """Return the function of a Predictor that computes as transformers does, on padded rows, in float32."""
     import torch
 
-    from predictor import padded
+    from packing import pad
 
     def forward(batch):
-        inputs = {name: torch.from_numpy(rows) for name, rows in padded(batch, pad_token_id).items()}
         with torch.inference_mode():
-            return model(**inputs).logits.numpy()
+            return model(**pad(batch, pad_token_id)).logits.numpy()
 
     return forward
 
@@ -145,9 +144,7 @@ def saved(folder, args):
     task, splits, now, _ = common.load_data(task, args)
     names = [name for name in splits if name.startswith("validation")] or ["validation"]
     common.check_splits(task, splits, names)
-    if changed := [name for name in names if fingerprints.get(name, now[name]) != now[name]]:
-        words = f"the {changed[0]} split is not the one of the training: its data or the rule that made it have changed"
-        raise BadInput(words, "Bring back the old data: the certificate is about them.")
+    common.check_unchanged(names, fingerprints, now, "Bring back the old data: the certificate is about them.")
     if not tokenizer.is_fast:
         raise BadInput(f"{args.model}: its tokenizer has no tokenizer.json", "Take a model with a fast tokenizer.")
     task = replace(task, max_length=task.max_length or longest_input(model, tokenizer))
@@ -174,7 +171,7 @@ def export(folder, temporary, args, threads):
     logits = {}
     for name, predictor in predictors.items():
         started = time.perf_counter()
-        logits[name] = {split: certificate.logits_of(predictor, rows) for split, rows in splits.items()}
+        logits[name] = {split: predictor.logits_of_rows(rows) for split, rows in splits.items()}
         log.info(f"{name}: {', '.join(splits)} in {common.clock(time.perf_counter() - started)}")
     content = certificate.certify(task, logits, splits)
     lengths, largest = certificate.difference_of_lengths(

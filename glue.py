@@ -46,7 +46,6 @@ TASKS = list(dict.fromkeys(name for name, _ in FILES))
 BY_NAME = ("mnli", "ax", "qnli", "rte")  # the others by the number of the label
 SIMILARITY = (0, 5)  # of STS-B: what is beyond is refused
 HEADER = "index\tprediction"
-ROWS_AT_A_TIME = 4096
 
 
 def write_submission(folder, runs, fill, load):
@@ -140,11 +139,8 @@ def read_data(name, with_train):
 
 def predictions(run, task, rows, load):
     """Return label ids in the order of the task's labels, or values from 0 to 5, of a run for the rows of a split."""
-    predictor, logits = load(run), []
-    for start in range(0, len(rows), ROWS_AT_A_TIME):
-        some = rows[start : start + ROWS_AT_A_TIME]
-        logits.append(predictor.logits([some[column] for column in task.text]))
-    logits = np.concatenate(logits)
+    predictor = load(run)
+    logits = predictor.logits_of_rows(rows)
     if not np.isfinite(logits).all():  # argmax would make a label of them
         raise BadInput(f"{run}: its logits are not finite", "Name another run of this task, or train again.")
     values = common.predictions_of(predictor.task, logits)

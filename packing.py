@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from dropout import scale
+from tokens import padded
 
 GROUP_LIMIT = 2**19  # attention weights in a group, where it has more than one example: what a core's cache holds
 LONG = 96  # tokens from which on torch's own attention is faster on a CPU, where nothing is dropped
@@ -332,15 +333,7 @@ def _positions(ids, first_position):
 
 def pad(examples, pad_token_id):
     """Lay the columns of examples out as rectangles, as wide as the longest: a dict of tensors."""
-    lengths = [len(ids) for ids in examples["input_ids"]]
-    mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
-    inputs = {"attention_mask": torch.from_numpy(mask.astype(np.int64))}
-    for name, padding in (("input_ids", pad_token_id), ("token_type_ids", 0)):
-        if name in examples:
-            rectangle = np.full(mask.shape, padding, dtype=np.int64)
-            rectangle[mask] = np.concatenate(examples[name])
-            inputs[name] = torch.from_numpy(rectangle)
-    return inputs
+    return {name: torch.from_numpy(values) for name, values in padded(examples, pad_token_id).items()}
 
 
 @torch.no_grad()

@@ -14,9 +14,10 @@ import numpy as np
 
 from cache import write_json
 from common import RunFailed
+from predictor import ROWS_AT_A_TIME
 from writer import CannotWrite
 
-ROWS = 4096  # of a part: read, sorted by length, predicted
+ROWS = ROWS_AT_A_TIME  # of a part: read, sorted by length, predicted
 
 
 class Parts:

@@ -260,7 +260,7 @@ def predict_file(predictor, source, output, args, columns, accelerator):
         parts.remove()
         raise
     if accelerator.is_main_process:
-        common.write_bad_rows(Path(output).parent, bad_rows, f"{Path(output).name}.bad_rows.csv")
+        writer.write_bad_rows(f"{output}.bad_rows.csv", bad_rows)
         parts.remove()
         seconds, words = time.monotonic() - started, f", {len(bad_rows)} bad rows left out" if bad_rows else ""
         log.info(f"{output}: {number:,} rows in {common.clock(seconds)}, {number / seconds:,.0f} rows/s{words}")

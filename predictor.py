@@ -21,7 +21,9 @@ import hardware
 import tasks
 from cache import digest, sha256
 from common import BadInput
-from tokens import encode
+from tokens import encode, padded
+
+ROWS_AT_A_TIME = 4096  # enough to find texts of like length among them
 
 
 @dataclass
@@ -48,6 +50,11 @@ class Predictor:
             chosen = order[start : start + self.batch_size]
             logits[chosen] = self.forward({name: [ids[i] for i in chosen] for name, ids in encoded.items()})
         return logits
+
+    def logits_of_rows(self, rows):
+        """Return the logits of a Dataset's rows, (rows, outputs), some rows at a time."""
+        parts = (rows[start : start + ROWS_AT_A_TIME] for start in range(0, len(rows), ROWS_AT_A_TIME))
+        return np.concatenate([self.logits([part[column] for column in self.task.text]) for part in parts])
 
     def table(self, texts):
         """Return what predict.py adds to a table: {column: values}. texts: as of logits."""
@@ -129,17 +136,6 @@ class _Tokenizer:
         encoded = self.backend.encode_batch(list(zip(*texts, strict=True)) if len(texts) > 1 else list(texts[0]))
         parts = {"input_ids": "ids", "token_type_ids": "type_ids", "special_tokens_mask": "special_tokens_mask"}
         return {name: [getattr(one, part) for one in encoded] for name, part in parts.items()}
-
-
-def padded(batch, pad_token_id):
-    """Return a batch, {column: ragged ids}, and its attention_mask, as int64 arrays (examples, longest)."""
-    lengths = np.array([len(ids) for ids in batch["input_ids"]])
-    is_real = np.arange(lengths.max()) < lengths[:, None]
-    inputs = {"attention_mask": is_real.astype(np.int64)}
-    for name, rows in batch.items():
-        inputs[name] = np.full(is_real.shape, pad_token_id if name == "input_ids" else 0, dtype=np.int64)
-        inputs[name][is_real] = np.concatenate(rows)
-    return inputs
 
 
 def _exported(file, batch_size, threads):

@@ -223,6 +223,7 @@ def is_url(file):
 
 
 def delimiter(word, where="--"):
+    """Return the character that a word such as ; or tab names; a type of a flag."""
     mark = "\t" if word in ("tab", "\\t") else word
     if len(mark) != 1:
         raise BadInput(f"{where}delimiter {word!r}: is not one character", "Write one such as ; or |, or the word tab.")

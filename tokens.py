@@ -1,4 +1,6 @@
-"""From texts to token ids: what a model reads of them, and what is cut from one that is too long."""
+"""From texts to token ids: what a model reads of them, what is cut from one that is too long, how they are padded."""
+
+import numpy as np
 
 
 def token_columns(tokenizer):
@@ -49,3 +51,15 @@ def _kept(is_special, max_length, truncate):
         head = {"head": number, "tail": 0, "head_tail": number // 4}[truncate]
         kept = kept + positions[:head] + positions[len(positions) - (number - head) :]
     return sorted(kept)
+
+
+def padded(examples, pad_token_id):
+    """Return ragged columns of tokens, and their attention_mask, as int64 arrays (examples, longest)."""
+    lengths = np.array([len(ids) for ids in examples["input_ids"]])
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    inputs = {"attention_mask": mask.astype(np.int64)}
+    for name, padding in (("input_ids", pad_token_id), ("token_type_ids", 0)):
+        if name in examples:
+            inputs[name] = np.full(mask.shape, padding, dtype=np.int64)
+            inputs[name][mask] = np.concatenate(examples[name])
+    return inputs

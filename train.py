@@ -273,7 +273,7 @@ def main():
         loader = iter(batching.step_loader(examples["train"], *plan))
         progress = report.Progress(accelerator, folder, state, total_steps, steps_per_epoch)
         if accelerator.is_main_process:
-            common.write_bad_rows(folder, bad_rows)
+            common.write_bad_rows(folder / "bad_rows.csv", bad_rows)
         report.start_trackers(accelerator, folder, task.name, settings, state.step)
 
         def save():

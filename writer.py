@@ -1,12 +1,12 @@
-"""Tables of predictions: CSV, TSV, JSON lines, Parquet, each perhaps .gz; complete under their name, or absent."""
+"""Tables that are written: CSV, TSV, JSON lines, Parquet, each perhaps .gz; complete under their name, or absent."""
 
+import csv
 import gzip
 import json
 import os
 from contextlib import contextmanager
 from pathlib import Path
 
-import common
 from reader import BadInput, table_format
 
 KINDS = ("csv", "tsv", "jsonl", "parquet")
@@ -29,29 +29,58 @@ def check_output(path):
         raise BadInput(f"{path}: cannot be written (no such folder)", "Choose another --output.")
 
 
+def csv_row_writer(stream):
+    """Return a function that writes a row as CSV. Before Python 3.13 csv leaves a lone carriage return unquoted."""
+    plain = csv.writer(stream, lineterminator="\n")
+    quoted = csv.writer(stream, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    return lambda row: (quoted if any("\r" in str(field) for field in row) else plain).writerow(row)
+
+
+@contextmanager
+def whole(path):
+    """Yield a temporary name for a file, which gets its own at the end, where no error came."""
+    temporary = Path(f"{path}.tmp")  # always the same: what a killed process left is written anew
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_csv(path, header, rows):
+    """Write lists as a CSV file: unlike the dicts of `table`, they may have two columns of one name."""
+    with whole(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as stream:
+        write_row = csv_row_writer(stream)
+        for row in (header, *rows):
+            write_row(row)
+
+
+def write_bad_rows(path, bad_rows):
+    """Write a table of the rows that --on_bad_row skip left out; nothing where there are none."""
+    if bad_rows:
+        write_csv(path, list(bad_rows[0]), (row.values() for row in bad_rows))
+
+
 @contextmanager
 def table(path):
     """Open a table to write; yield a function of a row (a dict). The file appears at the end, where no error came."""
-    temporary = Path(f"{path}.tmp")  # always the same: what a killed process left is written anew
     try:
-        if table_format(path) == "parquet":
-            with _parquet(temporary) as write:
-                yield write
-        else:
-            open_file = gzip.open if str(path).endswith(".gz") else open
-            with open_file(temporary, "wt", encoding="utf-8", newline="") as stream:
-                yield lines(stream, table_format(path))
-        os.replace(temporary, path)
+        with whole(path) as temporary:
+            if table_format(path) == "parquet":
+                with _parquet(temporary) as write:
+                    yield write
+            else:
+                open_file = gzip.open if str(path).endswith(".gz") else open
+                with open_file(temporary, "wt", encoding="utf-8", newline="") as stream:
+                    yield lines(stream, table_format(path))
     except OSError as error:
         raise CannotWrite(path, error) from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def lines(stream, kind):
     """Return a function that writes a row: as CSV (quoted), TSV (unquoted), or a line of JSON."""
     header = None
-    write_csv = common.csv_row_writer(stream)
+    write_fields = csv_row_writer(stream)
 
     def write(row):
         nonlocal header
@@ -69,7 +98,7 @@ def lines(stream, kind):
             rows = [[row[column] for column in header]]
         for fields in rows:
             if kind == "csv":
-                write_csv(fields)
+                write_fields(fields)
                 continue
             line = "\t".join(map(str, fields))
             if line.count("\t") >= len(header) or "\n" in line or "\r" in line:

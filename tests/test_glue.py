@@ -328,7 +328,7 @@ def test_a_test_set_of_other_length_is_refused_before_anything_is_predicted(
 def test_logits_that_are_no_numbers_are_refused(models, small_glue, tmp_path, log_lines):
     """As of a model whose products are beyond fp16."""
     task = read_task("cola")
-    broken = SimpleNamespace(task=task, logits=lambda texts: np.full((len(texts[0]), 2), math.nan))
+    broken = SimpleNamespace(task=task, logits_of_rows=lambda rows: np.full((len(rows), 2), math.nan))
     with pytest.raises(BadInput, match="cola: its logits are not finite"):
         glue.write_submission(tmp_path / "glue", [models[0] / "cola"], True, lambda run: broken)
     assert not (tmp_path / "glue").exists()

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,8 @@ import yaml
 from conftest import ACCELERATE, ROOT, TORCHRUN_2, bert_config, make_rows, run_script, write_table
 from pyarrow import parquet
 from transformers import pipeline
+
+import predict as predict_module
 
 FP32 = ("--mixed_precision", "no", "--threads", 1)
 NEW = ["predicted_label", "probability", "probability_negative", "probability_positive"]
@@ -362,6 +365,18 @@ def test_killed_three_times_it_ends_with_the_same_bytes(trained, predict, tmp_pa
     predict("--input", "in.csv", "--output", "out.csv")
     assert (tmp_path / "out.csv").read_bytes() == (tmp_path / "unbroken.csv").read_bytes()
     assert files_in(tmp_path) == {"in.csv", "unbroken.csv", "out.csv"}
+
+
+def test_the_rows_done_and_the_time_left_are_said(tmp_path, log_lines, monkeypatch):
+    write_table(tmp_path / "in.csv", make_rows(100))
+    now = [0.0]
+    monkeypatch.setattr("predict.time.monotonic", lambda: now[0])
+    progress = predict_module.Progress(tmp_path / "in.csv", SimpleNamespace(num_processes=2, is_main_process=True))
+    for seconds, rows, computed in [(4, 10, 0), (12, 20, 20), (16, 5, 5), (40, 15, 15)]:
+        now[0] = seconds
+        progress.done(rows, computed)
+    # Twice its own rows, as the other process is as far; those that were there cost no time. 40 rows in 12 seconds.
+    assert log_lines == ["60 of 100 rows, 0:00:12 left, 3 rows/s", "100 rows, 2 rows/s"]
 
 
 def test_parts_of_another_model_or_input_are_not_used(predict, tmp_path):

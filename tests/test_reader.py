@@ -11,7 +11,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from reader import BadInput, BadRow, nearest, read_rows, table_format
+from reader import BadInput, BadRow, count_rows, nearest, read_rows, table_format
 
 FORMATS = ["csv", "tsv", "jsonl", "json", "parquet"]
 TOO_LONG = "x" * 10_000_001
@@ -478,3 +478,21 @@ def test_nearest():
     assert nearest("lable", ["text", "label"]) == ' (did you mean "label"?)'
     assert nearest("xyz", ["text", "label"]) == ""
     assert nearest(False, ["text"]) == ""  # YAML's `no`
+
+
+@pytest.mark.parametrize(
+    ("name", "number"), [("a.csv", 3), ("a.csv.gz", 3), ("a.jsonl", 3), ("a.txt", 3), ("a.json", None)]
+)
+def test_rows_are_counted_without_being_read(tmp_path, name, number):
+    lines = {"csv": "text\na\nb\nc\n", "jsonl": '{"text": "a"}\n' * 3, "txt": "a\nb\nc\n", "json": '[{"text": "a"}]'}
+    content = lines[name.removesuffix(".gz").split(".")[1]].encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert count_rows(tmp_path / name) == number
+
+
+def test_rows_of_parquet_are_counted_and_a_damaged_file_is_no_error_here(tmp_path):
+    parquet.write_table(pyarrow.table({"text": ["a", "b"]}), tmp_path / "a.parquet")
+    assert count_rows(tmp_path / "a.parquet") == 2
+    (tmp_path / "b.parquet").write_bytes(b"no")
+    (tmp_path / "b.csv.gz").write_bytes(b"no")
+    assert count_rows(tmp_path / "b.parquet") is None and count_rows(tmp_path / "b.csv.gz") is None

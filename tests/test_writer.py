@@ -85,3 +85,11 @@ def test_an_error_leaves_the_file_that_was_there(tmp_path, error):
 def test_a_name_that_cannot_be_written_is_refused_at_once(tmp_path, name, words):
     with pytest.raises(BadInput, match=words):
         writer.check_output(tmp_path / name)
+
+
+def test_lists_may_have_two_columns_of_one_name_and_an_error_leaves_nothing(tmp_path):
+    writer.write_csv(tmp_path / "out.csv", ["a", "a"], [[1, "x\ry"], [2, 'z "']])
+    assert (tmp_path / "out.csv").read_bytes() == b'a,a\n"1","x\ry"\n2,"z """\n'
+    with pytest.raises(ZeroDivisionError):
+        writer.write_csv(tmp_path / "out.csv", ["a"], ([1 / number] for number in (1, 0)))
+    assert (tmp_path / "out.csv").read_bytes().startswith(b"a,a") and len(list(tmp_path.iterdir())) == 1
