@@ -20,7 +20,7 @@ import tasks
 from cache import array_of, write_json
 from common import BadInput, log
 from reader import check_file
-from writer import write_bad_rows, write_csv
+from writer import CannotWrite, write_bad_rows, write_csv
 
 
 def build_parser():
@@ -212,7 +212,10 @@ def main():
         if content["warning"]:
             log.warning(report.in_red(f"WARNING: {content['warning']}"))
         log.info(analysis.words(content))
-        written = write_all(output, task, rows, result, content, left_out, others.get(name))
+        try:
+            written = write_all(output, task, rows, result, content, left_out, others.get(name))
+        except OSError as error:
+            raise CannotWrite(output, error) from None
         log.info(f"written: {output}/{', '.join(written)}")
     common.finish(accelerator, model)
 

@@ -17,7 +17,9 @@ class CannotWrite(BadInput):
     """A disk that is full, a folder that may not be written to: nothing is wrong with the rows."""
 
     def __init__(self, path, error):
-        super().__init__(f"{path}: cannot be written ({error.strerror or error})", "Choose another --output.")
+        super().__init__(
+            f"{path}: cannot be written ({error.strerror or error})", "Make room there, or choose another place."
+        )
 
 
 def check_output(path):
@@ -43,6 +45,8 @@ def whole(path):
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        raise CannotWrite(path, error) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -64,17 +68,14 @@ def write_bad_rows(path, bad_rows):
 @contextmanager
 def table(path):
     """Open a table to write; yield a function of a row (a dict). The file appears at the end, where no error came."""
-    try:
-        with whole(path) as temporary:
-            if table_format(path) == "parquet":
-                with _parquet(temporary) as write:
-                    yield write
-            else:
-                open_file = gzip.open if str(path).endswith(".gz") else open
-                with open_file(temporary, "wt", encoding="utf-8", newline="") as stream:
-                    yield lines(stream, table_format(path))
-    except OSError as error:
-        raise CannotWrite(path, error) from None
+    with whole(path) as temporary:
+        if table_format(path) == "parquet":
+            with _parquet(temporary) as write:
+                yield write
+        else:
+            open_file = gzip.open if str(path).endswith(".gz") else open
+            with open_file(temporary, "wt", encoding="utf-8", newline="") as stream:
+                yield lines(stream, table_format(path))
 
 
 def lines(stream, kind):

@@ -571,6 +571,21 @@ def test_what_cannot_be_compared_is_refused(copy, refused, flags, words):
     assert words in refused("--model", "run", *flags, cwd=copy)
 
 
+@pytest.mark.parametrize("file", ["errors.csv.tmp", "evaluation.json"])
+def test_a_full_disk_is_told_in_two_lines(copy, run_inside, monkeypatch, file):
+    def full(path, *given, **options):
+        if Path(path).name.startswith(file):
+            path = "/dev/full"
+        return ordinary(path, *given, **options)
+
+    ordinary = open
+    monkeypatch.setattr("builtins.open", full)
+    monkeypatch.setattr("io.open", full)
+    code, _, errors = run_inside("evaluate.py", *SAME, "--model", "run", "--output_dir", "out", cwd=copy)
+    assert code == 2 and len(errors.splitlines()) == 2 and "cannot be written (No space left on device)" in errors
+    assert not (copy / "out" / file).exists() and not list((copy / "out").glob("*.tmp"))
+
+
 def test_a_model_that_learnt_nothing_is_said_first(copy, evaluate):
     write_table(copy / "one.csv", [(text, "positive") for text, label in make_rows(40, 6) if label == "positive"])
     printed = evaluate("--model", "run", "--file", "one.csv", cwd=copy).splitlines()
