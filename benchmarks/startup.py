@@ -20,10 +20,10 @@ from rounds import ROOT, progress
 IMPORTS = "import torch, transformers, accelerate, datasets"
 
 
-def seconds(command, folder, file=None):
+def seconds(command, file=None):
     """Run a command; return the seconds until it ended well or, where a file is named, until this was there."""
     begin = time.perf_counter()
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while process.poll() is None and not (file and file.exists()):
         time.sleep(0.005)
     needed = time.perf_counter() - begin
@@ -42,15 +42,15 @@ def main():
     imports = {"imports alone": [sys.executable, "-c", IMPORTS]}
     times = {name: [] for name in (*helps, *imports, "train.py, first step")}
     with tempfile.TemporaryDirectory() as folder:
-        train = [sys.executable, ROOT / "train.py", *(flags or ["--task", "demo"]), "--output_dir", "run"]
+        train = [sys.executable, ROOT / "train.py", *(flags or ["--task", "demo"]), "--output_dir", f"{folder}/run"]
         train += ["--overwrite", "--log_every", "1"]
-        subprocess.run([*train, "--max_steps", "1"], cwd=folder, stdout=subprocess.DEVNULL, check=True)
+        subprocess.run([*train, "--max_steps", "1"], stdout=subprocess.DEVNULL, check=True)
         metrics = Path(folder, "run/metrics.jsonl")
         for number in range(args.runs):
             for name, command in {**helps, **imports}.items():
-                times[name].append(seconds(command, folder))
+                times[name].append(seconds(command))
             metrics.unlink(missing_ok=True)
-            times["train.py, first step"].append(seconds(train, folder, metrics))
+            times["train.py, first step"].append(seconds(train, metrics))
             progress(f"round {number + 1}")
     print("| | seconds (median) | least to most |\n|---|---|---|")
     for name, of_name in times.items():

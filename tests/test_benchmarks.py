@@ -76,14 +76,34 @@ def check_ratio(row, base, other, cells):
 
 def test_training_is_timed_side_by_side(review_task, tiny_bert):
     flags = ["--task", "reviews.yaml", "--model", str(tiny_bert), "--steps", "4", "--warmup", "2", "--batch_size", "8"]
-    flags += ["--product_seconds", "0.001", "--only", "trainer"]
-    content, (_, cells) = run_speed("train_speed.py", review_task.parent, *flags)
-    assert list(content["runs"]) == ["ours", "trainer"]
+    flags += ["--product_seconds", "0.001", "--only", "trainer", "nothing"]  # the ablation of all measures at once
+    content, (_, cells, _) = run_speed("train_speed.py", review_task.parent, *flags)
+    assert list(content["runs"]) == ["ours", "trainer", "nothing"]
     assert all(run["examples"] == 4 * 8 for runs in content["runs"].values() for run in runs)
     rates = {name: [run["examples"] / run["seconds"] for run in runs] for name, runs in content["runs"].items()}
     check_ratio(content["rows"][1], rates["ours"], rates["trainer"], cells)
     assert len(content["matrix_products"]) == 2  # before and after the round
     assert content["hardware"]["threads"] == 1 and content["versions"]["torch"]
+
+
+def test_the_start_is_timed(review_task):
+    command = [
+        sys.executable,
+        ROOT / "benchmarks/startup.py",
+        "--runs",
+        "2",
+        "--task",
+        "reviews.yaml",
+        "--threads",
+        "1",
+    ]
+    done = subprocess.run(command, cwd=review_task.parent, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = [line.strip("|").split("|") for line in done.stdout.splitlines()[2:-2]]
+    seconds = {name.strip(): float(median) for name, median, _ in rows}
+    assert list(seconds) == ["train.py --help", "predict.py --help", "imports alone", "train.py, first step"]
+    assert seconds["train.py --help"] < seconds["imports alone"] < seconds["train.py, first step"]
+    assert not (review_task.parent / "run").exists()
 
 
 def test_predicting_is_timed_side_by_side(review_task, tiny_bert):
