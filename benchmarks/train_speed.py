@@ -271,10 +271,10 @@ def torch_dropout():
     replace(dropout.Masks, "_mask", mask)
 
 
-def new_gradients():
-    import embedding
+def fresh_memory():
+    import common
 
-    replace(embedding, "keep_gradient", lambda model: None)
+    replace(common, "keep_freed_memory", lambda: None)
 
 
 def small_pages():
@@ -309,7 +309,7 @@ def nothing_of_ours():
 
     padded_to_the_longest()
     torch_dropout()
-    new_gradients()
+    fresh_memory()
     small_pages()
     adamw_not_fused()
     lay_out = common.lay_out
@@ -336,7 +336,7 @@ ABLATIONS = {
         "ours",
     ),
     "torch_dropout": ("torch's dropout", partial(ours, patch=torch_dropout), "ours"),
-    "new_gradients": ("a new gradient of all words in each step", partial(ours, patch=new_gradients), "ours"),
+    "fresh_memory": ("freed memory goes back to the system", partial(ours, patch=fresh_memory), "ours"),
     "small_pages": ("memory in small pages", partial(ours, patch=small_pages), "ours"),
     "sums_in_fp32": ("sums of layers in fp32", partial(ours, patch=sums_in_fp32), "ours"),
     "one_group": ("attention padded to the longest", partial(ours, patch=one_group), "ours"),

@@ -1,5 +1,6 @@
 """Flags, exit codes, the choice of processes, models and their heads, losses and baselines."""
 
+import ctypes
 import gc
 import json
 import subprocess
@@ -275,3 +276,26 @@ def test_one_process_that_was_to_be_two_stops(monkeypatch):
 )
 def test_time_is_h_mm_ss(seconds, words):
     assert common.clock(seconds) == words
+
+
+FRESH_PAGES = """
+import resource, sys, torch, common
+if sys.argv[1] == "kept":
+    common.keep_freed_memory()
+for round in range(6):
+    if round == 2:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensors = [torch.ones(size) for size in (100, 20_000_000, 3_000_000)]
+    del tensors
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="another C library than glibc")
+def test_memory_that_was_freed_is_used_again():
+    """Four rounds of 92 MB, in pages of 2 MB, or of 4 kB."""
+    faults = {}
+    for what in ("kept", "fresh"):
+        command = [sys.executable, "-c", FRESH_PAGES, what]
+        faults[what] = int(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout)
+    assert faults["kept"] < 20 and faults["fresh"] > 4 * 40, faults
