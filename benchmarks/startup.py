@@ -8,6 +8,7 @@ cache comes before them. Other flags are train.py's.
 """
 
 import argparse
+import shutil
 import statistics
 import subprocess
 import sys
@@ -42,15 +43,22 @@ def main():
     imports = {"imports alone": [sys.executable, "-c", IMPORTS]}
     times = {name: [] for name in (*helps, *imports, "train.py, first step")}
     with tempfile.TemporaryDirectory() as folder:
-        train = [sys.executable, ROOT / "train.py", *(flags or ["--task", "demo"]), "--output_dir", f"{folder}/run"]
-        train += ["--overwrite", "--log_every", "1"]
+        run = Path(folder, "run")
+        train = [
+            sys.executable,
+            ROOT / "train.py",
+            *(flags or ["--task", "demo"]),
+            "--output_dir",
+            run,
+            "--log_every",
+            "1",
+        ]
         subprocess.run([*train, "--max_steps", "1"], stdout=subprocess.DEVNULL, check=True)
-        metrics = Path(folder, "run/metrics.jsonl")
         for number in range(args.runs):
             for name, command in {**helps, **imports}.items():
                 times[name].append(seconds(command))
-            metrics.unlink(missing_ok=True)
-            times["train.py, first step"].append(seconds(train, metrics))
+            shutil.rmtree(run)
+            times["train.py, first step"].append(seconds(train, run / "metrics.jsonl"))
             progress(f"round {number + 1}")
     print("| | seconds (median) | least to most |\n|---|---|---|")
     for name, of_name in times.items():

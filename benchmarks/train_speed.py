@@ -370,6 +370,7 @@ def new_model(architecture, like, folder):
 
     import common
 
+    common.quieten_libraries()
     model, tokenizer, _ = common.load_model(like)
     sizes = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
     sizes += ["max_position_embeddings", "type_vocab_size", "pad_token_id"]
