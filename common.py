@@ -201,7 +201,8 @@ def log_to(stream, level=logging.INFO):
 
 
 def keep_freed_memory():
-    """Let glibc keep what tensors give back for the next ones: fresh memory from the system costs 5 to 25 % of a step.
+    """Let glibc keep what tensors give back for the next ones: fresh memory from the system costs up to a quarter of a
+    step (benchmarks/RESULTS.md).
 
     See mallopt(3) in Linux's manual. Other C libraries have no such function.
     """
