@@ -135,7 +135,7 @@ def of_like_lengths(ids, lengths, worth):
     if half * (lengths[0] - lengths[-half]) <= worth:
         return [ids]
     halves = slice(-half), slice(-half, None)
-    return [part for half in halves for part in of_like_lengths(ids[half], lengths[half], worth)]
+    return [part for some in halves for part in of_like_lengths(ids[some], lengths[some], worth)]
 
 
 def step_loader(examples, batches, accelerator, micro_batch_size, layout, num_workers=0):

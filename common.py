@@ -27,7 +27,7 @@ from writer import write_bad_rows  # noqa: F401 - for train.py
 
 log = logging.getLogger("classifier")
 
-# torch then asks for memory in pages of 2 MB: a CPU would spend a tenth of a step on getting small ones.
+# torch then asks for memory in pages of 2 MB, of which a CPU has fewer to get: see keep_freed_memory for the rest.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 

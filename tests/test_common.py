@@ -280,8 +280,10 @@ def test_time_is_h_mm_ss(seconds, words):
 
 FRESH_PAGES = """
 import resource, sys, torch, common
-if sys.argv[1] == "kept":
-    common.keep_freed_memory()
+from types import SimpleNamespace
+if sys.argv[1] == "fresh":
+    common.keep_freed_memory = lambda: None
+common.start(SimpleNamespace(mixed_precision="no", threads=1), stream=sys.stderr)
 for round in range(6):
     if round == 2:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
