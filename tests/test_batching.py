@@ -89,6 +89,8 @@ def test_like_lengths_by_hand():
     assert [part.tolist() for part in halves] == [[*range(8)], [*range(8, 16)]]
     assert [part.tolist() for part in batching.of_like_lengths(np.arange(16), lengths, worth=640)] == [[*range(16)]]
     assert len(batching.of_like_lengths(np.arange(16), np.full(16, 50), worth=0)) == 1
+    # A cut in the middle saves nothing, however short the last one is.
+    assert len(batching.of_like_lengths(np.arange(4), np.array([100, 100, 100, 20]), worth=10)) == 1
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 9, 64])
