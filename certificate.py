@@ -1,5 +1,6 @@
 """The certificate of an exported model: how far its logits and scores are from torch's, how fast and large it is."""
 
+import math
 import time
 
 import numpy as np
@@ -83,7 +84,7 @@ def certify(task, logits, splits):
 
 
 def check(task, content, atol):
-    """Raise RunFailed where a logit in float32 is off by more than atol, or a score fell and its interval shows it."""
+    """Raise RunFailed where a logit in float32 is off by more than atol, or a score fell by more than chance."""
     metric, of_fp32 = task.metrics[0], content["fp32"]
     largest = max(of_fp32["largest_logit_difference"], content["lengths"]["largest_logit_difference"])
     if not largest <= atol:
@@ -92,12 +93,24 @@ def check(task, content, atol):
     for name in [name for name in ("fp32", "int8") if name in content]:
         for split, score in content[name]["scores"].items():
             before, interval = content["torch"]["scores"][split], content[name]["intervals"][split]
-            # Without an interval there is a fall to say of where only torch's score has a value.
-            is_shown = score is None if interval is None else interval[0] > 0 or interval[1] < 0
-            if metrics.is_better(metric, before, score) and is_shown:
-                words = f"{name}: {metric} of {split} fell from {before:.4f} to {common.number_words(score)}"
-                words += f", 95 % interval {interval[0]:+.4f} to {interval[1]:+.4f}" if interval else ""
+            if metrics.is_better(metric, before, score) and (words := _fall(metric, before, score, interval)):
+                words = f"{name}: {metric} of {split} fell from {words}"
                 raise RunFailed(f"{words}\nNothing was written.{' Export without --quantize.' * (name == 'int8')}")
+
+
+def _fall(metric, before, score, interval):
+    """Return a fall from one score to another in words; None where it may be chance, or rounding."""
+    if interval is None:  # a fall to say of where only torch's score has a value
+        return f"{before:.4f} to {common.number_words(score)}" if score is None else None
+    margin = uncertainty.rounding(metric, before, score)
+    if not uncertainty.is_shown(interval, margin):
+        return None
+    digits = max(4, math.ceil(-math.log10(margin)))  # an error may be smaller than 0.0001
+    low, high = map(uncertainty.signed, interval)
+    return (
+        f"{before:.{digits}f} to {score:.{digits}f}, 95 % interval of the difference {low} to {high}; "
+        f"rounding explains up to {margin:.1e}"
+    )
 
 
 def section(content):

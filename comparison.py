@@ -75,10 +75,17 @@ def conclusion(names, metric, examples, content):
     difference, interval = content["differences"][metric].values()
     if interval is None:
         return f"Nothing can be said: {metric} has no value for one of the two."
-    low, high = interval
-    figures = f"{difference:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}, {examples} examples"
-    if low <= 0 <= high:
+    low, high = map(uncertainty.signed, interval)
+    figures = f"{uncertainty.signed(difference)}, 95 % interval {low} to {high}, {examples} examples"
+    if interval[0] <= 0 <= interval[1]:
         return f"These examples do not tell {names[0]} and {names[1]} apart by {metric}: the difference is {figures}."
+    other = content["scores"][metric]
+    margin = uncertainty.rounding(metric, other + difference, other)
+    if not uncertainty.is_shown(interval, margin):
+        return (
+            f"These examples show no difference of {names[0]} and {names[1]} by {metric} beyond the {margin:.1e} that "
+            f"rounding explains: it is {figures}."
+        )
     is_better = metrics.is_better(metric, difference, 0)
     better, worse = names if is_better else names[::-1]
     return f"{better} is better than {worse} by {metric}, with these two trainings: the difference is {figures}."

@@ -10,6 +10,7 @@ import numpy as np
 import metrics
 
 RESAMPLES, LEVEL = 10_000, 0.95
+ROUNDING = 1e-4  # of a score's scale: what sums in another order may change
 NUMBERS_AT_A_TIME = 10**7  # that resamples are drawn in: 80 MB
 
 
@@ -23,6 +24,30 @@ def differences(names, predictions, others, references, resamples=RESAMPLES):
     """Return {name: [low, high]} of the score of predictions - that of others: both meet the same resamples."""
     scores = _resampled(names, references, predictions, others, resamples=resamples)
     return {name: _interval(ours - theirs) for name, (ours, theirs) in scores.items()}
+
+
+def rounding(name, score, other):
+    """Return how far two scores of a metric may lie apart by rounding alone.
+
+    An error has the scale of its labels, every other score that of 1.
+    """
+    return ROUNDING * (max(score, other) if metrics.DIRECTION[name] == "min" else 1)
+
+
+def is_shown(interval, margin):
+    """Return whether an interval of a difference lies on one side of 0, and beyond the margin of `rounding`.
+
+    The margin, since another order of sums shifts the errors of all rows alike: by a millionth, but then in every
+    resample, and the interval leaves out 0.
+    """
+    return interval[0] > margin or interval[1] < -margin
+
+
+def signed(difference):
+    """Return a difference as a word that is 0 only where there is none: +0.0123, -9.0e-07, 0."""
+    if difference == 0:
+        return "0"
+    return f"{difference:+.4f}" if abs(difference) >= 5e-5 else f"{difference:+.1e}"
 
 
 def words(of_metrics):

@@ -97,3 +97,28 @@ def test_a_smaller_error_is_better():
     values = np.random.default_rng(0).normal(size=200)
     content = comparison.compare(task, ("here", "there"), values + 0.1, values + 1.0, values)
     assert content["conclusion"].startswith("here is better than there by mse")
+
+
+def test_a_difference_that_is_rounding_is_none():
+    task = Task("r", text=["text"], labels="regression", metrics=["mse"])
+    values = np.random.default_rng(0).normal(size=200)
+    for shift, words in (
+        (9e-07, "These examples show no difference of here and there by mse beyond the 1.0e-04 that rounding explains"),
+        (0.0, "These examples do not tell here and there apart by mse: the difference is 0, 95 % interval 0 to 0, 200"),
+        (0.01, "there is better than here by mse"),
+    ):
+        for scale in (1e-2, 1, 1e2):
+            there, labels = scale * (values + 1), scale * values
+            sentence = comparison.compare(task, ("here", "there"), there + scale * shift, there, labels)["conclusion"]
+            assert sentence.startswith(words.replace("1.0e-04", f"{1e-4 * scale**2:.1e}"))
+            assert "0.0000" not in sentence
+
+
+def test_a_few_rows_of_100_000_are_no_difference():
+    task = Task("two", text=["text"], labels=["no", "yes"], metrics=["accuracy"])
+    labels = np.zeros(100_000, dtype=int)
+    for wrong, words in ((5, "These examples show no difference"), (50, "there is better than here by accuracy")):
+        here = (np.arange(100_000) < wrong).astype(int)
+        content = comparison.compare(task, ("here", "there"), here, labels, labels)
+        assert content["differences"]["accuracy"]["interval"][1] < 0
+        assert content["conclusion"].startswith(words) and "0.0000" not in content["conclusion"]

@@ -275,6 +275,50 @@ def test_an_error_that_grows_is_a_fall_too():
         certificate.check(task, content, 1e-4)
 
 
+def certificate_of_errors(scale, shift):
+    """The task and certificate of a model that is off by `scale` and, exported, by a share `shift` of that more."""
+    task = Task(name="", text=["text"], labels="regression", metrics=["mse"])
+    labels = np.zeros(60)
+    theirs = scale * (np.random.default_rng(0).normal(size=(60, 1)) + 1)
+    ours = theirs + scale * shift
+    logits = {name: {"validation": ours if name == "fp32" else theirs} for name in ("torch", "fp32")}
+    content = certificate.certify(task, logits, rows_of_labels(labels))
+    content["lengths"] = {"largest_logit_difference": 0.0}
+    return task, content
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_an_error_that_grows_by_rounding_is_no_fall(scale):
+    """All errors in one direction: their interval leaves out 0."""
+    task, content = certificate_of_errors(scale, shift=9e-07)
+    low, high = content["fp32"]["intervals"]["validation"]
+    assert 0 < low < high < 1e-5 * content["torch"]["scores"]["validation"]
+    certificate.check(task, content, atol=np.inf)
+
+
+@pytest.mark.parametrize(
+    ("scale", "words"),
+    [
+        (
+            1.0,
+            r"fell from 1\.\d{4} to 1\.\d{4}, 95 % interval of the difference \+0\.\d{4} to \+0\.\d{4}; "
+            r"rounding explains up to 2\.0e-04",
+        ),
+        (
+            1e-3,
+            r"fell from 0\.000001\d{4} to 0\.000001\d{4}, 95 % interval of the difference \+\d\.\de-09 to "
+            r"\+\d\.\de-08; rounding explains up to 2\.0e-10",
+        ),
+    ],
+)
+def test_a_refusal_has_digits_that_tell_the_scores_apart(scale, words):
+    task, content = certificate_of_errors(scale, shift=0.005)
+    with pytest.raises(RunFailed, match=f"fp32: mse of validation {words}") as refused:
+        certificate.check(task, content, atol=np.inf)
+    before, after = str(refused.value).partition("fell from ")[2].partition(",")[0].split(" to ")
+    assert float(after) > float(before) and "+0.0000" not in str(refused.value)
+
+
 def test_logits_that_are_no_numbers_are_refused():
     task = Task(name="", text=["text"], labels=LABELS, metrics=["accuracy"])
     logits = {"torch": {"validation": np.ones((2, 2))}, "fp32": {"validation": np.full((2, 2), np.nan)}}

@@ -114,6 +114,50 @@ def test_mcnemar_is_that_of_statsmodels(table):
     assert uncertainty.mcnemar(one, other) == (only_one, only_other, pytest.approx(min(expected, 1.0)))
 
 
+def test_errors_that_all_shift_by_rounding_are_no_difference():
+    generator = np.random.default_rng(6)
+    labels = generator.normal(size=60)
+    predictions = labels + generator.normal(size=60) + 1
+    for scale in (1e-3, 1, 1e3):  # labels have a unit of their own
+        score = float(np.mean((scale * (predictions - labels)) ** 2))
+        for shift, is_shown in ((9e-07, False), (-9e-07, False), (0.01, True), (-0.01, True)):
+            ours = scale * (predictions + shift)
+            (interval,) = uncertainty.differences(["mse"], ours, scale * predictions, scale * labels).values()
+            assert interval[0] > 0 or interval[1] < 0  # in every resample
+            margin = uncertainty.rounding("mse", float(np.mean((ours - scale * labels) ** 2)), score)
+            assert margin == pytest.approx(1e-4 * score, rel=0.02)
+            assert uncertainty.is_shown(interval, margin) == is_shown
+
+
+def test_rounding_of_a_score_is_that_of_its_scale():
+    for name in set(metrics.DIRECTION) - {"mse"}:
+        assert uncertainty.rounding(name, 0.9, 0.2) == uncertainty.rounding(name, -0.1, 0.0) == 1e-4
+    assert uncertainty.rounding("mse", 30.0, 20.0) == uncertainty.rounding("mse", 20.0, 30.0) == pytest.approx(3e-3)
+    assert uncertainty.rounding("mse", 0.0, 0.0) == 0
+
+
+@pytest.mark.parametrize(
+    ("interval", "expected"),
+    [
+        ([0.2, 0.3], True),
+        ([-0.3, -0.2], True),
+        ([0.05, 0.3], False),  # it may be 0.05, and that rounding
+        ([-0.3, -0.05], False),
+        ([0.1, 0.1], False),
+        ([-0.3, 0.3], False),
+        ([0, 0], False),
+    ],
+)
+def test_a_difference_is_shown_by_an_interval_beyond_the_margin(interval, expected):
+    assert uncertainty.is_shown(interval, 0.1) == expected
+
+
+def test_a_difference_in_words_is_0_only_where_there_is_none():
+    differences = (0.0, 9e-07, -9e-07, 4.99e-05, 5e-05, -0.0123, 1.0, 1e-300, float("nan"))
+    expected = ["0", "+9.0e-07", "-9.0e-07", "+5.0e-05", "+0.0001", "-0.0123", "+1.0000", "+1.0e-300", "+nan"]
+    assert [uncertainty.signed(difference) for difference in differences] == expected
+
+
 def test_what_has_no_interval():
     assert uncertainty.intervals(["accuracy"], np.array([1]), np.array([1])) == {"accuracy": None}  # one row
     assert uncertainty.intervals(["f1", "accuracy"], np.zeros(9, int), np.zeros(9, int)) == {
