@@ -138,6 +138,39 @@ def of_like_lengths(ids, lengths, worth):
     return [part for some in halves for part in of_like_lengths(ids[some], lengths[some], worth)]
 
 
+def worth_of_a_pass(layout, device):
+    """Return `worth` of of_like_lengths on a device; None where examples lie end to end, and nothing is padded."""
+    return None if layout.is_row else TOKENS_OF_A_PASS.get(device.type, 8192)
+
+
+def divide(batch, lengths, rank, number_of_processes, micro_batch_size, worth):
+    """Return one process's micro-batches of a global batch as step_loader computes them: lists of (ids, weight).
+
+    lengths: (examples,), of all examples; worth: see worth_of_a_pass.
+    """
+    # Longest first: micro-batches of like lengths, and as much work for each process.
+    ordered = batch[np.argsort(-lengths[batch], kind="stable")]
+    mine = share(ordered, rank, number_of_processes, micro_batch_size)
+    if worth is None:
+        return mine
+    return [(part, weight) for ids, weight in mine for part in of_like_lengths(ids, lengths[ids], worth)]
+
+
+def tokens_with_padding(lengths, batches, number_of_processes, micro_batch_size, worth):
+    """Return the number of tokens, padding among them, that all processes compute for these batches.
+
+    Parameters as in divide. Examples of weight 0 are not counted.
+    """
+    if worth is None:
+        return sum(int(lengths[batch].sum()) for batch in batches)
+    return sum(
+        int(lengths[ids].max()) * len(ids)
+        for batch in batches
+        for rank in range(min(number_of_processes, len(batch)))  # the others have none, but an example of weight 0
+        for ids, _ in divide(batch, lengths, rank, number_of_processes, micro_batch_size, worth)
+    )
+
+
 def step_loader(examples, batches, accelerator, micro_batch_size, layout, num_workers=0):
     """Return a DataLoader that yields, for every global batch, this process's micro-batches of it.
 
@@ -145,16 +178,8 @@ def step_loader(examples, batches, accelerator, micro_batch_size, layout, num_wo
     of it still on the CPU. The loader is not for accelerator.prepare(): it is divided among the processes already.
     """
     rank, number_of_processes = accelerator.process_index, accelerator.num_processes
-    # Longest first: micro-batches of like lengths, and as much work for each process.
-    lengths = array_of(examples, "length")
-    ordered = (batch[np.argsort(-lengths[batch], kind="stable")] for batch in batches)
-    divided = [share(batch, rank, number_of_processes, micro_batch_size) for batch in ordered]
-    if not layout.is_row:
-        worth = TOKENS_OF_A_PASS.get(accelerator.device.type, 8192)
-        divided = [
-            [(part, weight) for ids, weight in mine for part in of_like_lengths(ids, lengths[ids], worth)]
-            for mine in divided
-        ]
+    lengths, worth = array_of(examples, "length"), worth_of_a_pass(layout, accelerator.device)
+    divided = [divide(batch, lengths, rank, number_of_processes, micro_batch_size, worth) for batch in batches]
     return DataLoader(
         divided,
         batch_size=None,

@@ -12,11 +12,12 @@ TOLERANCE = {"no": 1e-2, "fp16": 0.1, "bf16": 0.2}  # fp32 on a GPU may be TF32,
 FEW = 16  # rows of a class; below this, few-shot methods are likely better than fine-tuning
 
 
-def data_facts(task, splits, examples, batches, micro_batch_size, processes, special_tokens, is_row=False):
+def data_facts(task, splits, examples, special_tokens, padding):
     """Return what is worth knowing about the data, as JSON values.
 
-    splits: rows with `hash` and the texts; examples: the same, tokenised (see tokens.encode); batches: the plan;
-    special_tokens: in each example. Shares are of rows, `unknown` and `tokens_per_character` of tokens of the text.
+    splits: rows with `hash` and the texts; examples: the same, tokenised (see tokens.encode); special_tokens: in each
+    example; padding: its share of what a step computes. The other shares are of rows, `unknown` and
+    `tokens_per_character` of tokens of the text.
     """
     facts = {"splits": {}, "label_variants": label_variants(task)}
     facts["duplicates"] = {name: duplicates(splits["train"], splits[name]) for name in splits if name != "train"}
@@ -36,11 +37,7 @@ def data_facts(task, splits, examples, batches, micro_batch_size, processes, spe
             "tokens_per_character": text_tokens / max(1, int(array_of(rows, "characters").sum())),
             "conflicts": conflicts(splits[name]),
         }
-    lengths = array_of(examples["train"], "length")
-    of_epoch = batches[: -(-len(lengths) // len(batches[0]))]
-    filled = positions(lengths, of_epoch, micro_batch_size, processes, is_row)
-    facts["padding"] = 1 - sum(int(lengths[batch].sum()) for batch in of_epoch) / filled
-    return facts
+    return facts | {"padding": padding}
 
 
 def label_counts(task, labels):
@@ -91,23 +88,6 @@ def duplicates(train, rows):
     texts = text_numbers(train, rows)
     found = np.flatnonzero(np.isin(texts[len(train) :], texts[: len(train)]))
     return {"rows": len(found), "share": len(found) / len(rows), "position": int(found[0]) if len(found) else None}
-
-
-def positions(lengths, batches, micro_batch_size, processes, is_row=False):
-    """Return the number of tokens with padding that these batches fill, each cut as batching.step_loader cuts it.
-
-    is_row: the examples lie end to end.
-    """
-    if is_row:
-        return sum(int(lengths[batch].sum()) for batch in batches)
-    ordered = (batch[np.argsort(-lengths[batch], kind="stable")] for batch in batches)
-    pieces = (
-        lengths[batch[rank::processes]][start : start + micro_batch_size]
-        for batch in ordered
-        for rank in range(min(processes, len(batch)))
-        for start in range(0, len(batch[rank::processes]), micro_batch_size)
-    )
-    return sum(int(piece.max()) * len(piece) for piece in pieces)
 
 
 def is_chinese(texts):

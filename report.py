@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 import analysis
+import batching
 import facts
 import metrics
 import uncertainty
@@ -21,8 +22,12 @@ from progress import Progress, start_trackers, tracker_names  # noqa: F401 - for
 def describe_data(task, splits, examples, batches, micro_batch_size, accelerator, tokenizer, layout):
     """Log the facts of the data, and what may be wrong with them; return the facts (see facts.data_facts)."""
     special = tokenizer.num_special_tokens_to_add(pair=len(task.text) == 2)
-    plan = (batches, micro_batch_size, accelerator.num_processes, special, layout.is_row)
-    data = facts.data_facts(task, splits, examples, *plan)
+    lengths = array_of(examples["train"], "length")
+    of_epoch = batches[: math.ceil(len(lengths) / len(batches[0]))]
+    worth = batching.worth_of_a_pass(layout, accelerator.device)
+    computed = batching.tokens_with_padding(lengths, of_epoch, accelerator.num_processes, micro_batch_size, worth)
+    padding = 1 - sum(int(lengths[batch].sum()) for batch in of_epoch) / computed
+    data = facts.data_facts(task, splits, examples, special, padding)
     for name, of_split in data["splits"].items():
         log.info(f"{name}: {_split_words(task, of_split)}")
     if not layout.is_row:
@@ -95,7 +100,8 @@ def describe_run(task, args, accelerator, model, layout, plan, examples, validat
     seconds, filled = np.sum(progress.intervals[len(progress.intervals) // 2 :], axis=0)  # the first steps warm up
     rate = filled / seconds
     lengths = facts.array_of(examples["train"], "length")
-    training = facts.positions(lengths, plan, micro_batch_size, processes, layout.is_row) / rate
+    worth = batching.worth_of_a_pass(layout, accelerator.device)
+    training = batching.tokens_with_padding(lengths, plan, processes, micro_batch_size, worth) / rate
     every = progress.steps_per_epoch if args.eval_every == "epoch" else int(args.eval_every)
     evaluations = math.ceil(steps / every)
     tokens = sum(int(facts.array_of(examples[name], "length").sum()) for name in validation_splits)

@@ -1,13 +1,14 @@
 """The plan, its division among processes, padding, tokenising, and logits by example id."""
 
 import copy
+import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import make_rows
+from conftest import bert_config, make_rows
 from datasets import Dataset
 
 import batching
@@ -91,6 +92,75 @@ def test_like_lengths_by_hand():
     assert len(batching.of_like_lengths(np.arange(16), np.full(16, 50), worth=0)) == 1
     # A cut in the middle saves nothing, however short the last one is.
     assert len(batching.of_like_lengths(np.arange(4), np.array([100, 100, 100, 20]), worth=10)) == 1
+
+
+def test_tokens_with_padding_by_hand():
+    lengths = np.array([3, 5, 2, 8, 4, 6, 7])
+    batches = [np.array([0, 1, 2, 3]), np.array([4, 5, 6])]
+
+    def computed(micro_batch_size, processes, worth=math.inf):
+        return batching.tokens_with_padding(lengths, batches, processes, micro_batch_size, worth)
+
+    assert computed(4, 1) == 4 * 8 + 3 * 7
+    assert computed(2, 1) == 2 * 8 + 2 * 3 + 2 * 7 + 4  # longest first: 8 5, 3 2 and 7 6, 4
+    assert computed(3, 1) == 3 * 8 + 2 + 3 * 7
+    assert computed(4, 2) == 2 * 8 + 2 * 5 + 2 * 7 + 6  # rank 0 has 8 3 and 7 4, rank 1 has 5 2 and 6
+    assert computed(1, 2) == computed(1, 1) == computed(9, 8) == lengths.sum()
+    # In halves: 8 5 and 3 2 save 2 x 5 tokens; 7 6 and 4 save 1 x 3; 8 and 5 save 3, 7 and 6 one, 3 and 2 one.
+    assert computed(4, 1, worth=9) == 2 * 8 + 2 * 3 + 3 * 7
+    assert computed(4, 1, worth=10) == 4 * 8 + 3 * 7
+    assert computed(4, 1, worth=2) == 8 + 5 + 2 * 3 + 2 * 7 + 4
+    assert computed(4, 1, worth=0) == lengths.sum()
+    assert computed(4, 2, worth=4) == 8 + 3 + 2 * 5 + 2 * 7 + 6
+    assert computed(4, 1, worth=None) == computed(2, 3, worth=None) == lengths.sum()  # end to end
+
+
+def lengths_like_those_of_mrpc(number):
+    """As MRPC's pairs have them: 53 tokens on average, and up to 100."""
+    return np.random.default_rng(0).normal(53, 15, number).clip(15, 100).astype(int)
+
+
+@pytest.mark.parametrize("is_row", [False, True])
+@pytest.mark.parametrize(
+    ("batch_size", "micro_batch_size", "processes"),
+    [(32, 32, 1), (32, 16, 2), (32, 8, 1), (32, 5, 2), (5, 2, 1), (5, 5, 3), (5, 100, 7)],
+)
+def test_tokens_with_padding_are_those_that_the_loader_lays_out(
+    vocabulary, batch_size, micro_batch_size, processes, is_row
+):
+    """Also where a process has none of the last batch's examples: it computes one, that is not counted."""
+    task = Task(name="", text=["text"], labels=["no", "yes"])
+    model, _, _ = common.load_model(bert_config(vocabulary), task)
+    layout = packing.Layout(model, masks=None, pad_token_id=0)
+    layout.is_row = is_row
+    number = 4 * batch_size + 1
+    lengths = lengths_like_those_of_mrpc(number)
+    rows = {"input_ids": [[1] * n for n in lengths], "length": lengths, "label": [0] * number}
+    examples, batches = Dataset.from_dict(rows), batching.plan(number, batch_size, seed=1, steps=7)
+    device, said, counted, passes = torch.device("cpu"), 0, 0, 0
+    for rank in range(processes):
+        process = SimpleNamespace(process_index=rank, num_processes=processes, device=device)
+        for micro_batches in batching.step_loader(examples, batches, process, micro_batch_size, layout):
+            said += sum(part["positions"] for part in micro_batches)
+            counted += sum(part["inputs"]["input_ids"].numel() for part in micro_batches if part["weight"])
+            passes += sum(part["weight"] for part in micro_batches)
+    worth = batching.worth_of_a_pass(layout, device)
+    found = batching.tokens_with_padding(lengths, batches, processes, micro_batch_size, worth)
+    assert found == said and (is_row or found == counted)
+    shares = [batch[rank::processes] for batch in batches for rank in range(processes)]
+    uncut = sum(-(-len(share) // micro_batch_size) for share in shares)
+    assert (passes > uncut) == (not is_row and min(batch_size // processes, micro_batch_size) > 8)  # some are halved
+
+
+def test_halves_leave_three_fifths_of_the_padding():
+    lengths = lengths_like_those_of_mrpc(3668)
+    batches = batching.plan(3668, 32, seed=42, steps=115)
+    worths = {"whole": math.inf, "in halves": batching.TOKENS_OF_A_PASS["cpu"]}
+    padding = {
+        name: 1 - lengths.sum() / batching.tokens_with_padding(lengths, batches, 1, 32, worth)
+        for name, worth in worths.items()
+    }
+    assert padding == {"whole": pytest.approx(0.37, abs=0.01), "in halves": pytest.approx(0.215, abs=0.01)}
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 9, 64])

@@ -13,7 +13,7 @@ from datasets import Dataset
 import batching
 import common
 import facts
-import packing
+import report
 import splits
 from tasks import Task
 
@@ -54,8 +54,7 @@ def table(tmp_path, vocabulary):
 
 def test_facts_of_a_table(table):
     task, found, examples = table
-    batches = [np.array([0, 1]), np.array([3, 2]), np.array([0, 2])]  # an epoch, and the start of another
-    data = facts.data_facts(task, found, examples, batches, micro_batch_size=2, processes=1, special_tokens=2)
+    data = facts.data_facts(task, found, examples, special_tokens=2, padding=0.25)
     assert data["splits"]["train"] == {
         "rows": 4,
         "labels": {"no": 2, "yes": 2},
@@ -75,45 +74,20 @@ def test_facts_of_a_table(table):
         "conflicts": {"texts": 0, "position": None},
     }
     assert data["duplicates"] == {"validation": {"rows": 2, "share": 2 / 3, "position": 1}}
-    assert data["label_variants"] == []
-    # Lengths after the cut: 6 6 6 4. The first epoch: 12 tokens in 2 x 6, and 10 in 2 x 6.
-    assert data["padding"] == pytest.approx(1 - 22 / 24)
-    data = facts.data_facts(task, found, examples, batches, micro_batch_size=1, processes=1, special_tokens=2)
-    assert data["padding"] == 0
-    assert facts.data_facts(task, found, examples, batches, 2, 1, 2, is_row=True) == data
+    assert data["label_variants"] == [] and data["padding"] == 0.25
 
 
-def test_padding_follows_micro_batches_and_processes():
-    lengths = np.array([3, 5, 2, 8, 4, 6, 7])
-    batches = [np.array([0, 1, 2, 3]), np.array([4, 5, 6])]
-
-    def filled(micro_batch_size, processes):
-        return facts.positions(lengths, batches, micro_batch_size, processes)
-
-    assert filled(4, 1) == 4 * 8 + 3 * 7
-    assert filled(2, 1) == 2 * 8 + 2 * 3 + 2 * 7 + 4  # longest first: 8 5, 3 2 and 7 6, 4
-    assert filled(3, 1) == 3 * 8 + 2 + 3 * 7
-    assert filled(4, 2) == 2 * 8 + 2 * 5 + 2 * 7 + 6  # rank 0 has 8 3 and 7 4, rank 1 has 5 2 and 6
-    assert filled(1, 2) == filled(1, 1) == filled(9, 8) == lengths.sum()
-    assert facts.positions(lengths, batches, 4, 1, is_row=True) == lengths.sum()
-
-
-@pytest.mark.parametrize("is_row", [False, True])
-@pytest.mark.parametrize(("micro_batch_size", "processes"), [(5, 1), (2, 1), (5, 3), (2, 2), (100, 2)])
-def test_positions_are_those_that_the_loader_lays_out(vocabulary, micro_batch_size, processes, is_row):
-    model, _, _ = common.load_model(bert_config(vocabulary), TASK)
-    layout = packing.Layout(model, masks=None, pad_token_id=0)
-    layout.is_row = is_row
-    lengths = np.random.default_rng(0).integers(1, 30, 23)
-    rows = {"input_ids": [[1] * n for n in lengths], "length": lengths, "label": [0] * 23}
-    examples, batches = Dataset.from_dict(rows), batching.plan(23, 5, seed=1, steps=7)
-    counted = 0
-    for rank in range(processes):
-        accelerator = Accelerator(cpu=True)
-        process = type("P", (), {"process_index": rank, "num_processes": processes, "device": accelerator.device})
-        for micro_batches in batching.step_loader(examples, batches, process, micro_batch_size, layout):
-            counted += sum(part["positions"] for part in micro_batches)
-    assert facts.positions(lengths, batches, micro_batch_size, processes, is_row) == counted
+@pytest.mark.parametrize(
+    ("micro_batch_size", "is_row", "expected"), [(2, False, 1 - 22 / 24), (1, False, 0), (2, True, 0)]
+)
+def test_padding_is_that_of_one_epoch(table, micro_batch_size, is_row, expected):
+    """Lengths after the cut: 6 6 6 4. The first epoch: 12 tokens in 2 x 6, and 10 in 2 x 6."""
+    task, found, examples = table
+    batches = [np.array([0, 1]), np.array([3, 2]), np.array([0, 3])]  # an epoch, and the start of another
+    tokenizer = type("Tokenizer", (), {"num_special_tokens_to_add": lambda self, pair: 2})()
+    layout = type("Layout", (), {"is_row": is_row})
+    data = report.describe_data(task, found, examples, batches, micro_batch_size, Accelerator(), tokenizer, layout)
+    assert data["padding"] == pytest.approx(expected)
 
 
 # ------------------------------------------------------------------------------------------------------------ labels
