@@ -8,7 +8,6 @@ size and SHA-256 of the others. Tensors and JSON: reading one runs no code.
 import errno
 import hashlib
 import json
-import os
 import shutil
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -21,10 +20,10 @@ from accelerate.utils.memory import should_reduce_batch_size
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 
-from cache import sha256, write_json, write_text
-from common import BadInput, Preempted, RunFailed, log, on_main_process
+from files import check_output, put_back, put_in_place, sha256, sync, write_json, write_text
 from lock import locked
-from preemption import Watch, save_interval  # noqa: F401 - for train.py
+from messages import BadInput, Preempted, RunFailed, log
+from processes import on_main_process
 from tasks import save_task
 
 # All that a run leaves in its folder; --overwrite removes these and nothing else, model/ only once there is a new one.
@@ -101,17 +100,6 @@ def differences(before, settings, fingerprints):
 def is_empty(folder):
     """Return whether a folder is absent or holds nothing but what a run writes before anything else."""
     return not folder.exists() or all(path.name.startswith("lock.json") for path in folder.iterdir())
-
-
-def check_output(folder):
-    """Raise BadInput where a file stands in the place of a folder that is to be written."""
-    for path in (folder, *folder.parents):
-        try:
-            is_other = path.exists() and not path.is_dir()
-        except OSError as error:  # a name too long
-            raise BadInput(f"{path}: cannot be a folder ({error.strerror})", "Choose another --output_dir.") from None
-        if is_other:
-            raise BadInput(f"{path}: is a file, not a folder", "Choose another --output_dir.")
 
 
 @contextmanager
@@ -283,43 +271,6 @@ def _write(path, model, tensors, progress):
         put_back(path)
 
 
-def put_in_place(temporary, path):
-    """Rename a whole folder to its name, all of it on the disk first; one that is there is moved aside until then."""
-    mask = os.umask(0)
-    os.umask(mask)
-    for file in temporary.iterdir():
-        file.chmod(0o666 & ~mask)  # safetensors makes files that only their owner may read
-        sync(file)
-    sync(temporary)
-    old = path.with_name(f"{path.name}.old")
-    if path.exists():  # a folder cannot be renamed over one that holds files
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(path, old)
-    os.replace(temporary, path)
-    sync(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def put_back(path):
-    """Bring back a folder that was moved aside for a new one that never came; remove what was to be the new one."""
-    old = path.with_name(f"{path.name}.old")
-    if old.exists() and not path.exists():
-        os.replace(old, path)
-    shutil.rmtree(old, ignore_errors=True)
-    shutil.rmtree(path.with_name(f"{path.name}.tmp"), ignore_errors=True)
-
-
-def sync(path):
-    """Wait until a file, or the names in a folder, are on the disk and not only in memory."""
-    if path.is_dir() and os.name == "nt":  # Windows opens no folders
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def steps_on_disk(folder):
     """Return the paths of a run's checkpoints, oldest first, whole or not."""
     return sorted(path for path in (folder / "checkpoints").glob("step-*") if path.suffix == "" and path.is_dir())
@@ -477,34 +428,3 @@ def write_model(folder, model, tokenizer, task, fingerprints, majority, results,
     finally:
         put_back(folder / "model")
     shutil.rmtree(folder / "checkpoints")
-
-
-def trained(folder):
-    """Return (mixed precision that the scores of a saved model were computed in, what its majority baseline predicts).
-
-    ("auto", None) where they are not known.
-    """
-    path = Path(folder) / "metrics.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return content.get("mixed_precision", "auto"), content.get("majority")
-    except (ValueError, AttributeError):
-        raise BadInput(f"{path}: is damaged", "Copy the model folder again, or train again.") from None
-
-
-def pretrained(folder, task):
-    """Return the name of the pretrained model that a saved one was trained from; None where its weights were new."""
-    results = Path(folder).parent / "results.json"
-    model = json.loads(results.read_text(encoding="utf-8"))["model"] if results.is_file() else task.model
-    return model if isinstance(model, str) else None
-
-
-def model_folder(path):
-    """Return the folder of a saved model: the path itself, or model/ of a run. A Hub id comes back as it is."""
-    if (Path(path) / "model" / "config.json").is_file():
-        return str(Path(path) / "model")
-    if (Path(path) / "model.onnx").is_file():
-        raise BadInput(f"{path}: is an exported model", "predict.py takes it. Here: the model it was exported from.")
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise BadInput(f"{path}: holds no model", "Give a model folder, or the folder of a finished run.")
-    return str(path)

@@ -10,13 +10,11 @@ odd number of its own (multiply-shift hashing, Dietzfelbinger et al. 1997, https
 each of the four columns compares 15 of the 64 bits with the rate.
 """
 
-import logging
 import math
 
 import torch
 from torch import nn
 
-log = logging.getLogger("classifier")
 GOLDEN = -0x61C8864680B583EB  # 2**64 / golden ratio, odd, as a signed 64-bit number
 LANES = 0x0001000100010001  # a 1 in each 16 bits of 64
 ONE = {torch.bfloat16: 0x3F80, torch.float16: 0x3C00}  # the bits of 1.0

@@ -15,12 +15,19 @@ from pathlib import Path
 
 import numpy as np
 
+import cache
 import common
+import facts
+import processes
 import tasks
-from cache import array_of, write_json
-from common import BadInput, log
+from cache import array_of
+from files import CannotWrite, write_json
+from labels import format_label, majority_prediction, prediction_columns, prediction_rows, predictions_from_logits
+from messages import BadInput, log
+from models import load_model, with_labels_of
+from packing import prepare_model
 from reader import check_file
-from writer import CannotWrite, write_bad_rows, write_csv
+from writer import write_bad_rows, write_csv
 
 
 def build_parser():
@@ -43,24 +50,24 @@ def build_parser():
 
 def write_predictions(folder, task, rows, logits, wrong, losses):
     """Write predictions.csv, a row for every example, and errors.csv: the wrong ones, by number."""
-    columns = [*task.text, "label", *common.prediction_columns(task)]
+    columns = [*task.text, "label", *prediction_columns(task)]
 
     def row_of(row, prediction):
-        return [*(row[column] for column in task.text), common.label_word(task, row["label"]), *prediction]
+        return [*(row[column] for column in task.text), format_label(task, row["label"]), *prediction]
 
-    pairs = zip(rows, common.prediction_rows(task, logits), strict=True)
+    pairs = zip(rows, prediction_rows(task, logits), strict=True)
     write_csv(folder / "predictions.csv", columns, (row_of(*pair) for pair in pairs))
-    chosen = zip(rows.select(wrong), common.prediction_rows(task, logits[wrong]), wrong, losses, strict=True)
+    chosen = zip(rows.select(wrong), prediction_rows(task, logits[wrong]), wrong, losses, strict=True)
     lines = ([int(number), f"{loss:.4f}", *row_of(*pair)] for *pair, number, loss in chosen)
     write_csv(folder / "errors.csv", ["example", "loss", *columns], lines)
 
 
 def write_compared(folder, task, rows, predictions, others, labels):
     """Write compared.csv: the examples that one of two models gets right, and the other does not."""
-    import comparison
+    import analysis
 
-    numbers = comparison.only_one_right(predictions, others, labels)
-    words = [[common.label_word(task, of[number]) for of in (labels, predictions, others)] for number in numbers]
+    numbers = analysis.only_one_right(predictions, others, labels)
+    words = [[format_label(task, of[number]) for of in (labels, predictions, others)] for number in numbers]
     texts = ([row[column] for column in task.text] for row in rows.select(numbers))
     lines = ([int(number), *of, *said] for number, of, said in zip(numbers, texts, words, strict=True))
     write_csv(folder / "compared.csv", ["example", *task.text, "label", "here", "other"], lines)
@@ -93,26 +100,27 @@ def write_all(folder, task, rows, result, content, left_out, others):
 
 def predictions_of_other(path, task, splits, fingerprints, args, accelerator):
     """Return {split: predictions} of the model or the file that --compare names, for the examples of splits."""
-    import batching
-    import checkpoint
-    import comparison
+    import analysis
+    import inference
+    import tokenization
+    from models import model_folder
 
     if not Path(path).exists():
         raise BadInput(f"--compare {path}: is not there", "Give a run, an evaluation folder, or a file of predictions.")
     if Path(path).is_file() or Path(path, "predictions.csv").is_file():
-        return {name: comparison.predictions_in(path, task, rows) for name, rows in splits.items()}
-    folder = checkpoint.model_folder(path)
-    model, tokenizer, facts = common.load_model(folder, refresh=args.refresh)
+        return {name: analysis.predictions_in(path, task, rows) for name, rows in splits.items()}
+    folder = model_folder(path)
+    model, tokenizer, facts = load_model(folder, refresh=args.refresh)
     its_own = tasks.saved_task(folder)[0] or task
     reads = {key: getattr(its_own, key) for key in ("max_length", "truncate", "thresholds")}
-    its_task = common.with_labels_of(model, facts, replace(task, **reads))
-    its_task, examples = batching.tokenize_splits(its_task, splits, fingerprints, model, tokenizer)
-    layout = common.lay_out(model, tokenizer)
+    its_task = with_labels_of(model, facts, replace(task, **reads))
+    its_task, examples = tokenization.tokenize_splits(its_task, splits, fingerprints, model, tokenizer)
+    layout = prepare_model(model, tokenizer)
     model = accelerator.prepare_model(model, evaluation_mode=True)
     predictions = {}
     for name in splits:
-        logits = batching.all_logits(model, examples[name], accelerator, args.eval_batch_size, layout)
-        of_split = common.predictions_of(its_task, logits)
+        logits = inference.compute_logits(model, examples[name], accelerator, args.eval_batch_size, layout)
+        of_split = predictions_from_logits(its_task, logits)
         if not task.is_regression and its_task.labels != task.labels:  # the same labels, with other ids
             ids = np.array([task.labels.index(label) for label in its_task.labels])
             of_split = of_split[:, np.argsort(ids)] if task.is_multi_label else ids[of_split]
@@ -126,17 +134,17 @@ def main():
         check_file(args.file)
     # These import torch, which takes seconds: --help and a mistake are to come at once.
     import analysis
-    import baselines
-    import batching
-    import checkpoint
-    import comparison
+    import inference
     import metrics
     import report
-    import uncertainty
-    from facts import label_counts
+    import tokenization
+    from facts import few_rows, label_counts
+    from files import check_output
+    from messages import in_red
+    from models import model_folder, pretrained, trained
     from splits import column_of
 
-    folder = checkpoint.model_folder(args.model)
+    folder = model_folder(args.model)
     task, fingerprints = tasks.saved_task(folder)
     if task is None and not args.task:
         raise BadInput(f"{args.model}: has no task.json, so its data are not known", "Name them with --task.")
@@ -149,14 +157,14 @@ def main():
         task = replace(task, dataset=None, files={split: args.file}, limit=tasks.limits_of(args.limit))
     # MNLI has two validation splits: both are scored.
     beside = Path(folder if Path(folder).is_dir() else "").parent
-    checkpoint.check_output(Path(args.output_dir or beside))
+    check_output(Path(args.output_dir or beside))
 
-    trained_precision, majority = checkpoint.trained(folder)
+    trained_precision, majority = trained(folder)
     if args.mixed_precision == "auto" and trained_precision != "fp16":  # fp16 is not to be had everywhere
         args.mixed_precision = trained_precision
-    accelerator = common.start(args)
-    model, tokenizer, facts = common.load_model(folder, refresh=args.refresh)
-    task = common.with_labels_of(model, facts, task)
+    accelerator = processes.start(args)
+    model, tokenizer, facts = load_model(folder, refresh=args.refresh)
+    task = with_labels_of(model, facts, task)
     task, splits, now, bad_rows = common.load_data(task, args)
     names = [name for name in splits if name == split or name.startswith(f"{split}_")] or [split]
     common.check_splits(task, splits, names)
@@ -169,25 +177,27 @@ def main():
     others, simpler = {}, {name: {} for name in names}
     if args.baseline:
         common.check_splits(task, splits, ["train"])
-        given = (task, splits, names, now, checkpoint.pretrained(folder, task))
-        simpler = baselines.predictions(*given, accelerator, args.eval_batch_size)
-        if words := report.few_rows(task, label_counts(task, array_of(splits["train"], "label"))):
+        given = (task, splits, names, now, pretrained(folder, task))
+        simpler = baseline_predictions(*given, accelerator, args.eval_batch_size)
+        if words := few_rows(task, label_counts(task, array_of(splits["train"], "label"))):
             log.warning(f"WARNING: {words}")
     if args.compare:
         others = predictions_of_other(args.compare, task, scored, now, args, accelerator)
-    task, examples = batching.tokenize_splits(task, scored, now, model, tokenizer)
-    layout = common.lay_out(model, tokenizer)
+    task, examples = tokenization.tokenize_splits(task, scored, now, model, tokenizer)
+    layout = prepare_model(model, tokenizer)
     model = accelerator.prepare_model(model, evaluation_mode=True)
     for name, rows in scored.items():
         shown = Path(args.file).name.split(".")[0] if args.file else name
         output = Path(
             args.output_dir or beside / f"evaluation-{shown}", *([name] if len(names) > 1 and args.output_dir else [])
         )
-        checkpoint.check_output(output)
-        logits = batching.all_logits(model, examples[name], accelerator, args.eval_batch_size, layout)
+        check_output(output)
+        logits = inference.compute_logits(model, examples[name], accelerator, args.eval_batch_size, layout)
         labels = array_of(rows, "label")
         # Without the training's majority at hand, that of these very labels: no baseline is higher.
-        result = common.evaluate(task, logits, labels, common.majority(task, labels) if majority is None else majority)
+        result = common.score_logits(
+            task, logits, labels, majority_prediction(task, labels) if majority is None else majority
+        )
         if not accelerator.is_main_process:
             continue
         left_out = [bad_row for bad_row in bad_rows if bad_row["split"] == name]
@@ -200,7 +210,7 @@ def main():
             "mixed_precision": accelerator.mixed_precision,
             "loss": result["loss"],
             "scores": result["scores"],
-            "intervals": uncertainty.intervals(task.metrics, result["predictions"], labels),
+            "intervals": metrics.intervals(task.metrics, result["predictions"], labels),
             "majority_baseline": result["majority"],
             "baselines": {of: metrics.compute(task.metrics, found, labels) for of, found in simpler[name].items()},
             "warning": report.collapse(task, shown, result),
@@ -208,17 +218,94 @@ def main():
         }
         if args.compare:
             both = (args.model, args.compare)
-            content["comparison"] = comparison.compare(task, both, result["predictions"], others[name], labels)
+            content["comparison"] = analysis.compare(task, both, result["predictions"], others[name], labels)
         if content["warning"]:
-            log.warning(report.in_red(f"WARNING: {content['warning']}"))
+            log.warning(in_red(f"WARNING: {content['warning']}"))
         log.info(analysis.words(content))
         try:
             written = write_all(output, task, rows, result, content, left_out, others.get(name))
         except OSError as error:
             raise CannotWrite(output, error) from None
         log.info(f"written: {output}/{', '.join(written)}")
-    common.finish(accelerator, model)
+    processes.finish(accelerator, model)
 
 
 if __name__ == "__main__":
-    common.run(main)
+    processes.run(main)
+
+
+def baseline_predictions(task, splits, names, fingerprints, encoder, accelerator, batch_size):
+    """Return {split: {baseline: predictions}} for the named splits, fitted to the split `train`.
+
+    encoder: a pretrained model's name, or None. Every process calls this.
+    """
+    found = {name: {} for name in names}
+    words = bag_of_words(task, splits["train"])
+    for name in names:
+        found[name]["bag of words"] = words(splits[name])
+    if encoder:
+        features = encoder_features(task, {"train", *names}, splits, fingerprints, encoder, accelerator, batch_size)
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
+        model = make_pipeline(StandardScaler(), linear_model(task))
+        model.fit(features["train"], cache.array_of(splits["train"], "label"))
+        for name in names:
+            found[name]["frozen encoder"] = model.predict(features[name])
+    return found
+
+
+def bag_of_words(task, train):
+    """Fit TF-IDF with a linear model; return a function of rows that predicts ids, values, or 0 and 1.
+
+    Words and pairs of words; characters where the texts are Chinese. Each text of a pair has columns of its own, and
+    what both share has, too.
+    """
+    from scipy.sparse import hstack
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    unit = "char" if facts.is_chinese(train[:1000][task.text[0]]) else "word"
+    # A word of one letter is a word, too: the default drops it, and may drop all.
+    vectorizer = TfidfVectorizer(analyzer=unit, ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
+    vectorizer.fit([text for column in task.text for text in train[column]])
+
+    def matrix(rows):
+        parts = [vectorizer.transform(rows[column]) for column in task.text]
+        return hstack([*parts, parts[0].multiply(parts[1])]).tocsr() if len(parts) == 2 else parts[0]
+
+    model = linear_model(task).fit(matrix(train), cache.array_of(train, "label"))
+    return lambda rows: model.predict(matrix(rows))
+
+
+def linear_model(task):
+    from sklearn.linear_model import LogisticRegression, Ridge
+    from sklearn.multiclass import OneVsRestClassifier
+
+    if task.is_regression:
+        return Ridge()
+    model = LogisticRegression(max_iter=1000)
+    return OneVsRestClassifier(model) if task.is_multi_label else model
+
+
+def encoder_features(task, names, splits, fingerprints, encoder, accelerator, batch_size):
+    """Return {split: the mean of the encoder's last hidden states over each example's tokens, (examples, size)}."""
+    import inference
+    import tokenization
+
+    model, tokenizer, _ = load_model(encoder, task)
+    named = {name: splits[name] for name in names}
+    _, examples = tokenization.tokenize_splits(task, named, fingerprints, model, tokenizer)
+    layout = prepare_model(model, tokenizer)
+    layout.is_row = False  # a mean over tokens needs to know whose they are
+    base = model.base_model.to(accelerator.device).eval()
+
+    def compute(inputs):
+        with accelerator.autocast():
+            hidden = base(**inputs)[0].float()
+        is_token = inputs["attention_mask"].unsqueeze(-1)
+        return (hidden * is_token).sum(1) / is_token.sum(1)
+
+    return {
+        name: inference.compute_outputs(compute, of_split, accelerator, batch_size, layout)
+        for name, of_split in examples.items()
+    }

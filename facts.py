@@ -3,12 +3,14 @@
 Pure functions of tokenised splits and numbers; report.py puts their results into words.
 """
 
+import math
+
 import numpy as np
 
+import batching
 from cache import array_of, arrow_column
+from messages import log
 
-# The largest relative difference of a device's logits and gradients from fp32 on the CPU that rounding explains.
-TOLERANCE = {"no": 1e-2, "fp16": 0.1, "bf16": 0.2}  # fp32 on a GPU may be TF32, of 10 bits
 FEW = 16  # rows of a class; below this, few-shot methods are likely better than fine-tuning
 
 
@@ -96,45 +98,70 @@ def is_chinese(texts):
     return sum("\u4e00" <= letter <= "\u9fff" for letter in letters) > len(letters) / 2
 
 
-def peak_memory(device):
-    """Return the largest memory so far in bytes: of the process on a CPU, else of its tensors on the device."""
-    import torch
+def describe_data(task, splits, examples, batches, micro_batch_size, accelerator, tokenizer, layout):
+    """Log the facts of the data, and what may be wrong with them; return the facts (see facts.data_facts)."""
+    special = tokenizer.num_special_tokens_to_add(pair=len(task.text) == 2)
+    lengths = array_of(examples["train"], "length")
+    of_epoch = batches[: math.ceil(len(lengths) / len(batches[0]))]
+    worth = batching.worth_of_a_pass(layout, accelerator.device)
+    computed = batching.tokens_with_padding(lengths, of_epoch, accelerator.num_processes, micro_batch_size, worth)
+    padding = 1 - sum(int(lengths[batch].sum()) for batch in of_epoch) / computed
+    data = data_facts(task, splits, examples, special, padding)
+    for name, of_split in data["splits"].items():
+        log.info(f"{name}: {_split_words(task, of_split)}")
+    if not layout.is_row:
+        log.info(f"padding: {data['padding']:.1%} of what a step computes")
+    for warning in _data_warnings(task, splits, data):
+        log.warning(f"WARNING: {warning}")
+    return data
 
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if device.type == "mps":
-        return torch.mps.driver_allocated_memory()
-    import resource  # Windows has none
-    import sys
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def _split_words(task, of_split):
+    """Return the facts of one split in words."""
+    rows, tokens, labels = of_split["rows"], of_split["tokens"], list(of_split["labels"].items())
+    if task.is_regression:
+        words = ", ".join(f"{what} {value:.2f}" for what, value in labels)
+    else:
+        words = ", ".join(f"{label} {number:,} ({number / rows:.1%})" for label, number in labels[:10])
+    return (
+        f"{rows:,} rows | labels: {words} | tokens: median {tokens['median']:.0f}, 95 % up to {tokens['p95']:.0f}, "
+        f"longest {tokens['longest']}; {of_split['truncated']:.1%} of the texts cut, {of_split['unknown']:.2%} of the "
+        f"tokens unknown, {of_split['tokens_per_character']:.2f} a character"
+    )
 
 
-def compare_with_cpu(model, layout, micro_batch, loss_of, device_autocast):
-    """Compute a batch on its device and in fp32 on the CPU; return the largest differences of logits and gradients.
+def _data_warnings(task, splits, data):
+    """Yield in words what may be wrong with the data."""
 
-    Both without dropout; each difference is divided by the largest value of the CPU's result. `loss_of(logits, labels)`
-    is the loss, `device_autocast` a context for the forward pass on the device. The model keeps no gradients.
-    """
-    import copy
+    def example(split, row):
+        return repr(" / ".join(splits[split][row][column] for column in task.text)[:80])
 
-    import torch
-    from accelerate.utils import send_to_device
+    of_train = data["splits"]["train"]
+    if of_train["unknown"] > 0.2:
+        chinese = is_chinese(splits["train"][:1000][task.text[0]])
+        better = "google-bert/bert-base-chinese" if chinese else "FacebookAI/xlm-roberta-base"
+        unknown = f"{of_train['unknown']:.0%} OF THE TOKENS ARE UNKNOWN"
+        yield f"THE TOKENIZER DOES NOT KNOW THIS LANGUAGE: {unknown}. The model cannot read them; try --model {better}"
+    elif of_train["unknown"] > 0.01:
+        yield f"{of_train['unknown']:.1%} of the tokens are unknown to the tokenizer: does the model fit the language?"
+    for variants in data["label_variants"]:
+        yield f"labels that differ only in case or blanks: {', '.join(map(repr, variants))}; one class each"
+    for name, of_split in data["splits"].items():
+        found = of_split["conflicts"]
+        if found["texts"]:
+            row = example(name, found["position"])
+            yield f"{name}: {found['texts']} texts occur with different labels, such as {row}"
+    for name, found in data["duplicates"].items():
+        if found["rows"]:
+            row = example(name, found["position"])
+            words = f"{found['rows']} of {len(splits[name])} rows of {name} ({found['share']:.1%}) are in train too"
+            yield f"{words}: its scores are too good by that; such as {row}"
+    if words := few_rows(task, of_train["labels"]):
+        yield words
 
-    results = []
-    copies = copy.deepcopy((model, layout))  # together: the copy's attention asks the copied layout
-    copies[0].cpu().float()
-    for (one, its_layout), autocast in (((model, layout), device_autocast), (copies, torch.enable_grad())):
-        device = next(one.parameters()).device
-        its_layout.begin(0, micro_batch["ids"], micro_batch["lengths"], device)
-        was_training = one.training
-        one.eval()
-        one.zero_grad()
-        with autocast:
-            logits = one(**send_to_device(micro_batch["inputs"], device)).logits.float()
-        loss_of(logits, micro_batch["labels"].to(device)).backward()
-        gradients = [parameter.grad.flatten().cpu() for parameter in one.parameters() if parameter.grad is not None]
-        results.append((logits.detach().cpu(), torch.cat(gradients)))
-        one.zero_grad()
-        one.train(was_training)
-    return [float((here - there).abs().max() / there.abs().max()) for here, there in zip(*results, strict=True)]
+
+def few_rows(task, counts):
+    """Return in words which classes have few rows in train, as facts.label_counts gives them; None where none has."""
+    few = [] if task.is_regression else [f"{name} ({rows})" for name, rows in counts.items() if rows < FEW]
+    words = f"classes with fewer than {FEW} rows in train: {', '.join(few[:10])}"
+    return f"{words}; methods made for few examples, such as SetFit, are likely better at them" if few else None

@@ -19,15 +19,13 @@ from pathlib import Path
 
 import numpy as np
 
-import common
 import metrics
 import tasks
-import uncertainty
-from cache import array_of, write_text
-from common import BadInput, log
-from labels import UNLABELLED
+from cache import array_of
+from files import CannotWrite, write_text
+from labels import UNLABELLED, majority_prediction, predictions_from_logits
+from messages import BadInput, format_score, format_scores, log
 from splits import column_of, load_splits
-from writer import CannotWrite
 
 FILES = {  # (task, split): (file, rows of the test set)
     ("cola", "test"): ("CoLA.tsv", 1063),
@@ -68,7 +66,7 @@ def write_submission(folder, runs, fill, load):
         task, splits = data[name]
         if name in missing:
             log.warning(f"WARNING: {name}: no run of it: FILLED with the majority of the training labels")
-            majority = common.majority(task, array_of(data["mnli" if name == "ax" else name][1]["train"], "label"))
+            majority = majority_prediction(task, array_of(data["mnli" if name == "ax" else name][1]["train"], "label"))
         for split in [split for of, split in FILES if of == name]:
             rows = splits[split]
             log.info(f"{name}: {split}, {len(rows):,} rows{f', {chosen[name]}' if name in chosen else ''}")
@@ -106,7 +104,7 @@ def choose_runs(runs):
         metric, (best, *others) = tasks.read_task(name).metrics[0], scores
         for other in others:
             best = other if metrics.is_better(metric, scores[other], scores[best]) else best
-        score, *of_others = (common.number_words(scores[run]) for run in (best, *scores))
+        score, *of_others = (format_score(scores[run]) for run in (best, *scores))
         for run, of_run in zip(scores, of_others, strict=True):
             if run != best:
                 log.info(f"{run}: passed over, {metric} {of_run} on validation, {best} {score}")
@@ -143,7 +141,7 @@ def predictions(run, task, rows, load):
     logits = predictor.logits_of_rows(rows)
     if not np.isfinite(logits).all():  # argmax would make a label of them
         raise BadInput(f"{run}: its logits are not finite", "Name another run of this task, or train again.")
-    values = common.predictions_of(predictor.task, logits)
+    values = predictions_from_logits(predictor.task, logits)
     if task.is_regression:
         return np.clip(values, *SIMILARITY)
     return np.array([task.labels.index(label) for label in predictor.task.labels])[values]
@@ -163,8 +161,8 @@ def table(name, task, indices, values):
 def say_score(name, task, values, labels):
     """Say the score on a test set whose labels are in the data, as MRPC's are; of a hidden one nothing."""
     if not (np.isnan(labels) if task.is_regression else labels == UNLABELLED).any():
-        words = common.score_words(metrics.compute(task.metrics, values, labels))
-        of_score = uncertainty.words(uncertainty.intervals(task.metrics, values, labels))
+        words = format_scores(metrics.compute(task.metrics, values, labels))
+        of_score = metrics.format_intervals(metrics.intervals(task.metrics, values, labels))
         log.info(f"{name}: its test labels are in the data: {words} (95 %: {of_score})")
 
 

@@ -1,16 +1,13 @@
 """Labels: the strings of a table -> ids, floats, or a 0 or 1 for each label; what is no label is told with its row."""
 
-import logging
 import math
 from dataclasses import replace
 
 import numpy as np
 
-from reader import BadInput, nearest
+from messages import BadInput, log, nearest
 
 UNLABELLED = -1  # the label id of an example without a label (the Hub's GLUE test sets); NaN in regression
-
-log = logging.getLogger("classifier")
 
 
 def label_words(task, label):
@@ -168,3 +165,73 @@ def _arrow_column(ids):
         return pa.array(ids)
     offsets = np.arange(len(ids) + 1, dtype=np.int32) * ids.shape[1]
     return pa.ListArray.from_arrays(offsets, pa.array(ids.reshape(-1)))
+
+
+def probabilities(task, logits):
+    """Return each label's probability, in float64, shape (examples, labels): softmax, or sigmoid in multi-label."""
+    if task.is_multi_label:
+        return 1 / (1 + np.exp(-np.clip(logits.astype(np.float64), -700, 700)))  # exp(710) overflows
+    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
+    return shifted / shifted.sum(axis=-1, keepdims=True)
+
+
+def predictions_from_logits(task, logits):
+    """Return what logits (examples, outputs) predict: label ids, values in regression, 0 and 1 in multi-label."""
+    if task.is_regression:
+        return logits[:, 0]
+    if task.is_multi_label:
+        return (probabilities(task, logits) > (task.thresholds or 0.5)).astype(int)
+    return logits.argmax(axis=1)
+
+
+def format_label(task, label):
+    """Return a label, as an example of a split holds it, in words; a value in regression."""
+    if task.is_multi_label:
+        return task.separator.join(task.labels[position] for position in np.flatnonzero(label))
+    return label if task.is_regression else task.labels[label]
+
+
+def prediction_columns(task):
+    """Return the names of the columns that predictions add to a table."""
+    if task.is_regression:
+        return ["predicted_value"]
+    return ["predicted_label", "probability", *(f"probability_{name}" for name in task.labels)]
+
+
+def prediction_rows(task, logits):
+    """Yield the values of prediction_columns for each row of logits (examples, outputs)."""
+    if task.is_regression:
+        yield from ([float(value)] for value in logits[:, 0])
+        return
+    for logits_of_row, row in zip(logits, probabilities(task, logits), strict=True):
+        if task.is_multi_label:  # as one string, and the probability of just these labels
+            applies = predictions_from_logits(task, logits_of_row[None])[0].astype(bool)
+            label = task.separator.join(name for name, does in zip(task.labels, applies, strict=True) if does)
+            probability = np.where(applies, row, 1 - row).prod()
+        else:
+            label, probability = task.labels[int(row.argmax())], row.max()
+        yield [label, float(probability), *(float(value) for value in row)]
+
+
+def with_thresholds(task, logits, labels):
+    """Return a multi-label task with the probability above which each label applies: where its F1 is highest."""
+    from sklearn.metrics import precision_recall_curve
+
+    thresholds = []
+    for of_label, applies in zip(probabilities(task, logits).T, labels.T, strict=True):
+        if not applies.any():  # nothing to choose by
+            thresholds.append(0.5)
+            continue
+        precision, recall, cuts = precision_recall_curve(applies, of_label)  # a label applies from its cut on
+        f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+        best = int(f1[:-1].argmax())
+        thresholds.append(float((cuts[best] + (cuts[best - 1] if best else 0)) / 2))
+    return replace(task, thresholds=thresholds)
+
+
+def majority_prediction(task, labels):
+    """Return what a model that sees no text would predict: the most frequent label id; the mean in regression; in
+    multi-label a list, 1 for each label that more than half of the examples have."""
+    if task.is_multi_label:
+        return (labels.mean(axis=0) > 0.5).astype(int).tolist()
+    return float(np.mean(labels)) if task.is_regression else int(np.bincount(labels).argmax())

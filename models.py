@@ -2,14 +2,12 @@
 
 import gc
 import inspect
-import logging
+import json
 from dataclasses import replace
 from pathlib import Path
 
-from hub import hub_commit, note_loaded, unreachable_hub, was_loaded
-from reader import BadInput, nearest
-
-log = logging.getLogger("classifier")
+from cache import hub_commit, note_loaded, unreachable_hub, was_loaded
+from messages import BadInput, log, nearest
 
 
 def load_model(name, task=None, refresh=False):
@@ -197,3 +195,34 @@ def freeze(model, part):
     for module in parts[part]:
         module.requires_grad_(False)
         module.eval().train = lambda mode=True, module=module: module  # model.train() calls this, and changes nothing
+
+
+def trained(folder):
+    """Return (mixed precision that the scores of a saved model were computed in, what its majority baseline predicts).
+
+    ("auto", None) where they are not known.
+    """
+    path = Path(folder) / "metrics.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return content.get("mixed_precision", "auto"), content.get("majority")
+    except (ValueError, AttributeError):
+        raise BadInput(f"{path}: is damaged", "Copy the model folder again, or train again.") from None
+
+
+def pretrained(folder, task):
+    """Return the name of the pretrained model that a saved one was trained from; None where its weights were new."""
+    results = Path(folder).parent / "results.json"
+    model = json.loads(results.read_text(encoding="utf-8"))["model"] if results.is_file() else task.model
+    return model if isinstance(model, str) else None
+
+
+def model_folder(path):
+    """Return the folder of a saved model: the path itself, or model/ of a run. A Hub id comes back as it is."""
+    if (Path(path) / "model" / "config.json").is_file():
+        return str(Path(path) / "model")
+    if (Path(path) / "model.onnx").is_file():
+        raise BadInput(f"{path}: is an exported model", "predict.py takes it. Here: the model it was exported from.")
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise BadInput(f"{path}: holds no model", "Give a model folder, or the folder of a finished run.")
+    return str(path)

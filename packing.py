@@ -16,7 +16,8 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from dropout import scale
-from tokens import padded
+from messages import log
+from tokenization import padded
 
 GROUP_LIMIT = 2**19  # attention weights in a group, where it has more than one example: what a core's cache holds
 LONG = 96  # tokens from which on torch's own attention is faster on a CPU, where nothing is dropped
@@ -357,3 +358,25 @@ def agrees(model, layout, examples):
     finally:
         layout.is_row, layout.masks.row = False, None
         model.train(was_training)
+
+
+def prepare_model(model, tokenizer, seed=0):
+    """Prepare a model for examples that lie end to end, and for dropout that is a function of them; return its Layout.
+
+    Two examples are tried both ways. A model that answers otherwise where they lie end to end runs padded, and that is
+    said.
+    """
+    import dropout
+
+    masks = dropout.install(model, seed)
+    layout = Layout(model, masks, tokenizer.pad_token_id)
+    if dropout.draws_from_torch(model, masks):
+        log.warning(
+            "WARNING: some of this model's dropout is torch's own: its masks change with the number of processes"
+        )
+    encoded = tokenizer(["one two three, four; five. Six?", "seven"])
+    columns = {name: encoded[name] for name in ("input_ids", "token_type_ids") if name in encoded}
+    layout.is_row = agrees(model, layout, columns)
+    if not layout.is_row:
+        log.info("this model needs padding: its examples run padded, those of like length together")
+    return layout

@@ -22,10 +22,13 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import common
+import processes
 import writer
-from cache import digest, sha256, write_json
-from common import BadInput, log
-from reader import BadRow, check_file, count_rows, lines_of_text, nearest, place, read_rows, table_format, without_skip
+from files import CannotWrite, digest, sha256, write_json
+from labels import prediction_columns, prediction_rows
+from messages import BadInput, BadRow, format_duration, log, nearest, place, without_skip
+from predictor import start_exported
+from reader import check_file, count_rows, lines_of_text, read_rows, table_format
 from tasks import delimiter
 
 SECONDS_BETWEEN_LINES = 10
@@ -118,14 +121,14 @@ def arriving_lines(stream, encoding):
 def added_columns(task, top_k):
     """Return the names of the columns that are added to a table."""
     if not top_k or task.is_regression:
-        return common.prediction_columns(task)
+        return prediction_columns(task)
     numbers = range(1, min(top_k, len(task.labels)) + 1)
     return ["predicted_label", "probability", *(f"{part}_{n}" for n in numbers for part in ("label", "probability"))]
 
 
 def labelled(task, rows, logits, columns, top_k):
     """Yield rows with what their logits (rows, outputs) say."""
-    for row, values in zip(rows, common.prediction_rows(task, logits), strict=True):
+    for row, values in zip(rows, prediction_rows(task, logits), strict=True):
         if top_k and not task.is_regression:
             values = [*values[:2], *(part for pair in likeliest(task, values, top_k) for part in pair)]
         yield {**row, **dict(zip(columns, values, strict=True))}
@@ -156,7 +159,7 @@ def row_of_text(task, args):
 
 def show(task, logits, top_k):
     """Print every label of one text with its probability, likeliest first; in regression the value."""
-    (values,) = common.prediction_rows(task, logits)
+    (values,) = prediction_rows(task, logits)
     if task.is_regression:
         print(f"{values[0]:.4f}")
         return
@@ -166,7 +169,7 @@ def show(task, logits, top_k):
 
 def predict_stream(predictor, args, columns):
     """Write what is predicted of standard input, of --text, or of a table, each part as soon as it is known."""
-    from parts import windows
+    from chunks import windows
 
     task, kind = predictor.task, "tsv"
     if args.input == "-":
@@ -221,7 +224,7 @@ class Progress:
         self.last_line = now
         rate, words = self.computed / (now - self.started), f"{self.rows:,} rows"
         if self.total and self.rows < self.total and rate:
-            words = f"{self.rows:,} of {self.total:,} rows, {common.clock((self.total - self.rows) / rate)} left"
+            words = f"{self.rows:,} of {self.total:,} rows, {format_duration((self.total - self.rows) / rate)} left"
         log.info(f"{words}, {rate:,.0f} rows/s")
 
 
@@ -238,7 +241,7 @@ def settings_of(predictor, source, args, precision):
 
 def predict_file(predictor, source, output, args, columns, accelerator):
     """Write a table's predictions to `output`; return what the manifest says of it. Every process calls this."""
-    from parts import Parts
+    from chunks import Parts
 
     task, started = predictor.task, time.monotonic()
     settings = settings_of(predictor, source, args, accelerator.mixed_precision)
@@ -254,7 +257,7 @@ def predict_file(predictor, source, output, args, columns, accelerator):
                     for row in labelled(task, rows, logits, columns, args.top_k):
                         write(row)
                     number += len(rows)
-    except writer.CannotWrite:  # the parts stay: once there is room, the same command goes on
+    except CannotWrite:  # the parts stay: once there is room, the same command goes on
         raise
     except BadInput:
         parts.remove()
@@ -263,7 +266,7 @@ def predict_file(predictor, source, output, args, columns, accelerator):
         writer.write_bad_rows(f"{output}.bad_rows.csv", bad_rows)
         parts.remove()
         seconds, words = time.monotonic() - started, f", {len(bad_rows)} bad rows left out" if bad_rows else ""
-        log.info(f"{output}: {number:,} rows in {common.clock(seconds)}, {number / seconds:,.0f} rows/s{words}")
+        log.info(f"{output}: {number:,} rows in {format_duration(seconds)}, {number / seconds:,.0f} rows/s{words}")
         made = {"input": str(source), "rows": number, "bad_rows": len(bad_rows), "sha256": sha256(output)}
         made["settings"] = digest(settings, args.top_k)
     accelerator.wait_for_everyone()
@@ -357,9 +360,9 @@ def main():
     # Standard output is for predictions: what the script says of itself goes to standard error.
     threads, exported, started = None, args.model and onnx_file(args.model), time.perf_counter()
     if exported:
-        accelerator, threads = common.start_exported(args, stream=sys.stderr)
+        accelerator, threads = start_exported(args, stream=sys.stderr)
     else:
-        accelerator = common.start(args, stream=sys.stderr)
+        accelerator = processes.start(args, stream=sys.stderr)
     is_file = args.input not in (None, "-") and args.output
     if accelerator.num_processes > 1 and not is_file:
         raise BadInput("several processes share a file with an --output", "For this: python predict.py")
@@ -382,8 +385,8 @@ def main():
         predict_files(predictor, args, columns, accelerator)
     else:
         predict_file(predictor, args.input, args.output, args, columns, accelerator)
-    common.finish(accelerator)
+    processes.finish(accelerator)
 
 
 if __name__ == "__main__":
-    common.run(main)
+    processes.run(main)

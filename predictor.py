@@ -9,19 +9,25 @@ It writes no file and talks to no other process: an engine that runs one in each
 
 import gc
 import json
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
-import common
-import hardware
+import processes
 import tasks
-from cache import digest, sha256
-from common import BadInput
-from tokens import encode, padded
+from files import digest, sha256
+from labels import prediction_columns, prediction_rows
+from messages import BadInput, log
+from models import load_model, with_labels_of
+from packing import prepare_model
+from processes import log_to
+from tokenization import encode, padded
 
 ROWS_AT_A_TIME = 4096  # enough to find texts of like length among them
 
@@ -58,8 +64,8 @@ class Predictor:
 
     def table(self, texts):
         """Return what predict.py adds to a table: {column: values}. texts: as of logits."""
-        rows = list(common.prediction_rows(self.task, self.logits(texts)))
-        return {name: [row[at] for row in rows] for at, name in enumerate(common.prediction_columns(self.task))}
+        rows = list(prediction_rows(self.task, self.logits(texts)))
+        return {name: [row[at] for row in rows] for at, name in enumerate(prediction_columns(self.task))}
 
 
 def onnx_file(path):
@@ -82,11 +88,11 @@ def load(path, accelerator=None, batch_size=64, threads=None):
     from accelerate.utils import send_to_device
     from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-    import batching
-    import checkpoint
+    import tokenization
+    from models import model_folder
 
-    folder = checkpoint.model_folder(path)
-    model, tokenizer, facts = common.load_model(folder)
+    folder = model_folder(path)
+    model, tokenizer, facts = load_model(folder)
     task, _ = tasks.saved_task(folder)
     task = task or tasks.Task(
         name=Path(folder).name,
@@ -94,9 +100,9 @@ def load(path, accelerator=None, batch_size=64, threads=None):
         labels=None if model.config.num_labels > 1 else "regression",
         problem="multi_label" if model.config.problem_type == "multi_label_classification" else None,
     )
-    task = common.with_labels_of(model, facts, task)
-    task = replace(task, max_length=task.max_length or batching.longest_input(model, tokenizer))
-    layout = common.lay_out(model, tokenizer)
+    task = with_labels_of(model, facts, task)
+    task = replace(task, max_length=task.max_length or tokenization.longest_input(model, tokenizer))
+    layout = prepare_model(model, tokenizer)
     accelerator = accelerator or Accelerator()
     model = accelerator.prepare_model(model, evaluation_mode=True).eval()
 
@@ -149,7 +155,7 @@ def _exported(file, batch_size, threads):
     if task is None:
         raise BadInput(f"{file}: has no task.json beside it", "Keep all files together that export.py wrote.")
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or hardware.available_cores()
+    options.intra_op_num_threads = threads or processes.available_cores()
     try:
         session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
         columns = [of.name for of in session.get_inputs()]
@@ -165,3 +171,25 @@ def _exported(file, batch_size, threads):
 
     made_of = [*sorted(folder.glob(f"{file.name}*")), folder / "tokenizer.json", folder / "task.json"]
     return Predictor(task, tokenizer, forward, batch_size, made_of)
+
+
+def start_exported(args, stream=None):
+    """Return (what stands for the Accelerator where onnxruntime computes, threads): one process, and no torch."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise BadInput("onnxruntime computes in one process, the launcher started several", "Launch with python alone.")
+    if args.mixed_precision not in ("auto", "no"):
+        words = f"--mixed_precision {args.mixed_precision}: an exported model has its precision in it"
+        raise BadInput(words, "Drop the flag. Smaller and faster: export.py --quantize int8.")
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    threads, words = processes.choose_threads(
+        args.threads, os.environ.get("OMP_NUM_THREADS"), processes.available_cores(), 1, launched
+    )
+    log_to(stream or sys.stdout)
+    log.info(f"onnxruntime, cpu, 1 process, precision of the file, {words}")
+
+    def nothing(*_):
+        pass
+
+    alone = {"is_main_process": True, "process_index": 0, "num_processes": 1, "mixed_precision": "no"}
+    calls = {"wait_for_everyone": nothing, "free_memory": nothing, "end_training": nothing}
+    return SimpleNamespace(**alone, **calls), threads

@@ -12,8 +12,12 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from cache import write_text
-from common import BadInput, clock, log, score_words
+import batching
+import cache
+import inference
+from common import example_losses
+from files import write_text
+from messages import BadInput, format_duration, format_scores, log
 
 SECONDS_BETWEEN_LINES = 10
 
@@ -128,7 +132,7 @@ class Progress:
             left = (now - self.started) / step * (self.total_steps - step)
             log.info(
                 f"step {step}/{self.total_steps}, epoch {epoch:.2f}, loss {loss:.4f}, {rate}, "
-                f"{examples_per_second:.0f} examples/s, {clock(left)} left"
+                f"{examples_per_second:.0f} examples/s, {format_duration(left)} left"
             )
 
     def evaluation(self, evaluations, is_best):
@@ -144,8 +148,8 @@ class Progress:
             self._note("eval", step, values, name, {"loss": loss, **scores})
             log.info(
                 f"epoch {step / self.steps_per_epoch:.2f}, step {step} | train loss {loss_sum / examples:.4f}, "
-                f"{name} loss {loss:.4f}, lr {state.learning_rate:.2e} | {score_words(scores)} | "
-                f"majority: {score_words(evaluation['majority'])} | {clock(time.monotonic() - self.started)}"
+                f"{name} loss {loss:.4f}, lr {state.learning_rate:.2e} | {format_scores(scores)} | "
+                f"majority: {format_scores(evaluation['majority'])} | {format_duration(time.monotonic() - self.started)}"
                 f"{' | best' if is_best else ''}"
             )
         state.evaluation_seconds += self._seconds()
@@ -216,3 +220,59 @@ def start_trackers(accelerator, folder, project, settings, step):
     for tracker in accelerator.trackers:
         if tracker.name != "tensorboard":  # which would make a second run of them
             tracker.store_init_configuration(settings)
+
+
+def describe_run(task, args, accelerator, model, layout, plan, examples, validation_splits, progress, micro_batch):
+    """Log what the whole run will take, after a few steps of it; on a GPU also how its numbers differ from a CPU's.
+
+    plan: the global batches of the whole run; micro_batch: one that was trained on. The time is that of training and
+    evaluating, without the start.
+    """
+    processes, steps = accelerator.num_processes, len(plan)
+    of_process = math.ceil(args.batch_size / processes)
+    micro_batch_size = min(progress.state.micro_batch_size, of_process)
+    seconds, filled = np.sum(progress.intervals[len(progress.intervals) // 2 :], axis=0)  # the first steps warm up
+    rate = filled / seconds
+    lengths = cache.array_of(examples["train"], "length")
+    worth = batching.worth_of_a_pass(layout, accelerator.device)
+    training = batching.tokens_with_padding(lengths, plan, processes, micro_batch_size, worth) / rate
+    every = progress.steps_per_epoch if args.eval_every == "epoch" else int(args.eval_every)
+    evaluations = math.ceil(steps / every)
+    tokens = sum(int(cache.array_of(examples[name], "length").sum()) for name in validation_splits)
+    tokens += lengths.mean() * min(args.eval_train_rows or 0, len(lengths))
+    # A forward pass alone takes a third of a training step; with a frozen encoder, whose features are computed once
+    # for all epochs but not here, most of it. Once, the metrics are loaded.
+    bound, part = ("at most ", 1) if args.freeze == "encoder" else ("", 1 / 3)
+    evaluating = evaluations * tokens * part / rate + progress.state.evaluation_seconds
+    whole, parts = (
+        format_duration(training + evaluating),
+        f"{format_duration(training)} training, {format_duration(evaluating)} evaluating",
+    )
+    saved = sum(file.stat().st_size for file in (progress.lines.parent / "checkpoints").rglob("*") if file.is_file())
+    weights = sum(value.nbytes for value in model.state_dict().values())
+    memory = inference.peak_memory(accelerator.device) / 2**30
+    table = {
+        "steps": f"{steps} of {args.batch_size}, {progress.steps_per_epoch} an epoch; {evaluations} evaluations",
+        "batch": f"{args.batch_size} = {processes} process(es) x {of_process}, {micro_batch_size} at a time",
+        "memory": f"{memory:.2f} GiB in each process; the longest texts may need more",
+        "time": f"{bound}{whole} ({parts}), give or take 20 %",
+        "files": f"{args.output_dir}/: model/ {weights / 1e6:.0f} MB, and until then up to "
+        f"{args.keep_checkpoints + 2} checkpoints of {saved / 1e6:.0f} MB",
+    }
+    if accelerator.device.type != "cpu" and accelerator.is_main_process:
+        table["check"] = _check_against_cpu(task, accelerator, model, layout, micro_batch)
+    log.info("\n".join(f"{name:8}{words}" for name, words in table.items()))
+
+
+def _check_against_cpu(task, accelerator, model, layout, micro_batch):
+    """Return in words how far the device's numbers are from the CPU's; warn where that is too far."""
+
+    def loss_of(logits, labels):
+        return example_losses(task, logits, labels).mean()
+
+    logits, gradients = inference.compare_with_cpu(model, layout, micro_batch, loss_of, accelerator.autocast())
+    words = f"largest difference from fp32 on the CPU: logits {logits:.1e}, gradients {gradients:.1e}"
+    tolerance = inference.TOLERANCE[accelerator.mixed_precision]
+    if not (logits < tolerance and gradients < tolerance):  # NaN is not below anything, and no maximum
+        log.warning(f"WARNING: {accelerator.device.type.upper()} COMPUTES OTHER NUMBERS THAN THE CPU: {words}")
+    return words

@@ -14,9 +14,10 @@ import re
 import zipfile
 import zlib
 from contextlib import contextmanager
-from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
+
+from messages import BadInput, BadRow, nearest, place, without_skip
 
 # Characters in a field. Python's own limit of 131,072 is too low for documents, and without any limit one unclosed
 # quote makes the rest of a file a single field.
@@ -24,43 +25,13 @@ LONGEST_FIELD = 10_000_000
 csv.field_size_limit(LONGEST_FIELD)
 
 DELIMITERS = {"csv": ",", "tsv": "\t"}
-SKIP = "or leave such rows out: --on_bad_row skip."
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character, or a byte that could not be decoded
 BLANKS = " \t\r\n"  # of JSON
-
-
-class BadInput(Exception):
-    """What a user gave cannot be used: one line of reason and one of advice, shown without a traceback, exit code 2."""
-
-    def __init__(self, reason, advice):
-        self.reason = _one_line(reason)
-        self.advice = _one_line(advice)
-        super().__init__(f"{self.reason}\n{self.advice}")
-
-
-class BadRow(BadInput):
-    """A mistake in one row, which says nothing against the others: --on_bad_row skip leaves it out and goes on."""
-
-    def __init__(self, where, line, flaw, advice="Mend this row,"):
-        super().__init__(f"{place(where, line)}: {flaw}", f"{advice} {SKIP}")
-        self.line = line
-        self.flaw = _one_line(flaw)
-
-
-def _one_line(words):
-    """Return words that quote a file or a library without line breaks, and without what UTF-8 cannot write."""
-    return " ".join(words.splitlines()).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def fail(bad_row):
     """What happens to a BadRow unless the caller of read_rows knows better."""
     raise bad_row
-
-
-def nearest(name, names):
-    """Return ` (did you mean "x"?)` for the name in `names` most like `name`, or an empty string."""
-    matches = get_close_matches(str(name), [str(known) for known in names], n=1)
-    return f' (did you mean "{matches[0]}"?)' if matches else ""
 
 
 def table_format(path, has_lines=False):
@@ -77,12 +48,6 @@ def table_format(path, has_lines=False):
             ".gz, or .parquet; a file in an archive: archive.zip::folder/name.csv.",
         )
     return kind
-
-
-def place(path, number):
-    """Return the words for a row of a file, as messages name it: `FILE, line 7`, or `FILE, record 7`."""
-    has_records = str(path).lower().removesuffix(".gz").endswith((".json", ".parquet"))
-    return f"{path}, {'record' if has_records else 'line'} {number}"
 
 
 def read_rows(path, columns=None, quoting=None, encoding="utf-8", delimiter=None, on_bad_row=fail, texts=None):
@@ -158,11 +123,6 @@ def check_file(path):
     """Raise the BadInput of read_rows where a file is not there, so that this is said before torch is imported."""
     if not os.path.exists(str(path).partition("::")[0]):
         next(read_rows(path, texts=["text"]), None)
-
-
-def without_skip(advice):
-    """Return the advice about a row without that of leaving it out, for where this cannot be done."""
-    return advice.removesuffix(SKIP).rstrip(" ,") + "."
 
 
 # ------------------------------------------------------------------------------------------------- bytes and characters

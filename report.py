@@ -1,144 +1,16 @@
 """What is told of a run: what its data are like, what it will take, what it came to; results.json."""
 
 import json
-import math
 import platform
 from importlib.metadata import version
 
-import numpy as np
 import torch
+import yaml
 
 import analysis
-import batching
-import facts
 import metrics
-import uncertainty
 from cache import array_of
-from card import model_card, model_words  # noqa: F401 - for train.py
-from common import RunFailed, clock, example_losses, log, number_words, score_words
-from progress import Progress, start_trackers, tracker_names  # noqa: F401 - for train.py
-
-
-def describe_data(task, splits, examples, batches, micro_batch_size, accelerator, tokenizer, layout):
-    """Log the facts of the data, and what may be wrong with them; return the facts (see facts.data_facts)."""
-    special = tokenizer.num_special_tokens_to_add(pair=len(task.text) == 2)
-    lengths = array_of(examples["train"], "length")
-    of_epoch = batches[: math.ceil(len(lengths) / len(batches[0]))]
-    worth = batching.worth_of_a_pass(layout, accelerator.device)
-    computed = batching.tokens_with_padding(lengths, of_epoch, accelerator.num_processes, micro_batch_size, worth)
-    padding = 1 - sum(int(lengths[batch].sum()) for batch in of_epoch) / computed
-    data = facts.data_facts(task, splits, examples, special, padding)
-    for name, of_split in data["splits"].items():
-        log.info(f"{name}: {_split_words(task, of_split)}")
-    if not layout.is_row:
-        log.info(f"padding: {data['padding']:.1%} of what a step computes")
-    for warning in _data_warnings(task, splits, data):
-        log.warning(f"WARNING: {warning}")
-    return data
-
-
-def _split_words(task, of_split):
-    """Return the facts of one split in words."""
-    rows, tokens, labels = of_split["rows"], of_split["tokens"], list(of_split["labels"].items())
-    if task.is_regression:
-        words = ", ".join(f"{what} {value:.2f}" for what, value in labels)
-    else:
-        words = ", ".join(f"{label} {number:,} ({number / rows:.1%})" for label, number in labels[:10])
-    return (
-        f"{rows:,} rows | labels: {words} | tokens: median {tokens['median']:.0f}, 95 % up to {tokens['p95']:.0f}, "
-        f"longest {tokens['longest']}; {of_split['truncated']:.1%} of the texts cut, {of_split['unknown']:.2%} of the "
-        f"tokens unknown, {of_split['tokens_per_character']:.2f} a character"
-    )
-
-
-def _data_warnings(task, splits, data):
-    """Yield in words what may be wrong with the data."""
-
-    def example(split, row):
-        return repr(" / ".join(splits[split][row][column] for column in task.text)[:80])
-
-    of_train = data["splits"]["train"]
-    if of_train["unknown"] > 0.2:
-        chinese = facts.is_chinese(splits["train"][:1000][task.text[0]])
-        better = "google-bert/bert-base-chinese" if chinese else "FacebookAI/xlm-roberta-base"
-        unknown = f"{of_train['unknown']:.0%} OF THE TOKENS ARE UNKNOWN"
-        yield f"THE TOKENIZER DOES NOT KNOW THIS LANGUAGE: {unknown}. The model cannot read them; try --model {better}"
-    elif of_train["unknown"] > 0.01:
-        yield f"{of_train['unknown']:.1%} of the tokens are unknown to the tokenizer: does the model fit the language?"
-    for variants in data["label_variants"]:
-        yield f"labels that differ only in case or blanks: {', '.join(map(repr, variants))}; one class each"
-    for name, of_split in data["splits"].items():
-        found = of_split["conflicts"]
-        if found["texts"]:
-            row = example(name, found["position"])
-            yield f"{name}: {found['texts']} texts occur with different labels, such as {row}"
-    for name, found in data["duplicates"].items():
-        if found["rows"]:
-            row = example(name, found["position"])
-            words = f"{found['rows']} of {len(splits[name])} rows of {name} ({found['share']:.1%}) are in train too"
-            yield f"{words}: its scores are too good by that; such as {row}"
-    if words := few_rows(task, of_train["labels"]):
-        yield words
-
-
-def few_rows(task, counts):
-    """Return in words which classes have few rows in train, as facts.label_counts gives them; None where none has."""
-    few = [] if task.is_regression else [f"{name} ({rows})" for name, rows in counts.items() if rows < facts.FEW]
-    words = f"classes with fewer than {facts.FEW} rows in train: {', '.join(few[:10])}"
-    return f"{words}; methods made for few examples, such as SetFit, are likely better at them" if few else None
-
-
-def describe_run(task, args, accelerator, model, layout, plan, examples, validation_splits, progress, micro_batch):
-    """Log what the whole run will take, after a few steps of it; on a GPU also how its numbers differ from a CPU's.
-
-    plan: the global batches of the whole run; micro_batch: one that was trained on. The time is that of training and
-    evaluating, without the start.
-    """
-    processes, steps = accelerator.num_processes, len(plan)
-    of_process = math.ceil(args.batch_size / processes)
-    micro_batch_size = min(progress.state.micro_batch_size, of_process)
-    seconds, filled = np.sum(progress.intervals[len(progress.intervals) // 2 :], axis=0)  # the first steps warm up
-    rate = filled / seconds
-    lengths = facts.array_of(examples["train"], "length")
-    worth = batching.worth_of_a_pass(layout, accelerator.device)
-    training = batching.tokens_with_padding(lengths, plan, processes, micro_batch_size, worth) / rate
-    every = progress.steps_per_epoch if args.eval_every == "epoch" else int(args.eval_every)
-    evaluations = math.ceil(steps / every)
-    tokens = sum(int(facts.array_of(examples[name], "length").sum()) for name in validation_splits)
-    tokens += lengths.mean() * min(args.eval_train_rows or 0, len(lengths))
-    # A forward pass alone takes a third of a training step; with a frozen encoder, whose features are computed once
-    # for all epochs but not here, most of it. Once, the metrics are loaded.
-    bound, part = ("at most ", 1) if args.freeze == "encoder" else ("", 1 / 3)
-    evaluating = evaluations * tokens * part / rate + progress.state.evaluation_seconds
-    whole, parts = clock(training + evaluating), f"{clock(training)} training, {clock(evaluating)} evaluating"
-    saved = sum(file.stat().st_size for file in (progress.lines.parent / "checkpoints").rglob("*") if file.is_file())
-    weights = sum(value.nbytes for value in model.state_dict().values())
-    memory = facts.peak_memory(accelerator.device) / 2**30
-    table = {
-        "steps": f"{steps} of {args.batch_size}, {progress.steps_per_epoch} an epoch; {evaluations} evaluations",
-        "batch": f"{args.batch_size} = {processes} process(es) x {of_process}, {micro_batch_size} at a time",
-        "memory": f"{memory:.2f} GiB in each process; the longest texts may need more",
-        "time": f"{bound}{whole} ({parts}), give or take 20 %",
-        "files": f"{args.output_dir}/: model/ {weights / 1e6:.0f} MB, and until then up to "
-        f"{args.keep_checkpoints + 2} checkpoints of {saved / 1e6:.0f} MB",
-    }
-    if accelerator.device.type != "cpu" and accelerator.is_main_process:
-        table["check"] = _check_against_cpu(task, accelerator, model, layout, micro_batch)
-    log.info("\n".join(f"{name:8}{words}" for name, words in table.items()))
-
-
-def _check_against_cpu(task, accelerator, model, layout, micro_batch):
-    """Return in words how far the device's numbers are from the CPU's; warn where that is too far."""
-
-    def loss_of(logits, labels):
-        return example_losses(task, logits, labels).mean()
-
-    logits, gradients = facts.compare_with_cpu(model, layout, micro_batch, loss_of, accelerator.autocast())
-    words = f"largest difference from fp32 on the CPU: logits {logits:.1e}, gradients {gradients:.1e}"
-    tolerance = facts.TOLERANCE[accelerator.mixed_precision]
-    if not (logits < tolerance and gradients < tolerance):  # NaN is not below anything, and no maximum
-        log.warning(f"WARNING: {accelerator.device.type.upper()} COMPUTES OTHER NUMBERS THAN THE CPU: {words}")
-    return words
+from messages import RunFailed, format_duration, format_score, format_scores, in_red, log
 
 
 def results(args, task, facts, progress, evaluations, data, accelerator):
@@ -152,7 +24,7 @@ def results(args, task, facts, progress, evaluations, data, accelerator):
         "best_step": progress.state.best["step"],
         "scores": {name: evaluation["scores"] for name, evaluation in evaluations.items()},
         "intervals": {
-            name: uncertainty.intervals(task.metrics, evaluation["predictions"], evaluation["labels"])
+            name: metrics.intervals(task.metrics, evaluation["predictions"], evaluation["labels"])
             for name, evaluation in evaluations.items()
         },
         "majority_baseline": {name: evaluation["majority"] for name, evaluation in evaluations.items()},
@@ -165,12 +37,16 @@ def results(args, task, facts, progress, evaluations, data, accelerator):
 def summary(results):
     """Return the scores of a finished run as lines: each split's, the majority's, and 95 % intervals."""
     lines = [
-        f"{results['steps']} steps in {clock(results['train_seconds'])}, "
+        f"{results['steps']} steps in {format_duration(results['train_seconds'])}, "
         f"{results['train_examples_per_second']:.0f} examples/s; best at step {results['best_step']}"
     ]
     for split, scores in results["scores"].items():
-        lines.append(f"{split}: {score_words(scores)} (majority: {score_words(results['majority_baseline'][split])})")
-        lines.append(f"{split}, 95 % intervals: {uncertainty.words(results.get('intervals', {}).get(split, {}))}")
+        lines.append(
+            f"{split}: {format_scores(scores)} (majority: {format_scores(results['majority_baseline'][split])})"
+        )
+        lines.append(
+            f"{split}, 95 % intervals: {metrics.format_intervals(results.get('intervals', {}).get(split, {}))}"
+        )
     return "\n".join(lines)
 
 
@@ -183,7 +59,7 @@ def epoch_table(lines):
         # All splits of one evaluation come together; the time goes with the first of them.
         seconds, before = line["seconds"] - before, line["seconds"]
         numbers = [line["train_loss"], line["loss"], *(line["scores"][name] for name in names)]
-        rows.append([f"{line['epoch']:.2f}", line["split"], *map(number_words, numbers), clock(seconds)])
+        rows.append([f"{line['epoch']:.2f}", line["split"], *map(format_score, numbers), format_duration(seconds)])
     rows = [["epoch", "split", "train loss", "loss", *names, "h:mm:ss"], *rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join("  ".join(word.rjust(width) for word, width in zip(row, widths, strict=True)) for row in rows)
@@ -223,11 +99,6 @@ def lines_of(folder):
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
 
-def in_red(words):
-    """Return words as a terminal shows them in red; as they are where the log goes elsewhere."""
-    return f"\x1b[1;31m{words}\x1b[0m" if log.handlers and log.handlers[0].stream.isatty() else words
-
-
 def write_page(folder, task, results, evaluations, splits, examples):
     """Write report.html and plots/ of a run. Raises RunFailed where that does not work."""
     import page
@@ -253,7 +124,7 @@ def write_page(folder, task, results, evaluations, splits, examples):
     headline = {
         "title": task.name,
         "model": model_words(results),
-        "text": f"{results['steps']} steps in {clock(results['train_seconds'])}, "
+        "text": f"{results['steps']} steps in {format_duration(results['train_seconds'])}, "
         f"{results['train_examples_per_second']:.0f} examples/s; the best at step {results['best_step']}",
         "hint": overfitting(lines),
     }
@@ -285,7 +156,7 @@ def collapse(task, split, evaluation):
         if not task.is_multi_label:
             what += f": {constant if task.is_regression else task.labels[constant]!r}"
     elif limit is not None and not metrics.is_better(metric, score, limit):
-        words = f"{metric} {number_words(score)} to {number_words(limit)}"
+        words = f"{metric} {format_score(score)} to {format_score(limit)}"
         what = f"ON {split.upper()} THE MODEL IS NO BETTER THAN THE MAJORITY CLASS ({words})"
     else:
         return None
@@ -317,3 +188,100 @@ def environment(accelerator):
             "gradient_scaler": accelerator.scaler is not None,
         },
     }
+
+
+RECIPE = ("epochs", "batch_size", "learning_rate", "scheduler", "weight_decay", "freeze", "class_weights")
+
+
+def model_card(task, results):
+    """Return the README.md of a model folder. results: the content of results.json."""
+    about = {"library_name": "transformers", "pipeline_tag": "text-classification", "metrics": task.metrics}
+    if isinstance(results["model"], str):
+        about["base_model"] = results["model"]
+    if task.dataset:
+        about["datasets"] = [task.dataset["path"]]
+    settings = [f"{name} {results['settings'][name]}" for name in RECIPE]
+    return f"""---
+{yaml.safe_dump(about)}---
+
+# {task.name}
+
+A text classifier, {model_words(results)}.
+
+- Input: {" and ".join(task.text)}, up to {task.max_length} tokens.
+- Output: {_output_words(task)}.
+- Data: {task.source or task.dataset or ", ".join(task.files)}{f" ({task.licence})" if task.licence else ""}.
+- Recipe: {", ".join(settings)}, seed {results["seed"]}; {results["train_examples"]:,} examples seen in
+  {results["steps"]:,} steps, {results["mixed_precision"] if results["mixed_precision"] != "no" else "fp32"}.
+
+## Scores
+
+| split | metric | score | 95 % interval | majority class |
+|---|---|---|---|---|
+{_score_rows(results)}
+
+## Limits
+
+{_limits(task, results["data"]["splits"])}
+
+## Use
+
+```python
+from transformers import pipeline
+classify = pipeline("text-classification", model="THIS_FOLDER"{_pipeline_options(task)})
+print(classify({'"..."' if len(task.text) == 1 else '{"text": "...", "text_pair": "..."}'}))
+```
+"""
+
+
+def model_words(results):
+    """Return in words what a run started from."""
+    if not isinstance(results["model"], str):
+        return "trained from new weights"
+    commit = f" at commit {results['model_commit']}" if results["model_commit"] else ""
+    return f"fine-tuned from {results['model']}{commit}"
+
+
+def _output_words(task):
+    if task.is_regression:
+        return "a number"
+    return ("any number of " if task.is_multi_label else "one of ") + ", ".join(task.labels)
+
+
+def _score_rows(results):
+    rows = []
+    for split, scores in results["scores"].items():
+        for name, score in scores.items():
+            majority = results["majority_baseline"][split][name]
+            interval = metrics.format_intervals({name: results["intervals"][split][name]}).removeprefix(f"{name} ")
+            rows.append(f"| {split} | {name} | {format_score(score)} | {interval} | {format_score(majority)} |")
+    return "\n".join(rows)
+
+
+def _limits(task, data):
+    """Return what the facts of the data say that the model cannot be trusted with, as a list in Markdown."""
+    train, lines = data["train"], []
+    if task.is_regression:
+        lines.append("It answers any text with a number, one of another kind too.")
+    else:
+        labels = ", ".join(f"{label} {number:,}" for label, number in train["labels"].items())
+        lines.append(f"It answers any text with these labels, one of another kind too. It has seen of each: {labels}.")
+    tokens, number = train["tokens"], len(task.text)
+    words = "pairs" if number == 2 else "texts"
+    lines.append(
+        f"It learnt from {train['rows']:,} {words} of {tokens['median']:.0f} tokens (median), 95 % of them up to "
+        f"{tokens['p95']:.0f}: of longer ones it knows little. What lies beyond {task.max_length} tokens is not read."
+    )
+    if train["unknown"] >= 0.001:
+        lines.append(f"Its vocabulary does not hold {train['unknown']:.1%} of the tokens it learnt from.")
+    if task.is_multi_label:
+        cuts = ", ".join(f"{label} {cut:.2f}" for label, cut in zip(task.labels, task.thresholds, strict=True))
+        lines.append(f"A label applies from its own probability on, which transformers does not know: {cuts}.")
+    lines.append("The scores hold for texts like those of the splits above, and the intervals say how far.")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _pipeline_options(task):
+    if task.is_regression:
+        return ', function_to_apply="none"'
+    return ", top_k=None" if task.is_multi_label else ""

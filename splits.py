@@ -2,19 +2,18 @@
 
 import hashlib
 import json
-import logging
 from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
 
-from cache import array_of, cache_folder, cached_table, digest, download_file, write_json
-from hub import download, hub_commit
+from cache import array_of, cache_folder, cached_table, download, download_file, hub_commit
+from common import with_metrics
+from files import digest, write_json
 from labels import label_words, with_label_ids, with_label_names
-from reader import BadInput, BadRow, check_file, nearest, place, read_rows, table_format
-from tasks import SPLIT_NAMES, is_url, with_metrics
-
-log = logging.getLogger("classifier")
+from messages import BadInput, BadRow, log, nearest, place
+from reader import check_file, read_rows, table_format
+from tasks import SPLIT_NAMES, is_url
 
 # --------------------------------------------------------------------------------------------------- rows of a split
 

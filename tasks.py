@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import os
 import re
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -11,9 +10,8 @@ from pathlib import Path
 
 import yaml
 
-import metrics
-from cache import write_json
-from reader import BadInput, nearest
+from files import write_json
+from messages import BadInput, nearest
 
 DATA_FOLDER = Path(__file__).resolve().parent / "data"
 SPLIT_NAMES = ("train", "validation", "test")
@@ -239,9 +237,9 @@ def _check_split(split, path):
                 is_seed = isinstance(value, int) and not isinstance(value, bool) and value >= 0
                 fits = is_seed if name == "seed" else KINDS["a word"](value)
                 advice = "Write seed: 42, group: COLUMN."
-            case _, [int(start), int(end)]:
+            case [_, [int(start), int(end)]]:
                 fits = 0 <= start < end
-            case _, float():
+            case [_, float()]:
                 fits = 0 < value < 1 and name != "train"
             case _:
                 fits = False
@@ -251,48 +249,6 @@ def _check_split(split, path):
     for (first, name), (second, other) in pairwise(ranges):
         if second[0] < first[1]:
             raise BadInput(f'{path}: "split": {name} {first} and {other} {second} overlap', "A row has one split.")
-
-
-# ------------------------------------------------------------------------------------------- the flags of scripts
-
-
-def _flag_type(name, convert, is_allowed, words):
-    """Return a type of argparse for numbers; a text that is no number at all is an "invalid NAME value" to argparse."""
-
-    def checked(text):
-        if not is_allowed(text):
-            raise argparse.ArgumentTypeError(f"{text} is not {words}")
-        return convert(text)
-
-    checked.__name__ = name
-    return checked
-
-
-positive = _flag_type("positive", int, lambda text: text.isdecimal() and int(text) > 0, "a whole number above 0")
-count = _flag_type("count", int, lambda text: text.isdecimal(), "a whole number from 0")
-amount = _flag_type("amount", float, lambda text: 0 <= float(text) < math.inf, "a number from 0")
-share = _flag_type("share", float, lambda text: 0 <= float(text) < 1, "from 0 to below 1")
-
-
-def add_data_arguments(parser):
-    """Add the flags that say which data: the same in every script that reads a data set."""
-    add = parser.add_argument_group("data").add_argument
-    add("--task", metavar="NAME|FILE", help="a task of data/, or a YAML file of your own")
-    add("--dataset", metavar="ID[:CONFIG]", help="a data set of the Hub, without a YAML")
-    formats = "csv, tsv, json, jsonl (.gz), parquet; a path or URL"
-    for split in SPLIT_NAMES:
-        add(f"--{split}_file", metavar="FILE", help=f"{split} data: {formats}")
-    add("--text_columns", metavar="A[,B]", help="one text column, or two for pairs (default: text)")
-    add("--label_column", metavar="NAME", help="the column of labels (default: label)")
-    add("--group_column", metavar="NAME", help="rows of one value stay in one split, where splits are made")
-    add("--encoding", metavar="NAME", help="of text files (default: utf-8)")
-    add("--delimiter", metavar="MARK", help="between columns, such as ';' or tab (default: by the name)")
-    add("--on_bad_row", choices=["fail", "skip"], help="skip: leave bad rows out, list them (default: fail)")
-    add("--metrics", metavar="A[,B]", help="scores; the first one chooses the best checkpoint")
-    add("--max_length", type=positive, metavar="TOKENS", help="longer texts are cut (default: the model's limit)")
-    add("--truncate", choices=CHOICES["truncate"], help="which end of a long text to keep (default: head)")
-    add("--limit", action="append", metavar="SPLIT=N", help="use N rows of a split, drawn seeded and stratified")
-    add("--refresh", action="store_true", help="ask the Hub for newer commits of the data and the model")
 
 
 def task_of(args, default=None):
@@ -366,24 +322,6 @@ def limits_of(texts):
             raise BadInput(f"--limit {text}: not SPLIT=N", "Write for example --limit train=1000.")
         limits[split] = int(number)
     return limits
-
-
-# ------------------------------------------------------------------------------------------- task.json
-
-
-def with_metrics(task):
-    """Return the task with its metrics, the usual ones where it names none. Its labels must be known (load_splits).
-
-    Raises BadInput for metrics that do not fit the problem.
-    """
-    usual = ["pearson", "spearmanr"] if task.is_regression else ["f1_macro", "accuracy"]
-    task = replace(task, metrics=task.metrics or (["f1_micro", "f1_macro"] if task.is_multi_label else usual))
-    try:
-        metrics.check(task.metrics, None if task.is_regression else len(task.labels), task.is_multi_label)
-    except ValueError as error:
-        reason, *advice = str(error).splitlines()
-        raise BadInput(f"task {task.name}: {reason}", " ".join(advice) or "Choose others with --metrics.") from None
-    return task
 
 
 def save_task(task, fingerprints, path):

@@ -17,7 +17,13 @@ from functools import partial
 from pathlib import Path
 
 import common
-from common import BadInput, log
+import processes
+import writer
+from files import digest
+from labels import majority_prediction, with_thresholds
+from messages import BadInput, log
+from models import freeze, load_model
+from packing import prepare_model
 
 # What imports torch is imported in the functions: it takes seconds, and --help and a mistake are to come at once.
 
@@ -117,9 +123,10 @@ def parse_arguments():
         raise BadInput(f"--seed {args.seed}: NumPy's limit is 2**32 - 1", "Give a smaller one.")
     if (task.is_regression or task.is_multi_label) and (args.label_smoothing or args.class_weights != "none"):
         raise BadInput("--label_smoothing and --class_weights are for tasks with one class for each text", "Drop them.")
-    import checkpoint
+    import preemption
+    from files import sha256
 
-    checkpoint.save_interval(args.save_every, steps_per_epoch=1)
+    preemption.save_interval(args.save_every, steps_per_epoch=1)
     settings = {name: value for name, value in vars(args).items() if name not in BOOKKEEPING}
     if not args.output_dir:
         given = {name: value for name, value in settings.items() if value != parser.get_default(name)}
@@ -127,7 +134,7 @@ def parse_arguments():
     of_task = ("text", "label", "labels", "problem", "metrics", "max_length", "truncate", "splits", "split", "limit")
     model = args.model or task.model
     if isinstance(model, dict):  # its vocabulary counts, not where the file lies
-        model = {**model, "vocab": checkpoint.sha256(model["vocab"]) if Path(model["vocab"]).is_file() else None}
+        model = {**model, "vocab": sha256(model["vocab"]) if Path(model["vocab"]).is_file() else None}
     return args, task, {**settings, **{key: getattr(task, key) for key in of_task}, "model": model}
 
 
@@ -139,18 +146,18 @@ def run_name(name, given):
             value = "+".join(map(str, value)) if isinstance(value, list) else str(value).replace(",", "+")
             words.append(f"{key}={Path(value).name}")  # of a model, the last part of its name
     name = ",".join(words)
-    return name if len(name) <= 150 else f"{name[:140]},{common.digest(name)[:8]}"  # a folder name has 255 bytes
+    return name if len(name) <= 150 else f"{name[:140]},{digest(name)[:8]}"  # a folder name has 255 bytes
 
 
 def start(args):
     """Return (accelerator, watch): with the run's trackers; for signals that ask the run to end."""
-    import checkpoint
-    import report
+    import preemption
+    import progress
 
-    trackers = report.tracker_names(args.trackers)
+    trackers = progress.tracker_names(args.trackers)
     options = {} if args.dry_run else {"log_with": trackers, "project_dir": args.output_dir}
-    accelerator = common.start(args, **options)
-    return accelerator, checkpoint.Watch(accelerator)
+    accelerator = processes.start(args, **options)
+    return accelerator, preemption.Watch(accelerator)
 
 
 def build_optimizer(model, args):
@@ -188,14 +195,15 @@ def choose_micro_batch_size(args, state, share, limit, probe):
 
 def score(splits, task, model, accelerator, batch_size, layout, majority, watch, thresholds_of=None):
     """Return (task, {split: common.evaluate}); of several labels, with thresholds that one of the splits chooses."""
-    import batching
+    import cache
+    import inference
 
-    labels = {name: batching.array_of(examples, "label") for name, examples in splits.items()}
+    labels = {name: cache.array_of(examples, "label") for name, examples in splits.items()}
     given = (accelerator, batch_size, layout, watch)
-    logits = {name: batching.all_logits(model, examples, *given) for name, examples in splits.items()}
+    logits = {name: inference.compute_logits(model, examples, *given) for name, examples in splits.items()}
     if thresholds_of and task.is_multi_label:
-        task = common.with_thresholds(task, logits[thresholds_of], labels[thresholds_of])
-    return task, {name: common.evaluate(task, logits[name], labels[name], majority) for name in splits}
+        task = with_thresholds(task, logits[thresholds_of], labels[thresholds_of])
+    return task, {name: common.score_logits(task, logits[name], labels[name], majority) for name in splits}
 
 
 def main():
@@ -203,8 +211,14 @@ def main():
     from accelerate.utils import send_to_device, set_seed
 
     import batching
+    import cache
     import checkpoint
+    import inference
+    import preemption
+    import progress
     import report
+    import tokenization
+    from facts import describe_data
 
     accelerator, watch = start(args)
 
@@ -215,19 +229,19 @@ def main():
     splits = {name: rows for name, rows in splits.items() if args.final_test or name not in tests}
     settings["mixed_precision"] = accelerator.mixed_precision  # what "auto" has come to
     run = (Path(args.output_dir), settings, fingerprints, args.resume, args.overwrite)
-    finished = None if args.dry_run else common.on_main_process(accelerator, checkpoint.look_at, *run)
+    finished = None if args.dry_run else processes.on_main_process(accelerator, checkpoint.look_at, *run)
     if finished:
         report.already_complete(run[0], finished, args.final_test)
-        return common.finish(accelerator)
+        return processes.finish(accelerator)
 
     place = tempfile.TemporaryDirectory(prefix="dry-run-") if args.dry_run else nullcontext(args.output_dir)
     with place as name, checkpoint.claimed(folder := Path(name), accelerator) as state:
         # Model and tokens. The same seed gives every process the same new head.
         set_seed(args.seed)
-        model, tokenizer, facts = common.load_model(args.model or task.model, task, args.refresh)
-        task, examples = batching.tokenize_splits(task, splits, fingerprints, model, tokenizer)
-        labels = batching.array_of(examples["train"], "label")
-        majority = common.majority(task, labels)
+        model, tokenizer, facts = load_model(args.model or task.model, task, args.refresh)
+        task, examples = tokenization.tokenize_splits(task, splits, fingerprints, model, tokenizer)
+        labels = cache.array_of(examples["train"], "label")
+        majority = majority_prediction(task, labels)
 
         # The plan: the same global batches whatever the number of processes.
         steps_per_epoch = math.ceil(len(examples["train"]) / args.batch_size)
@@ -236,8 +250,8 @@ def main():
         batches = whole_plan[:DRY_RUN_STEPS] if args.dry_run else whole_plan
 
         # Model and optimiser are prepared; the schedule is not: accelerate would step it once per process.
-        layout = common.lay_out(model, tokenizer, args.seed)
-        common.freeze(model, args.freeze)
+        layout = prepare_model(model, tokenizer, args.seed)
+        freeze(model, args.freeze)
         if args.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         optimizer = build_optimizer(model, args)
@@ -248,14 +262,14 @@ def main():
         class_weights = common.balanced_weights(task, labels).to(accelerator.device) if is_weighted else None
 
         # Go on where this run was saved, or begin. Each process loads its share of the steps that remain.
-        path, limit = common.on_main_process(accelerator, checkpoint.begin, folder, *run[1:])
+        path, limit = processes.on_main_process(accelerator, checkpoint.begin, folder, *run[1:])
         training = (accelerator, state, plain_model, optimizer.optimizer, scheduler)
         checkpoint.load(path, *training)
-        probe = partial(batching.largest_micro_batch, accelerator, plain_model, layout, examples["train"])
+        probe = partial(inference.largest_micro_batch, accelerator, plain_model, layout, examples["train"])
         share = math.ceil(args.batch_size / accelerator.num_processes)
         state.micro_batch_size = choose_micro_batch_size(args, state, share, limit, partial(probe, share))
         described = (task, splits, examples, batches, state.micro_batch_size, accelerator, tokenizer, layout)
-        data = report.describe_data(*described)
+        data = describe_data(*described)
         if args.freeze == "encoder" and not args.dry_run:  # it runs once over each split, not in each step
             layout, examples = common.features_of(plain_model, layout, examples, accelerator, args, state)
 
@@ -271,10 +285,10 @@ def main():
             evaluated = {name: batching.sample(rows, args.eval_batch_size) for name, rows in evaluated.items()}
         plan = (batches[state.step :], accelerator, state.micro_batch_size, layout, args.num_workers)
         loader = iter(batching.step_loader(examples["train"], *plan))
-        progress = report.Progress(accelerator, folder, state, total_steps, steps_per_epoch)
+        progress = progress.Progress(accelerator, folder, state, total_steps, steps_per_epoch)
         if accelerator.is_main_process:
-            common.write_bad_rows(folder / "bad_rows.csv", bad_rows)
-        report.start_trackers(accelerator, folder, task.name, settings, state.step)
+            writer.write_bad_rows(folder / "bad_rows.csv", bad_rows)
+        progress.start_trackers(accelerator, folder, task.name, settings, state.step)
 
         def save():
             progress.read()
@@ -283,7 +297,7 @@ def main():
             return is_saved
 
         # Now we train. Between two steps the run is evaluated, saved, ended, or gone on with.
-        with watch.training(save, checkpoint.save_interval(args.save_every, steps_per_epoch), state.step):
+        with watch.training(save, preemption.save_interval(args.save_every, steps_per_epoch), state.step):
             while True:
                 is_over = state.step == len(batches) or (args.dry_run and progress.has_timed_enough())
                 saves = watch.look(state.step)
@@ -329,8 +343,8 @@ def main():
         progress.close()
         if args.dry_run:
             whole = (whole_plan, examples, validation_splits)
-            report.describe_run(task, args, accelerator, plain_model, layout, *whole, progress, micro_batch)
-            return common.finish(accelerator, model, optimizer)
+            progress.describe_run(task, args, accelerator, plain_model, layout, *whole, progress, micro_batch)
+            return processes.finish(accelerator, model, optimizer)
 
         # The best model: scored once more, for all that the report tells, and written once.
         checkpoint.load_best(folder, state.best, plain_model)
@@ -343,8 +357,8 @@ def main():
             checkpoint.write_model(folder, plain_model, tokenizer, task, fingerprints, majority, results, card)
         report.say_results(folder, task, results, of_best, progress)
         del loader, scheduler, plain_model, probe, save
-        common.finish(accelerator, model, optimizer)
+        processes.finish(accelerator, model, optimizer)
 
 
 if __name__ == "__main__":
-    common.run(main)
+    processes.run(main)

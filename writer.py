@@ -3,23 +3,15 @@
 import csv
 import gzip
 import json
-import os
 from contextlib import contextmanager
 from pathlib import Path
 
-from reader import BadInput, table_format
+from files import whole
+from messages import BadInput
+from reader import table_format
 
 KINDS = ("csv", "tsv", "jsonl", "parquet")
 ROWS_OF_A_GROUP = 10_000  # in Parquet
-
-
-class CannotWrite(BadInput):
-    """A disk that is full, a folder that may not be written to: nothing is wrong with the rows."""
-
-    def __init__(self, path, error):
-        super().__init__(
-            f"{path}: cannot be written ({error.strerror or error})", "Make room there, or choose another place."
-        )
 
 
 def check_output(path):
@@ -36,19 +28,6 @@ def csv_row_writer(stream):
     plain = csv.writer(stream, lineterminator="\n")
     quoted = csv.writer(stream, lineterminator="\n", quoting=csv.QUOTE_ALL)
     return lambda row: (quoted if any("\r" in str(field) for field in row) else plain).writerow(row)
-
-
-@contextmanager
-def whole(path):
-    """Yield a temporary name for a file, which gets its own at the end, where no error came."""
-    temporary = Path(f"{path}.tmp")  # always the same: what a killed process left is written anew
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise CannotWrite(path, error) from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_csv(path, header, rows):

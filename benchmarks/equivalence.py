@@ -33,15 +33,15 @@ LAYOUTS = {  # name: (words, launcher, flags)
 
 def train_in_float64(arguments):
     """Run train.py with these arguments, its model in float64."""
-    import common
+    from models import load_model
 
-    load_model = common.load_model
+    load_model = load_model
 
     def load_double(*given):
         model, tokenizer, facts = load_model(*given)
         return model.double(), tokenizer, facts
 
-    common.load_model = load_double
+    load_model = load_double
     sys.argv = ["train.py", *arguments]
     runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 

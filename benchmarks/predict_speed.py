@@ -76,11 +76,11 @@ CONTENDERS = {  # name: (words, function, the one to compare with)
 
 def prepare(args, folder):
     """Train a model for one step in a folder (run/), and write the rows there: rows.jsonl and a few.jsonl."""
-    import common
+    import processes
     from splits import load_splits
     from tasks import read_task
 
-    common.quieten_libraries()
+    processes.quieten_libraries()
     task, splits, _, _ = load_splits(read_task(args.task))
     limits = [word for name in splits for word in ("--limit", f"{name}=64")]
     command = ["--task", args.task, "--model", args.model, "--max_steps", "1", *limits]

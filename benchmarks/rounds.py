@@ -23,7 +23,7 @@ CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve
 
 
 def argument_parser(description, contenders):
-    from hardware import available_cores
+    from processes import available_cores
 
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5, help="of each contender (default: %(default)s)")
@@ -125,7 +125,7 @@ def surroundings(args):
     """Return the command, the hardware and the versions that numbers depend on."""
     import torch
 
-    import hardware
+    import processes
 
     cpu = Path("/proc/cpuinfo")
     names = [line.partition(":")[2].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")]
@@ -139,9 +139,9 @@ def surroundings(args):
         "command": f"python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}".strip(),
         "hardware": {
             "cpu": names[0] if names else platform.machine(),
-            "cores": hardware.available_cores(),
+            "cores": processes.available_cores(),
             "threads": args.threads,
-            "cpu_flags": [flag for flag in CPU_FLAGS if flag in hardware.cpu_flags()],
+            "cpu_flags": [flag for flag in CPU_FLAGS if flag in processes.cpu_flags()],
             "gpu": torch.cuda.get_device_name() if args.device == "cuda" else None,
         },
         "versions": versions,
@@ -149,7 +149,7 @@ def surroundings(args):
 
 
 def write(path, content):
-    from cache import write_json
+    from files import write_json
 
     if path:
         write_json(path, content)

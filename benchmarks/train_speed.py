@@ -77,13 +77,14 @@ def ours(args, flags=(), patch=None):
 
 def load(args):
     """Return (task, model, tokenizer, rows, tokens): the train split, as texts and tokenised, as the examples do it."""
-    import common
+    import processes
+    from models import load_model
     from splits import load_splits
     from tasks import read_task
 
-    common.quieten_libraries()
+    processes.quieten_libraries()
     task, splits, _, _ = load_splits(read_task(args.task))
-    model, tokenizer, _ = common.load_model(args.model, task)  # a plain model of transformers', in float32
+    model, tokenizer, _ = load_model(args.model, task)  # a plain model of transformers', in float32
     rows = splits["train"].select_columns([*task.text, "label"])
     limit = task.max_length or model.config.max_position_embeddings
 
@@ -240,16 +241,16 @@ LAUNCHED = ("ours_launched", "plain_loop")
 
 
 def padded():
-    import common
+    from packing import prepare_model
 
-    lay_out = common.lay_out
+    lay_out = prepare_model
 
     def lay_out_padded(*given):
         layout = lay_out(*given)
         layout.is_row = False
         return layout
 
-    common.lay_out = lay_out_padded
+    prepare_model = lay_out_padded
 
 
 def padded_to_the_longest():
@@ -305,21 +306,21 @@ def adamw_not_fused():
 
 
 def nothing_of_ours():
-    import common
+    from packing import prepare_model
 
     padded_to_the_longest()
     torch_dropout()
     fresh_memory()
     small_pages()
     adamw_not_fused()
-    lay_out = common.lay_out
+    lay_out = prepare_model
 
     def lay_out_with_sdpa(model, *given):
         layout = lay_out(model, *given)
         model.set_attn_implementation("sdpa")
         return layout
 
-    common.lay_out = lay_out_with_sdpa
+    prepare_model = lay_out_with_sdpa
 
 
 def replace(owner, name, value):
@@ -368,10 +369,11 @@ def new_model(architecture, like, folder):
     """Write a model of this architecture with new weights into the folder: with the sizes and tokenizer of `like`."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    import common
+    import processes
+    from models import load_model
 
-    common.quieten_libraries()
-    model, tokenizer, _ = common.load_model(like)
+    processes.quieten_libraries()
+    model, tokenizer, _ = load_model(like)
     sizes = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
     sizes += ["max_position_embeddings", "type_vocab_size", "pad_token_id"]
     values = {name: getattr(model.config, name) for name in sizes}

@@ -214,13 +214,13 @@ def run_inside(monkeypatch, capfd):
 @pytest.fixture
 def log_lines(monkeypatch):
     """The lines that a test's own process logs."""
-    import common
+    from messages import log
 
     lines = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
-    monkeypatch.setattr(common.log, "handlers", [handler])
-    common.log.setLevel(logging.INFO)
+    monkeypatch.setattr(log, "handlers", [handler])
+    log.setLevel(logging.INFO)
     return lines
 
 

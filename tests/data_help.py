@@ -17,7 +17,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from reader import BadInput
+from messages import BadInput
 from splits import load_splits
 from tasks import Task
 

@@ -65,7 +65,7 @@ def test_a_model_that_says_how_sure_it_is_has_no_calibration_error():
 def test_mistakes_come_worst_first():
     logits = np.array([[2.0, 0, 0], [0, 1.0, 0], [0, 3.0, 0], [0, 0, 1.0]], dtype=np.float32)
     labels = np.array([0, 0, 0, 2])
-    numbers, losses = analysis.mistakes(TASK, common.evaluate(TASK, logits, labels, majority=0))
+    numbers, losses = analysis.mistakes(TASK, common.score_logits(TASK, logits, labels, majority=0))
     assert numbers.tolist() == [2, 1]
     assert losses == pytest.approx([np.log(2 + np.e**3), np.log(2 + np.e)])
 
@@ -110,7 +110,7 @@ def test_bars_are_scores_of_32_examples_each():
 def test_what_analyse_says_of_each_kind_of_task():
     logits, labels = of_classes(2)
     lengths = np.arange(200) % 50 + 3
-    result = common.evaluate(TASK, logits, labels, majority=0)
+    result = common.score_logits(TASK, logits, labels, majority=0)
     content = analysis.analyse(TASK, result, lengths, {"source": ["web"] * 100 + ["book"] * 100})
     assert set(content) == {"slices", "classes", "never_predicted", "calibration", "confusion"}
     assert [part["slice"] for part in content["slices"]["source"]] == ["book", "web"]
@@ -118,12 +118,12 @@ def test_what_analyse_says_of_each_kind_of_task():
 
     regression = Task("r", text=["text"], labels="regression", metrics=["pearson"])
     values = np.random.default_rng(0).normal(size=(50, 1)).astype(np.float32)
-    result = common.evaluate(regression, values, values[:, 0] * 2, majority=0.0)
+    result = common.score_logits(regression, values, values[:, 0] * 2, majority=0.0)
     content = analysis.analyse(regression, result, np.arange(50), {})
     assert set(content) == {"slices"}
 
     logits = np.array([[3.0, -3.0], [3.0, -1.0]], dtype=np.float32)
     labels = np.array([[1, 0], [1, 1]])
-    result = common.evaluate(SEVERAL, logits, labels, majority=[1, 0])
+    result = common.score_logits(SEVERAL, logits, labels, majority=[1, 0])
     content = analysis.analyse(SEVERAL, result, np.array([3, 4]), {})
     assert content["never_predicted"] == ["y"] and "confusion" not in content

@@ -13,9 +13,12 @@ from datasets import Dataset
 
 import batching
 import cache
-import common
+import inference
 import packing
-from reader import BadInput
+import tokenization
+from messages import BadInput, Preempted, RunFailed
+from models import load_model
+from packing import prepare_model
 from tasks import Task
 
 TASK = Task(name="reviews", text=["text"], labels=["negative", "positive"])
@@ -34,14 +37,14 @@ def rows():
 
 @pytest.fixture
 def model_and_tokenizer(tiny_bert):
-    model, tokenizer, _ = common.load_model(str(tiny_bert), TASK)
+    model, tokenizer, _ = load_model(str(tiny_bert), TASK)
     return model.eval(), tokenizer
 
 
 @pytest.fixture
 def layout(model_and_tokenizer):
     """The layout of this model: one row."""
-    layout = common.lay_out(*model_and_tokenizer, seed=1)
+    layout = prepare_model(*model_and_tokenizer, seed=1)
     assert layout.is_row
     return layout
 
@@ -130,7 +133,7 @@ def test_tokens_with_padding_are_those_that_the_loader_lays_out(
 ):
     """Also where a process has none of the last batch's examples: it computes one, that is not counted."""
     task = Task(name="", text=["text"], labels=["no", "yes"])
-    model, _, _ = common.load_model(bert_config(vocabulary), task)
+    model, _, _ = load_model(bert_config(vocabulary), task)
     layout = packing.Layout(model, masks=None, pad_token_id=0)
     layout.is_row = is_row
     number = 4 * batch_size + 1
@@ -212,7 +215,7 @@ def test_step_loader_yields_the_plan_with_its_labels(rows, model_and_tokenizer, 
     """The examples of a step come longest first."""
     model, tokenizer = model_and_tokenizer
     layout.is_row = is_row
-    examples, _ = batching.tokenize(TASK, rows, "loader", model, tokenizer)
+    examples, _ = tokenization.tokenize(TASK, rows, "loader", model, tokenizer)
     plan = batching.plan(len(rows), 16, seed=3, steps=5)
     loader = batching.step_loader(examples, plan, accelerator, micro_batch_size=5, layout=layout)
     state = torch.random.get_rng_state()
@@ -243,7 +246,7 @@ def test_step_loader_yields_the_plan_with_its_labels(rows, model_and_tokenizer, 
 
 
 def test_workers_yield_what_the_process_itself_would(rows, model_and_tokenizer, layout, accelerator):
-    examples, _ = batching.tokenize(TASK, rows, "workers", *model_and_tokenizer)
+    examples, _ = tokenization.tokenize(TASK, rows, "workers", *model_and_tokenizer)
     plan = batching.plan(len(rows), 16, seed=3, steps=5)
     here, there = (batching.step_loader(examples, plan, accelerator, 5, layout, num_workers) for num_workers in (0, 2))
     for ours, theirs in zip(here, there, strict=True):
@@ -256,7 +259,7 @@ def test_workers_yield_what_the_process_itself_would(rows, model_and_tokenizer, 
 def test_a_loader_of_the_rest_of_a_plan_goes_on_where_the_whole_one_would(
     rows, model_and_tokenizer, layout, accelerator
 ):
-    examples, _ = batching.tokenize(TASK, rows, "rest", *model_and_tokenizer)
+    examples, _ = tokenization.tokenize(TASK, rows, "rest", *model_and_tokenizer)
     plan = batching.plan(len(rows), 16, seed=3, steps=7)
     whole, rest = (list(batching.step_loader(examples, part, accelerator, 16, layout)) for part in (plan, plan[4:]))
     for ours, theirs in zip(whole[4:], rest, strict=True):
@@ -269,7 +272,7 @@ def test_the_largest_micro_batch_is_found_by_halving(
 ):
     """A model of which so many examples fit into memory; the longest ones are tried, and nothing is left behind."""
     model, tokenizer = model_and_tokenizer
-    examples, _ = batching.tokenize(TASK, rows, "memory", model, tokenizer)
+    examples, _ = tokenization.tokenize(TASK, rows, "memory", model, tokenizer)
     longest = sorted(examples["length"], reverse=True)
     forward, tried = model.forward, []
 
@@ -285,9 +288,9 @@ def test_the_largest_micro_batch_is_found_by_halving(
     state = torch.random.get_rng_state()
     if found is None:
         with pytest.raises(BadInput, match="not even one example"):
-            batching.largest_micro_batch(accelerator, model, layout, examples, 16)
+            inference.largest_micro_batch(accelerator, model, layout, examples, 16)
     else:
-        assert batching.largest_micro_batch(accelerator, model, layout, examples, 16) == found
+        assert inference.largest_micro_batch(accelerator, model, layout, examples, 16) == found
     assert all(lengths == longest[: len(lengths)] for lengths in tried)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.equal(state, torch.random.get_rng_state())
@@ -297,10 +300,10 @@ def test_an_error_that_is_not_about_memory_is_not_taken_for_it(
     rows, model_and_tokenizer, layout, accelerator, monkeypatch
 ):
     model, tokenizer = model_and_tokenizer
-    examples, _ = batching.tokenize(TASK, rows, "memory", model, tokenizer)
+    examples, _ = tokenization.tokenize(TASK, rows, "memory", model, tokenizer)
     monkeypatch.setattr(model, "forward", lambda **inputs: (_ for _ in ()).throw(RuntimeError("shapes do not fit")))
     with pytest.raises(RuntimeError, match="shapes do not fit"):
-        batching.largest_micro_batch(accelerator, model, layout, examples, 16)
+        inference.largest_micro_batch(accelerator, model, layout, examples, 16)
 
 
 # --------------------------------------------------------------------------------------------------------- tokenising
@@ -308,13 +311,13 @@ def test_an_error_that_is_not_about_memory_is_not_taken_for_it(
 
 def test_tokens_are_made_once_and_cached_by_content(rows, model_and_tokenizer):
     model, tokenizer = model_and_tokenizer
-    examples, made = batching.tokenize(TASK, rows, "content-1", model, tokenizer)
+    examples, made = tokenization.tokenize(TASK, rows, "content-1", model, tokenizer)
     assert made
     assert examples["input_ids"][:] == tokenizer(rows["text"][:])["input_ids"]
-    assert not batching.tokenize(TASK, rows, "content-1", model, tokenizer)[1]
-    assert batching.tokenize(TASK, rows, "content-2", model, tokenizer)[1]
+    assert not tokenization.tokenize(TASK, rows, "content-1", model, tokenizer)[1]
+    assert tokenization.tokenize(TASK, rows, "content-2", model, tokenizer)[1]
     shorter = Task(name="", text=["text"], labels=TASK.labels, max_length=5)
-    cut, made = batching.tokenize(shorter, rows, "content-1", model, tokenizer)
+    cut, made = tokenization.tokenize(shorter, rows, "content-1", model, tokenizer)
     assert made
     assert max(cut["length"]) == 5
 
@@ -323,7 +326,7 @@ def test_a_broken_tokenising_leaves_nothing_in_the_cache(rows, model_and_tokeniz
     model, tokenizer = model_and_tokenizer
     monkeypatch.setattr(cache, "cache_folder", lambda: tmp_path)
     with pytest.raises(KeyError):
-        batching.tokenize(Task(name="", text=["nowhere"], labels=["a", "b"]), rows, "broken", model, tokenizer)
+        tokenization.tokenize(Task(name="", text=["nowhere"], labels=["a", "b"]), rows, "broken", model, tokenizer)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -331,10 +334,10 @@ def test_max_length_beyond_the_positions_and_ids_beyond_the_vocabulary_are_refus
     model, tokenizer = model_and_tokenizer
     too_long = Task(name="", text=["text"], labels=TASK.labels, max_length=33)
     with pytest.raises(BadInput, match=r"33 .* 32 positions"):
-        batching.tokenize(too_long, rows, "long", model, tokenizer)
+        tokenization.tokenize(too_long, rows, "long", model, tokenizer)
     model.set_input_embeddings(torch.nn.Embedding(8, 32))
     with pytest.raises(BadInput, match="vocabulary ends at 7"):
-        batching.tokenize(TASK, rows, "ids", model, tokenizer)
+        tokenization.tokenize(TASK, rows, "ids", model, tokenizer)
 
 
 def test_positions_of_roberta_start_after_its_padding(model_and_tokenizer):
@@ -349,7 +352,7 @@ def test_positions_of_roberta_start_after_its_padding(model_and_tokenizer):
         "vocab_size": 9,
     }
     model = RobertaForSequenceClassification(RobertaConfig(max_position_embeddings=20, pad_token_id=1, **small)).eval()
-    limit = batching.longest_input(model, tokenizer)
+    limit = tokenization.longest_input(model, tokenizer)
     assert limit == 18
     model(input_ids=torch.full((1, limit), 5))
     with pytest.raises((IndexError, RuntimeError)):
@@ -361,7 +364,7 @@ def test_the_way_of_cutting_is_part_of_the_cache_and_of_what_is_trained_on(rows,
     cut = {}
     for truncate in ("head", "tail", "head_tail"):
         task = Task(name="", text=["text"], labels=TASK.labels, max_length=7, truncate=truncate)
-        examples, made = batching.tokenize(task, rows, "ways of cutting", model, tokenizer)
+        examples, made = tokenization.tokenize(task, rows, "ways of cutting", model, tokenizer)
         assert made
         cut[truncate] = examples["input_ids"][:]
         assert all(ids[0] == tokenizer.cls_token_id and ids[-1] == tokenizer.sep_token_id for ids in cut[truncate])
@@ -373,7 +376,7 @@ def test_the_way_of_cutting_is_part_of_the_cache_and_of_what_is_trained_on(rows,
 
 def test_a_sample_is_the_same_one_and_keeps_the_shares(rows, model_and_tokenizer):
     model, tokenizer = model_and_tokenizer
-    examples, _ = batching.tokenize(TASK, rows, "sample", model, tokenizer)
+    examples, _ = tokenization.tokenize(TASK, rows, "sample", model, tokenizer)
     some = batching.sample(examples, 20)
     assert some["input_ids"][:] == batching.sample(examples, 20)["input_ids"][:]
     assert abs(sum(some["label"]) - sum(rows["label"]) / 2) <= 1
@@ -390,11 +393,11 @@ def test_logits_come_by_example_id_and_equal_the_model_on_each_alone(
 ):
     model, tokenizer = model_and_tokenizer
     plain = copy.deepcopy(model)
-    layout = common.lay_out(model, tokenizer)
+    layout = prepare_model(model, tokenizer)
     layout.is_row = is_row
-    examples, _ = batching.tokenize(TASK, rows, "logits", model, tokenizer)
+    examples, _ = tokenization.tokenize(TASK, rows, "logits", model, tokenizer)
     model.train()
-    logits = batching.all_logits(model, examples, accelerator, batch_size, layout)
+    logits = inference.compute_logits(model, examples, accelerator, batch_size, layout)
     assert model.training  # as it was
     with torch.no_grad():
         alone = [plain(**tokenizer(text, return_tensors="pt")).logits[0].numpy() for text in rows["text"]]
@@ -403,10 +406,10 @@ def test_logits_come_by_example_id_and_equal_the_model_on_each_alone(
 
 def test_an_example_evaluated_twice_is_an_error(rows, model_and_tokenizer, layout, accelerator, monkeypatch):
     model, tokenizer = model_and_tokenizer
-    examples, _ = batching.tokenize(TASK, rows, "twice", model, tokenizer)
+    examples, _ = tokenization.tokenize(TASK, rows, "twice", model, tokenizer)
     monkeypatch.setattr(batching, "gather_object", lambda parts: parts + parts[:1])
     with pytest.raises(RuntimeError, match="exactly once"):
-        batching.all_logits(model, examples, accelerator, 8, layout)
+        inference.compute_logits(model, examples, accelerator, 8, layout)
 
 
 class Watch:
@@ -418,7 +421,7 @@ class Watch:
     def look(self):
         self.looks += 1
         if self.looks == self.ends_at:
-            raise common.Preempted("SIGTERM")
+            raise Preempted("SIGTERM")
 
     def reset(self):
         self.resets += 1
@@ -426,26 +429,26 @@ class Watch:
 
 def test_an_evaluation_looks_for_signals_before_every_batch(rows, model_and_tokenizer, layout, accelerator):
     model, tokenizer = model_and_tokenizer
-    examples, _ = batching.tokenize(TASK, rows, "logits", model, tokenizer)
+    examples, _ = tokenization.tokenize(TASK, rows, "logits", model, tokenizer)
     watch = Watch()
-    batching.all_logits(model, examples, accelerator, 8, layout, watch)
+    inference.compute_logits(model, examples, accelerator, 8, layout, watch)
     assert (watch.looks, watch.resets) == (5, 2)  # 40 rows; before the first and after the last
-    with pytest.raises(common.Preempted):
-        batching.all_logits(model, examples, accelerator, 8, layout, Watch(ends_at=3))
+    with pytest.raises(Preempted):
+        inference.compute_logits(model, examples, accelerator, 8, layout, Watch(ends_at=3))
 
 
 @pytest.mark.parametrize(("ranks", "expected"), [(2, 3), (4, 2), (7, 1)])
 def test_all_processes_look_equally_often(rows, model_and_tokenizer, layout, monkeypatch, ranks, expected):
     """40 rows are five batches of 8, and no process may wait for the look of one that has had its last batch."""
     model, tokenizer = model_and_tokenizer
-    examples, _ = batching.tokenize(TASK, rows, "logits", model, tokenizer)
+    examples, _ = tokenization.tokenize(TASK, rows, "logits", model, tokenizer)
     gathered = []
     for rank in range(ranks):
         process = SimpleNamespace(num_processes=ranks, process_index=rank, device=torch.device("cpu"))
         monkeypatch.setattr(batching, "gather_object", lambda parts: gathered.extend(parts) or [])
         watch = Watch()
         with pytest.raises(RuntimeError, match="exactly once"):  # nothing was gathered from the others
-            batching.all_logits(model, examples, process, 8, layout, watch)
+            inference.compute_logits(model, examples, process, 8, layout, watch)
         assert watch.looks == expected
     assert sorted(example for batch, _ in gathered for example in batch.tolist()) == list(range(40))
 
@@ -454,15 +457,15 @@ def test_an_evaluation_that_does_not_fit_into_memory_says_what_to_do(
     rows, model_and_tokenizer, layout, accelerator, monkeypatch
 ):
     model, tokenizer = model_and_tokenizer
-    examples, _ = batching.tokenize(TASK, rows, "logits", model, tokenizer)
+    examples, _ = tokenization.tokenize(TASK, rows, "logits", model, tokenizer)
     words = "CUDA out of memory. Tried to allocate 2.00 GiB"
     monkeypatch.setattr(model, "forward", lambda **inputs: (_ for _ in ()).throw(RuntimeError(words)))
-    with pytest.raises(common.RunFailed, match=r"with 7 examples in an evaluation\nTry --eval_batch_size 4"):
-        batching.all_logits(model, examples, accelerator, 7, layout)
+    with pytest.raises(RunFailed, match=r"with 7 examples in an evaluation\nTry --eval_batch_size 4"):
+        inference.compute_logits(model, examples, accelerator, 7, layout)
 
 
 def test_a_model_without_a_limit_of_its_own_takes_the_tokenizers():
     """XLNet's positions are relative, and its configuration says -1."""
     config = SimpleNamespace(max_position_embeddings=-1)
     model = SimpleNamespace(config=config, named_modules=lambda: iter(()))
-    assert batching.longest_input(model, SimpleNamespace(model_max_length=77)) == 77
+    assert tokenization.longest_input(model, SimpleNamespace(model_max_length=77)) == 77

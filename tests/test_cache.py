@@ -14,7 +14,8 @@ import pytest
 from data_help import served, use_cache
 
 import cache
-from reader import BadInput
+from files import digest, write_json, write_text
+from messages import BadInput
 
 SCHEMA = pyarrow.schema([("text", pyarrow.string()), ("row", pyarrow.int64())])
 
@@ -26,10 +27,10 @@ def empty_cache(tmp_path, monkeypatch):
 
 
 def test_a_digest_is_the_same_everywhere():
-    assert cache.digest("rows", 1, ["a"], {"y": 1, "x": None}) == cache.digest("rows", 1, ["a"], {"x": None, "y": 1})
+    assert digest("rows", 1, ["a"], {"y": 1, "x": None}) == digest("rows", 1, ["a"], {"x": None, "y": 1})
     # printf '["rows", 1]' | sha256sum
-    assert cache.digest("rows", 1) == "36b914be43a193d5e4461abc7e0d693e"
-    assert cache.digest("a") != cache.digest(["a"])
+    assert digest("rows", 1) == "36b914be43a193d5e4461abc7e0d693e"
+    assert digest("a") != digest(["a"])
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
@@ -175,9 +176,9 @@ def test_a_refresh_that_fails_keeps_the_file(tmp_path):
 
 
 def test_write_json(tmp_path):
-    cache.write_json(tmp_path / "a.json", {"b": [1, None, 0.1], "a": "中"})
+    write_json(tmp_path / "a.json", {"b": [1, None, 0.1], "a": "中"})
     assert json.loads((tmp_path / "a.json").read_bytes()) == {"b": [1, None, 0.1], "a": "中"}
-    cache.write_json(tmp_path / "a.json", 2)  # replaces
+    write_json(tmp_path / "a.json", 2)  # replaces
     assert (tmp_path / "a.json").read_text() == "2\n"
     assert os.listdir(tmp_path) == ["a.json"]
 
@@ -188,15 +189,15 @@ def test_write_json(tmp_path):
     ids=["nan", "infinity", "no JSON", "no UTF-8"],
 )
 def test_json_that_cannot_be_written_leaves_the_old_file_and_nothing_else(tmp_path, content):
-    cache.write_json(tmp_path / "a.json", {"old": 1})
+    write_json(tmp_path / "a.json", {"old": 1})
     with pytest.raises((ValueError, TypeError)):
-        cache.write_json(tmp_path / "a.json", content)
+        write_json(tmp_path / "a.json", content)
     assert os.listdir(tmp_path) == ["a.json"]
     assert json.loads((tmp_path / "a.json").read_text()) == {"old": 1}
 
 
 def test_a_write_that_is_cut_short_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    cache.write_text(tmp_path / "a.txt", "old")
+    write_text(tmp_path / "a.txt", "old")
     at_the_end = []
 
     def full_disk(old, new):
@@ -205,7 +206,7 @@ def test_a_write_that_is_cut_short_leaves_the_old_file_and_nothing_else(tmp_path
 
     monkeypatch.setattr(os, "replace", full_disk)
     with pytest.raises(OSError, match="No space"):
-        cache.write_text(tmp_path / "a.txt", "new")
+        write_text(tmp_path / "a.txt", "new")
     assert at_the_end == [("new", "old")]  # written elsewhere, as a whole, before it takes the place
     assert os.listdir(tmp_path) == ["a.txt"] and (tmp_path / "a.txt").read_text() == "old"
 
@@ -223,6 +224,6 @@ def test_a_text_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", noting_sync)
     monkeypatch.setattr(os, "replace", noting_replace)
-    cache.write_text(tmp_path / "a.txt", "twelve bytes")
+    write_text(tmp_path / "a.txt", "twelve bytes")
     temporary = f"{tmp_path}/a.txt.{os.getpid()}.tmp"
     assert events == [("sync", temporary, 12), ("rename", temporary, f"{tmp_path}/a.txt")]

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import yaml
 
-from card import model_card
+from report import model_card
 from tasks import Task
 
 TASK = Task(

@@ -17,9 +17,10 @@ from test_preemption import ended, start, state_of
 from transformers import BertTokenizer
 
 import checkpoint
-import common
 import lock
-from reader import BadInput
+from files import put_back, put_in_place, sha256
+from messages import BadInput, Preempted, RunFailed, log
+from models import load_model, model_folder, trained
 from tasks import Task
 
 TASK = Task(name="reviews", text=["text"], labels=["negative", "positive"], files={"train": "train.csv"})
@@ -38,8 +39,8 @@ def accelerator():
 @pytest.fixture
 def told(caplog, monkeypatch):
     """What the scripts log: a fixture like caplog, whatever another test has done to their logger."""
-    monkeypatch.setattr(common.log, "propagate", True)
-    caplog.set_level("INFO", logger=common.log.name)
+    monkeypatch.setattr(log, "propagate", True)
+    caplog.set_level("INFO", logger=log.name)
     return caplog
 
 
@@ -183,7 +184,7 @@ def test_other_code_is_said_and_goes_on(finished, told, monkeypatch):
         (ValueError("no\nmore"), "failed", "no"),
         (OSError(), "failed", "OSError"),
         (SystemExit(1), "failed", "1"),
-        (common.Preempted("SIGTERM: gone"), "preempted", "SIGTERM: gone"),
+        (Preempted("SIGTERM: gone"), "preempted", "SIGTERM: gone"),
     ],
 )
 def test_a_failure_is_noted_and_goes_on(finished, accelerator, error, status, reason):
@@ -196,7 +197,7 @@ def test_a_failure_is_noted_and_goes_on(finished, accelerator, error, status, re
 
 
 def test_what_fails_before_the_run_began_changes_nothing(finished, accelerator):
-    for error in (BadInput("wrong", "mend it"), common.Preempted("SIGINT")):
+    for error in (BadInput("wrong", "mend it"), Preempted("SIGINT")):
         with pytest.raises(type(error)), checkpoint.claimed(finished, accelerator):
             raise error
     assert state_of(finished)["status"] == "done"
@@ -217,7 +218,7 @@ def test_the_first_process_that_fails_is_believed(finished):
 )
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate")])
 def test_out_of_memory_notes_half_the_micro_batch(finished, accelerator, size, words, half, error):
-    with pytest.raises(common.RunFailed, match=words), checkpoint.claimed(finished, accelerator) as state:
+    with pytest.raises(RunFailed, match=words), checkpoint.claimed(finished, accelerator) as state:
         checkpoint.begin(finished, SETTINGS, DATA)
         state.micro_batch_size = size
         raise error
@@ -444,7 +445,7 @@ def die_at_rename(number, monkeypatch):
 def test_a_save_that_fails_keeps_the_one_before_and_leaves_nothing_half(training, function, error, monkeypatch, told):
     training.steps(2).note_best()
     assert training.save()
-    before = {file: checkpoint.sha256(file) for file in training.folder.rglob("*") if file.is_file()}
+    before = {file: sha256(file) for file in training.folder.rglob("*") if file.is_file()}
     training.steps(2).note_best()
 
     def fails(*given):
@@ -453,7 +454,7 @@ def test_a_save_that_fails_keeps_the_one_before_and_leaves_nothing_half(training
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, function, fails)
         assert training.save() is False
-    assert {file: checkpoint.sha256(file) for file in training.folder.rglob("*") if file.is_file()} == before
+    assert {file: sha256(file) for file in training.folder.rglob("*") if file.is_file()} == before
     assert names(training.folder / "checkpoints") == ["step-00000002"]
     assert "step-00000004 could not be saved, training goes on: " in told.text and str(error) in told.text
     # The model of this step is not there, and cannot be the best.
@@ -467,7 +468,7 @@ def test_the_first_best_that_cannot_be_saved_is_none(training, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 10))
     assert training.save() is False
     assert training.state.best is None
-    with pytest.raises(common.RunFailed, match=r"no model could be saved.*\n.*the same command"):
+    with pytest.raises(RunFailed, match=r"no model could be saved.*\n.*the same command"):
         checkpoint.load_best(training.folder, training.state.best, training.model)
 
 
@@ -580,8 +581,8 @@ def fill(path, content):
 
 def test_a_folder_takes_the_place_of_another(tmp_path, monkeypatch):
     events = record(monkeypatch)
-    checkpoint.put_in_place(fill(tmp_path / "model.tmp", "new"), tmp_path / "model")
-    checkpoint.put_in_place(fill(tmp_path / "model.tmp", "newer"), tmp_path / "model")
+    put_in_place(fill(tmp_path / "model.tmp", "new"), tmp_path / "model")
+    put_in_place(fill(tmp_path / "model.tmp", "newer"), tmp_path / "model")
     assert (tmp_path / "model" / "file").read_text() == "newer" and names(tmp_path) == ["model"]
     moves = [(Path(event[1]).name, Path(event[2]).name) for event in events if event[0] == "rename"]
     assert moves == [("model.tmp", "model"), ("model", "model.old"), ("model.tmp", "model")]
@@ -594,7 +595,7 @@ def test_a_model_that_was_moved_aside_comes_back(finished, at, monkeypatch):
     (finished / "old").rename(finished / "model")
     die_at_rename(at, monkeypatch)
     with pytest.raises(Died):
-        checkpoint.put_in_place(fill(finished / "model.tmp", "new"), finished / "model")
+        put_in_place(fill(finished / "model.tmp", "new"), finished / "model")
     monkeypatch.undo()
     assert (finished / "model").exists() == (at == 1)
     checkpoint.write_state(finished, "running")
@@ -605,14 +606,14 @@ def test_a_model_that_was_moved_aside_comes_back(finished, at, monkeypatch):
 
 def test_a_moved_folder_goes_where_its_successor_came(tmp_path):
     fill(tmp_path / "model", "new"), fill(tmp_path / "model.old", "old")
-    checkpoint.put_back(tmp_path / "model")
+    put_back(tmp_path / "model")
     assert names(tmp_path) == ["model"] and (tmp_path / "model" / "file").read_text() == "new"
-    checkpoint.put_back(tmp_path / "nothing")
+    put_back(tmp_path / "nothing")
     assert names(tmp_path) == ["model"]
 
 
 def test_the_model_folder_is_whole_readable_and_the_last_thing_written(tmp_path, tiny_bert, vocabulary, monkeypatch):
-    model = common.load_model(str(tiny_bert), TASK)[0]
+    model = load_model(str(tiny_bert), TASK)[0]
     checkpoint.begin(tmp_path, SETTINGS, DATA)
     (tmp_path / "checkpoints").mkdir()
     results = {"scores": {}, "majority_baseline": {}, "best_step": 10, "mixed_precision": "no"}
@@ -630,8 +631,8 @@ def test_the_model_folder_is_whole_readable_and_the_last_thing_written(tmp_path,
     assert set(files.values()) == {0o640}
     assert names(tmp_path) == ["model", "results.json", "state.json"]
     assert state_of(tmp_path)["status"] == "done"
-    assert checkpoint.trained(tmp_path / "model") == ("no", 1)
-    assert checkpoint.trained(tmp_path) == ("auto", None)
+    assert trained(tmp_path / "model") == ("no", 1)
+    assert trained(tmp_path) == ("auto", None)
     renamed = [Path(event[2]).name for event in events if event[0] == "rename"]
     assert renamed[-2:] == ["model", "state.json"]  # "done" is said once all is there
     synced = {event[1] for event in events if event[0] == "sync"}
@@ -639,7 +640,7 @@ def test_the_model_folder_is_whole_readable_and_the_last_thing_written(tmp_path,
 
 
 def test_a_model_that_cannot_be_written_leaves_the_old_one(finished, tiny_bert, vocabulary, monkeypatch):
-    model = common.load_model(str(tiny_bert), TASK)[0]
+    model = load_model(str(tiny_bert), TASK)[0]
     (finished / "model" / "old").touch()
     checkpoint.begin(finished, SETTINGS, DATA)
     fill(finished / "checkpoints", "kept")
@@ -649,7 +650,7 @@ def test_a_model_that_cannot_be_written_leaves_the_old_one(finished, tiny_bert, 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "write_text", full)
-    with pytest.raises(common.RunFailed, match=r"model could not be written: .*No space.*\n.*the same command"):
+    with pytest.raises(RunFailed, match=r"model could not be written: .*No space.*\n.*the same command"):
         checkpoint.write_model(finished, model, BertTokenizer(str(vocabulary)), TASK, DATA, 1, results, "a card")
     assert names(finished) == ["checkpoints", "model", "results.json", "state.json"]
     assert names(finished / "model") == ["old"] and names(finished / "checkpoints") == ["file"]
@@ -657,13 +658,13 @@ def test_a_model_that_cannot_be_written_leaves_the_old_one(finished, tiny_bert, 
 
 
 def test_a_model_is_found_in_its_run(tmp_path, tiny_bert):
-    assert checkpoint.model_folder(tiny_bert) == str(tiny_bert)
-    assert checkpoint.model_folder("org/name") == "org/name"
+    assert model_folder(tiny_bert) == str(tiny_bert)
+    assert model_folder("org/name") == "org/name"
     (tmp_path / "model").mkdir()
     with pytest.raises(BadInput, match="holds no model"):
-        checkpoint.model_folder(tmp_path)
+        model_folder(tmp_path)
     (tmp_path / "model" / "config.json").write_text("{}")
-    assert checkpoint.model_folder(tmp_path) == str(tmp_path / "model")
+    assert model_folder(tmp_path) == str(tmp_path / "model")
 
 
 # ------------------------------------------------------------------------------------------------------------- damage
@@ -733,7 +734,7 @@ def test_names_in_a_manifest_lead_nowhere_else(training, name, monkeypatch):
     manifest = json.loads((newest / "manifest.json").read_text())
     manifest[name] = {"bytes": 7, "sha256": hashlib.sha256(b"outside").hexdigest()}
     (newest / "manifest.json").write_text(json.dumps(manifest))
-    read, sha256 = [], checkpoint.sha256
+    read, sha256 = [], sha256
     monkeypatch.setattr(checkpoint, "sha256", lambda file: read.append(file) or sha256(file))
     assert checkpoint.flaw(newest) is not None
     assert {file.resolve().parent for file in read} <= {newest}
@@ -791,7 +792,7 @@ def outcome(run):
     for line in lines:
         for clocked in ("examples_per_second", "seconds"):
             line.pop(clocked, None)
-    return checkpoint.sha256(run / "model" / "model.safetensors"), lines
+    return sha256(run / "model" / "model.safetensors"), lines
 
 
 def go_on(stopped, folder, damage_it):
@@ -839,13 +840,13 @@ def test_overwrite_keeps_the_old_model_until_there_is_a_new_one(stopped, tmp_pat
     folder = tmp_path / "copy"
     shutil.copytree(stopped, folder)
     run = folder / "whole"
-    before = checkpoint.sha256(run / "model" / "model.safetensors")
+    before = sha256(run / "model" / "model.safetensors")
     flags = ("--task", "task.yaml", *FLAGS, "--seed", 1, "--output_dir", "whole", "--overwrite")
     assert ended(start(folder, *flags, change=DIES))[0] == 9
-    assert checkpoint.sha256(run / "model" / "model.safetensors") == before
+    assert sha256(run / "model" / "model.safetensors") == before
     assert "results.json" not in names(run)  # those of another run would be taken for its own
     assert ended(start(folder, *flags[:-1]))[0] == 0
-    assert checkpoint.sha256(run / "model" / "model.safetensors") != before
+    assert sha256(run / "model" / "model.safetensors") != before
     assert "model.old" not in names(run)
 
 

@@ -13,8 +13,10 @@ import torch
 from conftest import ROOT
 
 import common
+import processes
+from labels import majority_prediction, prediction_columns, prediction_rows, probabilities
+from messages import BadInput, Preempted, RunFailed, format_duration
 from models import load_model
-from reader import BadInput
 from tasks import Task
 
 TWO = Task(name="two", text=["text"], labels=["negative", "positive"], metrics=["accuracy", "f1"])
@@ -35,7 +37,7 @@ MANY = Task(
 def exit_of(function, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py"])
     with pytest.raises(SystemExit) as end:
-        common.run(function)
+        processes.run(function)
     return end.value.code, capsys.readouterr().err
 
 
@@ -52,11 +54,11 @@ def test_bad_input_is_two_lines_and_exit_code_2(monkeypatch, capsys):
 
 
 def test_a_signal_is_exit_code_75_and_a_run_that_cannot_go_on_1(monkeypatch, capsys):
-    assert exit_of(raising(common.Preempted("SIGTERM: saved")), monkeypatch, capsys) == (
+    assert exit_of(raising(Preempted("SIGTERM: saved")), monkeypatch, capsys) == (
         75,
         "train.py: SIGTERM: saved\n",
     )
-    assert exit_of(raising(common.RunFailed("no\nroom")), monkeypatch, capsys) == (1, "train.py: error: no\nroom\n")
+    assert exit_of(raising(RunFailed("no\nroom")), monkeypatch, capsys) == (1, "train.py: error: no\nroom\n")
 
 
 def test_divergence_and_interruption_are_exit_code_1_without_a_traceback(monkeypatch, capsys):
@@ -68,7 +70,7 @@ def test_divergence_and_interruption_are_exit_code_1_without_a_traceback(monkeyp
 
 def test_other_errors_keep_their_traceback(monkeypatch):
     with pytest.raises(ZeroDivisionError):
-        common.run(raising(ZeroDivisionError()))
+        processes.run(raising(ZeroDivisionError()))
 
 
 def test_wrong_flags_are_bad_input():
@@ -130,7 +132,7 @@ def test_garbage_is_collected_again_after_the_imports(tiny_bert, monkeypatch, ca
         load_model(str(tiny_bert), TWO)
         were_collected.append(gc.isenabled())
 
-    common.run(main)
+    processes.run(main)
     assert were_collected == [False, True]
     exit_of(raising(BadInput("no", "yes")), monkeypatch, capsys)
     assert gc.isenabled()
@@ -159,13 +161,13 @@ def test_losses_are_per_example_and_their_mean_is_torchs_own():
 def test_evaluation_takes_the_argmax_and_the_majority_is_that_of_the_training_labels():
     logits = np.array([[2.0, 1.0], [0.0, 1.0], [0.0, 3.0], [1.0, 0.0]], dtype=np.float32)
     task = Task(name="", text=["text"], labels=["a", "b"], metrics=["accuracy", "f1"])
-    result = common.evaluate(task, logits, np.array([0, 1, 0, 0]), majority=1)
+    result = common.score_logits(task, logits, np.array([0, 1, 0, 0]), majority=1)
     assert result["predictions"].tolist() == [0, 1, 1, 0]
     assert result["scores"] == {"accuracy": 0.75, "f1": pytest.approx(2 / 3)}
     assert result["majority"] == {"accuracy": 0.25, "f1": pytest.approx(0.4)}
-    assert common.majority(task, np.array([1, 1, 0])) == 1
-    assert common.majority(NUMBER, np.array([1.0, 2.0, 6.0])) == 3.0
-    of_numbers = common.evaluate(NUMBER, np.array([[1.5], [2.0]]), np.array([1.0, 2.0]), majority=3.0)
+    assert majority_prediction(task, np.array([1, 1, 0])) == 1
+    assert majority_prediction(NUMBER, np.array([1.0, 2.0, 6.0])) == 3.0
+    of_numbers = common.score_logits(NUMBER, np.array([[1.5], [2.0]]), np.array([1.0, 2.0]), majority=3.0)
     assert of_numbers["majority"] == {"pearson": None}
 
 
@@ -185,7 +187,7 @@ def test_evaluation_takes_the_argmax_and_the_majority_is_that_of_the_training_la
 @pytest.mark.filterwarnings("ignore:pearson is undefined")
 def test_one_prediction_for_all_is_told(task, logits, labels, constant):
     majority = [1, 1, 1] if task is MANY else 1
-    result = common.evaluate(task, np.array(logits, dtype=np.float32), np.array(labels), majority)
+    result = common.score_logits(task, np.array(logits, dtype=np.float32), np.array(labels), majority)
     assert result["constant"] == constant
     json.dumps(result["constant"])  # it is kept in a checkpoint
 
@@ -204,7 +206,7 @@ def test_losses_of_several_labels_are_the_binary_cross_entropy_that_transformers
     probabilities = 1 / (1 + torch.exp(-logits))
     by_hand = -(labels * probabilities.log() + (1 - labels) * (1 - probabilities).log()).mean(1)
     torch.testing.assert_close(losses, by_hand)
-    model, tokenizer, _ = common.load_model(str(tiny_bert), MANY)
+    model, tokenizer, _ = load_model(str(tiny_bert), MANY)
     assert model.config.problem_type == "multi_label_classification"
     inputs = tokenizer(["the room was good .", "bad"], padding=True, return_tensors="pt")
     output = model.eval()(**inputs, labels=labels[:2].float())
@@ -213,9 +215,9 @@ def test_losses_of_several_labels_are_the_binary_cross_entropy_that_transformers
 
 def test_several_labels_are_those_above_one_half_and_the_majority_is_of_each_label():
     labels = np.array([[1, 1, 0], [1, 0, 0], [1, 1, 0], [0, 0, 1]], dtype=np.int8)
-    assert common.majority(MANY, labels) == [1, 0, 0]  # b: exactly a half is no majority
+    assert majority_prediction(MANY, labels) == [1, 0, 0]  # b: exactly a half is no majority
     logits = np.array([[2, 1, -1], [3, -1, -1], [-1, 1, -1], [-4, -5, 0]], dtype=np.float32)
-    result = common.evaluate(MANY, logits, labels, majority=[1, 0, 0])
+    result = common.score_logits(MANY, logits, labels, majority=[1, 0, 0])
     assert result["predictions"].tolist() == [[1, 1, 0], [1, 0, 0], [0, 1, 0], [0, 0, 0]]
     # tp, fp, fn: a 2 0 1, b 2 0 0, c 0 0 1
     assert result["scores"] == {"f1_micro": pytest.approx(8 / 10), "f1_macro": pytest.approx(1.8 / 3), "accuracy": 0.5}
@@ -226,30 +228,30 @@ def test_several_labels_are_those_above_one_half_and_the_majority_is_of_each_lab
 
 def test_predictions_of_several_labels_are_joined_and_have_the_probability_of_them_all():
     logits = np.log(np.array([[3, 1 / 3, 4], [1 / 9, 1 / 3, 1 / 4], [1, 1, 1]], dtype=np.float64))
-    rows = list(common.prediction_rows(MANY, logits))
-    assert common.prediction_columns(MANY)[2:] == ["probability_a", "probability_b", "probability_c"]
+    rows = list(prediction_rows(MANY, logits))
+    assert prediction_columns(MANY)[2:] == ["probability_a", "probability_b", "probability_c"]
     assert rows[0] == ["a; c", *map(pytest.approx, (0.75 * 0.75 * 0.8, 0.75, 0.25, 0.8))]
     assert rows[1] == ["", *map(pytest.approx, (0.9 * 0.75 * 0.8, 0.1, 0.25, 0.2))]
     assert rows[2] == ["", 0.125, 0.5, 0.5, 0.5]  # above a half, as a logit above 0
-    extremes = common.probabilities(MANY, np.array([[-1e30, 1e30, 0]], dtype=np.float32))
+    extremes = probabilities(MANY, np.array([[-1e30, 1e30, 0]], dtype=np.float32))
     assert extremes.tolist() == [[pytest.approx(0, abs=1e-300), 1.0, 0.5]]
 
 
 def test_logits_that_are_not_finite_are_an_error():
     with pytest.raises(FloatingPointError, match="1 of 2 examples"):
-        common.evaluate(TWO, np.array([[0.0, np.nan], [0.0, 1.0]], dtype=np.float32), np.array([0, 1]), majority=0)
+        common.score_logits(TWO, np.array([[0.0, np.nan], [0.0, 1.0]], dtype=np.float32), np.array([0, 1]), majority=0)
 
 
 def test_predictions_carry_probabilities_that_sum_to_one():
     logits = np.array([[1000.0, 0.0], [0.0, np.log(3)]], dtype=np.float32)
-    rows = list(common.prediction_rows(TWO, logits))
-    assert common.prediction_columns(TWO) == [
+    rows = list(prediction_rows(TWO, logits))
+    assert prediction_columns(TWO) == [
         *("predicted_label", "probability"),
         *("probability_negative", "probability_positive"),
     ]
     assert rows[0] == ["negative", 1.0, 1.0, 0.0]
     assert rows[1] == ["positive", *map(pytest.approx, (0.75, 0.25, 0.75))]
-    assert list(common.prediction_rows(NUMBER, np.array([[0.5]]))) == [[0.5]]
+    assert list(prediction_rows(NUMBER, np.array([[0.5]]))) == [[0.5]]
 
 
 # ------------------------------------------------------------------------------------------------ facts we rely on
@@ -258,7 +260,7 @@ def test_predictions_carry_probabilities_that_sum_to_one():
 def test_the_launchers_accumulation_is_overruled(monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     args = SimpleNamespace(mixed_precision="no", threads=None)
-    accelerator = common.start(args)
+    accelerator = processes.start(args)
     assert accelerator.gradient_accumulation_steps == 1
     assert "gradient_accumulation_steps=4 is ignored" in capsys.readouterr().out
 
@@ -268,14 +270,14 @@ def test_one_process_that_was_to_be_two_stops(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "29500")
     with pytest.raises(BadInput, match="asked for several processes"):
-        common.start(SimpleNamespace(mixed_precision="no", threads=None))
+        processes.start(SimpleNamespace(mixed_precision="no", threads=None))
 
 
 @pytest.mark.parametrize(
     ("seconds", "words"), [(0, "0:00:00"), (59.6, "0:01:00"), (3723, "1:02:03"), (90000, "25:00:00")]
 )
 def test_time_is_h_mm_ss(seconds, words):
-    assert common.clock(seconds) == words
+    assert format_duration(seconds) == words
 
 
 FRESH_PAGES = """

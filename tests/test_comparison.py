@@ -7,8 +7,8 @@ import pytest
 from datasets import Dataset
 from sklearn import metrics as sklearn_metrics
 
-import comparison
-from reader import BadInput
+import analysis
+from messages import BadInput
 from tasks import Task
 
 TASK = Task("two", text=["text"], labels=["no", "yes"], metrics=["f1", "accuracy"])
@@ -29,16 +29,16 @@ def test_predictions_are_found_by_their_texts(tmp_path):
     found = [("c\nc", "yes"), ("a", "no"), ("not scored here", "no"), ('b, "b"', "yes"), ("a", "yes")]
     file = write(tmp_path / "predictions.csv", [{"text": text, "predicted_label": label} for text, label in found])
     for path in (file, tmp_path):
-        assert comparison.predictions_in(path, TASK, rows).tolist() == [0, 1, 1, 1]
+        assert analysis.predictions_in(path, TASK, rows).tolist() == [0, 1, 1, 1]
 
 
 def test_predictions_of_values_and_of_several_labels(tmp_path):
     rows = Dataset.from_dict({"first": ["a", "a"], "second": ["b", "c"]})
     values = [{"first": "a", "second": second, "predicted_value": value} for second, value in (("c", 1.5), ("b", -2))]
-    assert comparison.predictions_in(write(tmp_path / "a.csv", values), PAIRS, rows).tolist() == [-2.0, 1.5]
+    assert analysis.predictions_in(write(tmp_path / "a.csv", values), PAIRS, rows).tolist() == [-2.0, 1.5]
     rows = Dataset.from_dict({"text": ["a", "b"]})
     tags = [{"text": "a", "predicted_label": "z;x"}, {"text": "b", "predicted_label": ""}]
-    found = comparison.predictions_in(write(tmp_path / "b.csv", tags), TAGS, rows)
+    found = analysis.predictions_in(write(tmp_path / "b.csv", tags), TAGS, rows)
     assert found.tolist() == [[1, 0, 1], [0, 0, 0]]
 
 
@@ -53,7 +53,7 @@ def test_predictions_of_values_and_of_several_labels(tmp_path):
 )
 def test_a_file_that_does_not_fit_is_refused(tmp_path, row, words):
     with pytest.raises(BadInput) as refused:
-        comparison.predictions_in(write(tmp_path / "a.csv", [row]), TASK, Dataset.from_dict({"text": ["a"]}))
+        analysis.predictions_in(write(tmp_path / "a.csv", [row]), TASK, Dataset.from_dict({"text": ["a"]}))
     assert words in refused.value.reason
 
 
@@ -61,7 +61,7 @@ def compare(other_is_right, rows=500):
     generator = np.random.default_rng(0)
     labels = generator.integers(0, 2, rows)
     here, other = (np.where(generator.random(rows) < rate, labels, 1 - labels) for rate in (0.85, other_is_right))
-    content = comparison.compare(TASK, ("here", "there"), here, other, labels)
+    content = analysis.compare(TASK, ("here", "there"), here, other, labels)
     return content, here, other, labels
 
 
@@ -74,20 +74,20 @@ def test_a_clear_difference_is_said():
         assert 0 < low < difference < high
     assert content["mcnemar"]["p"] < 1e-6
     assert content["conclusion"].startswith("here is better than there by f1")
-    assert "there is better than here" in comparison.compare(TASK, ("here", "there"), other, here, labels)["conclusion"]
+    assert "there is better than here" in analysis.compare(TASK, ("here", "there"), other, here, labels)["conclusion"]
 
 
 def test_a_difference_that_may_be_chance_is_not_one():
     content, here, other, labels = compare(other_is_right=0.85)
     assert content["conclusion"].startswith("These examples do not tell here and there apart by f1")
-    only = comparison.only_one_right(here, other, labels)
+    only = analysis.only_one_right(here, other, labels)
     assert ((here[only] == labels[only]) != (other[only] == labels[only])).all()
     assert len(only) == content["mcnemar"]["only_here_right"] + content["mcnemar"]["only_other_right"]
 
 
 def test_where_a_score_has_no_value_nothing_is_said():
     constant, values = np.zeros(9), np.arange(9.0)
-    content = comparison.compare(PAIRS, ("here", "there"), constant, values, values)
+    content = analysis.compare(PAIRS, ("here", "there"), constant, values, values)
     assert content["differences"]["pearson"] == {"difference": None, "interval": None}
     assert content["conclusion"].startswith("Nothing can be said") and "mcnemar" not in content
 
@@ -95,7 +95,7 @@ def test_where_a_score_has_no_value_nothing_is_said():
 def test_a_smaller_error_is_better():
     task = Task("r", text=["text"], labels="regression", metrics=["mse"])
     values = np.random.default_rng(0).normal(size=200)
-    content = comparison.compare(task, ("here", "there"), values + 0.1, values + 1.0, values)
+    content = analysis.compare(task, ("here", "there"), values + 0.1, values + 1.0, values)
     assert content["conclusion"].startswith("here is better than there by mse")
 
 
@@ -109,7 +109,7 @@ def test_a_difference_that_is_rounding_is_none():
     ):
         for scale in (1e-2, 1, 1e2):
             there, labels = scale * (values + 1), scale * values
-            sentence = comparison.compare(task, ("here", "there"), there + scale * shift, there, labels)["conclusion"]
+            sentence = analysis.compare(task, ("here", "there"), there + scale * shift, there, labels)["conclusion"]
             assert sentence.startswith(words.replace("1.0e-04", f"{1e-4 * scale**2:.1e}"))
             assert "0.0000" not in sentence
 
@@ -119,6 +119,6 @@ def test_a_few_rows_of_100_000_are_no_difference():
     labels = np.zeros(100_000, dtype=int)
     for wrong, words in ((5, "These examples show no difference"), (50, "there is better than here by accuracy")):
         here = (np.arange(100_000) < wrong).astype(int)
-        content = comparison.compare(task, ("here", "there"), here, labels, labels)
+        content = analysis.compare(task, ("here", "there"), here, labels, labels)
         assert content["differences"]["accuracy"]["interval"][1] < 0
         assert content["conclusion"].startswith(words) and "0.0000" not in content["conclusion"]

@@ -10,7 +10,8 @@ from test_preemption import ended, start, start_2, state_of
 from transformers import BertTokenizer
 
 import checkpoint
-import common
+from messages import RunFailed
+from models import load_model
 
 
 @pytest.fixture
@@ -199,10 +200,10 @@ def written(folder, left, model, tokenizer):
 
 def test_a_disk_that_ends_anywhere_in_the_model_is_told_in_two_lines(disk, tiny_bert, vocabulary):
     folder = disk(3000)
-    model = common.load_model(str(tiny_bert), TASK)[0]
+    model = load_model(str(tiny_bert), TASK)[0]
     errors = [written(folder, left, model, BertTokenizer(str(vocabulary))) for left in range(0, 160, 4)]
     assert errors[0] is not None and errors[-1] is None
-    others = [error for error in errors if error and not isinstance(error, common.RunFailed)]
+    others = [error for error in errors if error and not isinstance(error, RunFailed)]
     assert others == []
 
 

@@ -11,10 +11,11 @@ from conftest import TORCHRUN_2, bert_config, lines_of, run_script
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, BertTokenizer
 
-import common
 import dropout
 import packing
 from dropout import Masks
+from messages import log
+from packing import prepare_model
 
 SHAPE = (32, 40, 384)  # examples, positions, columns
 
@@ -230,14 +231,14 @@ def test_dropout_that_is_torchs_own_is_told(vocabulary, caplog, monkeypatch):
         def forward(self, values):
             return nn.functional.dropout(values, 0.5, self.training)
 
-    monkeypatch.setattr(common.log, "propagate", True)
+    monkeypatch.setattr(log, "propagate", True)
     caplog.set_level("INFO")
     tokenizer = BertTokenizer(str(vocabulary))
-    common.lay_out(model_of("bert"), tokenizer)
+    prepare_model(model_of("bert"), tokenizer)
     assert not caplog.records
     model = model_of("bert")
     model.bert.pooler.activation = Escapes()
-    common.lay_out(model, tokenizer)
+    prepare_model(model, tokenizer)
     assert "torch's own" in caplog.text
 
 

@@ -339,6 +339,7 @@ def test_rules_of_the_training_hold_again(reviews, vocabulary, run_inside, evalu
 def test_every_split_of_the_name_is_scored(copy, evaluate, monkeypatch):
     """As MNLI has them, on the Hub. The names of files' splits are fixed, so they are renamed as they are read."""
     import common
+    import splits
 
     def load(task, refresh=False):
         task, splits, fingerprints, bad_rows = load_splits(task, refresh)
@@ -348,7 +349,7 @@ def test_every_split_of_the_name_is_scored(copy, evaluate, monkeypatch):
         )
         return task, splits, fingerprints, bad_rows
 
-    load_splits = common.load_splits
+    load_splits = splits.load_splits
     monkeypatch.setattr(common, "load_splits", load)
     both = ["validation_matched", "validation_mismatched"]
     printed = evaluate("--model", "run", cwd=copy)

@@ -17,11 +17,9 @@ from conftest import WORDS, make_rows, run_script, write_table
 from sklearn.metrics import f1_score
 from test_families import FAMILIES
 
-import certificate
 import export
 import predictor
-from common import RunFailed
-from reader import BadInput
+from messages import BadInput, RunFailed
 from tasks import Task, save_task
 
 FP32 = ("--mixed_precision", "no", "--threads", 1)
@@ -252,16 +250,16 @@ def test_a_score_that_falls_past_its_interval_is_refused(wrong, refuses):
     ours = theirs.copy()
     ours[:wrong] = ours[:wrong, ::-1]
     logits = {"torch": {"validation": theirs}, "fp32": {"validation": theirs}, "int8": {"validation": ours}}
-    content = certificate.certify(task, logits, rows_of_labels(labels))
+    content = export.certify(task, logits, rows_of_labels(labels))
     content["lengths"] = {"largest_logit_difference": 0.0}
     assert content["int8"]["differences"]["validation"] == pytest.approx(-wrong / 200)
     if refuses:
         with pytest.raises(RunFailed, match=r"int8: accuracy of validation fell from 1\.0000 to 0\.7000"):
-            certificate.check(task, content, 1e-4)
+            export.check_certificate(task, content, 1e-4)
         better = {"torch": logits["int8"], "fp32": logits["int8"], "int8": logits["torch"]}  # a rise is welcome
-        content = certificate.certify(task, better, rows_of_labels(labels))
+        content = export.certify(task, better, rows_of_labels(labels))
         content["lengths"] = {"largest_logit_difference": 0.0}
-    certificate.check(task, content, 1e-4)
+    export.check_certificate(task, content, 1e-4)
 
 
 def test_an_error_that_grows_is_a_fall_too():
@@ -269,10 +267,10 @@ def test_an_error_that_grows_is_a_fall_too():
     labels = np.linspace(0, 1, 100)
     theirs = labels[:, None].astype(np.float32)
     logits = {"torch": {"validation": theirs}, "fp32": {"validation": theirs}, "int8": {"validation": theirs + 1}}
-    content = certificate.certify(task, logits, rows_of_labels(labels))
+    content = export.certify(task, logits, rows_of_labels(labels))
     content["lengths"] = {"largest_logit_difference": 0.0}
     with pytest.raises(RunFailed, match="int8: mse of validation fell"):
-        certificate.check(task, content, 1e-4)
+        export.check_certificate(task, content, 1e-4)
 
 
 def certificate_of_errors(scale, shift):
@@ -282,7 +280,7 @@ def certificate_of_errors(scale, shift):
     theirs = scale * (np.random.default_rng(0).normal(size=(60, 1)) + 1)
     ours = theirs + scale * shift
     logits = {name: {"validation": ours if name == "fp32" else theirs} for name in ("torch", "fp32")}
-    content = certificate.certify(task, logits, rows_of_labels(labels))
+    content = export.certify(task, logits, rows_of_labels(labels))
     content["lengths"] = {"largest_logit_difference": 0.0}
     return task, content
 
@@ -293,7 +291,7 @@ def test_an_error_that_grows_by_rounding_is_no_fall(scale):
     task, content = certificate_of_errors(scale, shift=9e-07)
     low, high = content["fp32"]["intervals"]["validation"]
     assert 0 < low < high < 1e-5 * content["torch"]["scores"]["validation"]
-    certificate.check(task, content, atol=np.inf)
+    export.check_certificate(task, content, atol=np.inf)
 
 
 @pytest.mark.parametrize(
@@ -314,7 +312,7 @@ def test_an_error_that_grows_by_rounding_is_no_fall(scale):
 def test_a_refusal_has_digits_that_tell_the_scores_apart(scale, words):
     task, content = certificate_of_errors(scale, shift=0.005)
     with pytest.raises(RunFailed, match=f"fp32: mse of validation {words}") as refused:
-        certificate.check(task, content, atol=np.inf)
+        export.check_certificate(task, content, atol=np.inf)
     before, after = str(refused.value).partition("fell from ")[2].partition(",")[0].split(" to ")
     assert float(after) > float(before) and "+0.0000" not in str(refused.value)
 
@@ -323,7 +321,7 @@ def test_logits_that_are_no_numbers_are_refused():
     task = Task(name="", text=["text"], labels=LABELS, metrics=["accuracy"])
     logits = {"torch": {"validation": np.ones((2, 2))}, "fp32": {"validation": np.full((2, 2), np.nan)}}
     with pytest.raises(RunFailed, match="not finite"):
-        certificate.certify(task, logits, rows_of_labels([0, 1]))
+        export.certify(task, logits, rows_of_labels([0, 1]))
 
 
 @pytest.fixture
@@ -401,9 +399,9 @@ def test_what_an_exported_model_refuses(copy, refused, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setenv("WORLD_SIZE", "2")
         with pytest.raises(BadInput, match="one process"):
-            import common
+            from predictor import start_exported
 
-            common.start_exported(export.build_parser().parse_args(["--model", "x"]))
+            start_exported(export.build_parser().parse_args(["--model", "x"]))
     whole = (copy / "model/onnx/model.onnx").read_bytes()
     for damaged in (whole[: len(whole) // 2], b"", b"no model"):
         (copy / "model/onnx/model.onnx").write_bytes(damaged)

@@ -10,11 +10,14 @@ from accelerate import Accelerator
 from conftest import bert_config, write_table
 from datasets import Dataset
 
-import batching
 import common
 import facts
-import report
+import inference
 import splits
+import tokenization
+from facts import describe_data
+from models import load_model
+from packing import prepare_model
 from tasks import Task
 
 TASK = Task(name="", text=["text"], labels=["no", "yes"])
@@ -47,8 +50,8 @@ def table(tmp_path, vocabulary):
     files = {name: str(tmp_path / f"{name}.csv") for name in ("train", "validation")}
     task = Task(name="", text=["text"], labels=["no", "yes"], files=files, max_length=6)
     task, found, fingerprints, _ = splits.load_splits(task)
-    model, tokenizer, _ = common.load_model(bert_config(vocabulary), task)
-    task, examples = batching.tokenize_splits(task, found, fingerprints, model, tokenizer)
+    model, tokenizer, _ = load_model(bert_config(vocabulary), task)
+    task, examples = tokenization.tokenize_splits(task, found, fingerprints, model, tokenizer)
     return task, found, examples
 
 
@@ -86,7 +89,7 @@ def test_padding_is_that_of_one_epoch(table, micro_batch_size, is_row, expected)
     batches = [np.array([0, 1]), np.array([3, 2]), np.array([0, 3])]  # an epoch, and the start of another
     tokenizer = type("Tokenizer", (), {"num_special_tokens_to_add": lambda self, pair: 2})()
     layout = type("Layout", (), {"is_row": is_row})
-    data = report.describe_data(task, found, examples, batches, micro_batch_size, Accelerator(), tokenizer, layout)
+    data = describe_data(task, found, examples, batches, micro_batch_size, Accelerator(), tokenizer, layout)
     assert data["padding"] == pytest.approx(expected)
 
 
@@ -191,8 +194,8 @@ def test_is_chinese(texts, expected):
 @pytest.fixture
 def batch(vocabulary):
     """A model with dropout in training, its layout, and a micro-batch of it; the last pass was of other examples."""
-    model, tokenizer, _ = common.load_model(bert_config(vocabulary, hidden_dropout_prob=0.5), TASK)
-    layout = common.lay_out(model, tokenizer)
+    model, tokenizer, _ = load_model(bert_config(vocabulary, hidden_dropout_prob=0.5), TASK)
+    layout = prepare_model(model, tokenizer)
     encoded = tokenizer(["the film was very dull", "the room was good", "bad"])
     lengths = [len(ids) for ids in encoded["input_ids"]]
     inputs = layout.lay_out({"input_ids": encoded["input_ids"], "token_type_ids": encoded["token_type_ids"]})
@@ -208,7 +211,9 @@ def loss_of(logits, labels):
 def test_a_model_computes_what_its_copy_does(batch):
     model, layout, micro_batch = batch
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    assert facts.compare_with_cpu(model, layout, micro_batch, loss_of, nullcontext()) == pytest.approx([0, 0], abs=1e-6)
+    assert inference.compare_with_cpu(model, layout, micro_batch, loss_of, nullcontext()) == pytest.approx(
+        [0, 0], abs=1e-6
+    )
     assert model.training and all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -216,12 +221,14 @@ def test_a_model_computes_what_its_copy_does(batch):
 def test_frozen_parts_have_no_gradients_to_compare(batch):
     model, layout, micro_batch = batch
     model.base_model.requires_grad_(False)
-    assert facts.compare_with_cpu(model, layout, micro_batch, loss_of, nullcontext()) == pytest.approx([0, 0], abs=1e-6)
+    assert inference.compare_with_cpu(model, layout, micro_batch, loss_of, nullcontext()) == pytest.approx(
+        [0, 0], abs=1e-6
+    )
 
 
 def test_bf16_stays_within_its_tolerance_and_is_seen(batch):
-    found = facts.compare_with_cpu(*batch, loss_of, torch.autocast("cpu", dtype=torch.bfloat16))
-    assert 1e-5 < max(found) < facts.TOLERANCE["bf16"]
+    found = inference.compare_with_cpu(*batch, loss_of, torch.autocast("cpu", dtype=torch.bfloat16))
+    assert 1e-5 < max(found) < inference.TOLERANCE["bf16"]
 
 
 def test_wrong_numbers_are_far_off(batch):
@@ -235,9 +242,9 @@ def test_wrong_numbers_are_far_off(batch):
         return other
 
     model.__deepcopy__ = perturbed
-    logits, gradients = facts.compare_with_cpu(model, layout, micro_batch, loss_of, nullcontext())
-    assert min(logits, gradients) > facts.TOLERANCE["bf16"]
+    logits, gradients = inference.compare_with_cpu(model, layout, micro_batch, loss_of, nullcontext())
+    assert min(logits, gradients) > inference.TOLERANCE["bf16"]
 
 
 def test_peak_memory_is_that_of_this_process():
-    assert 2**26 < facts.peak_memory(torch.device("cpu")) < 2**37
+    assert 2**26 < inference.peak_memory(torch.device("cpu")) < 2**37

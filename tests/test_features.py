@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from test_families import FAMILIES
 
 import batching
-import common
-import features
+import inference
 import models
+from packing import prepare_model
 
 FLAGS = ("--freeze", "encoder", "--log_every", 1, "--threads", 1, "--learning_rate", 0.01, "--eval_every", 20)
 NO_FEATURES = "the frozen encoder runs in each step"
@@ -56,7 +56,7 @@ def results_of(folder):
 
 
 def without_features(monkeypatch):
-    monkeypatch.setattr(features, "of_splits", lambda model, layout, examples, *rest: (layout, examples))
+    monkeypatch.setattr(inference, "of_splits", lambda model, layout, examples, *rest: (layout, examples))
 
 
 def assert_agree(one, other, tolerance=1e-5):
@@ -76,7 +76,7 @@ def assert_agree(one, other, tolerance=1e-5):
 def test_a_frozen_part_drops_nothing_and_the_rest_does(tmp_path, vocabulary, part, is_row):
     make_model(tmp_path, vocabulary, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
     model, tokenizer, _ = models.load_model(str(tmp_path))
-    layout = common.lay_out(model, tokenizer)
+    layout = prepare_model(model, tokenizer)
     assert layout.is_row
     layout.is_row = is_row
     models.freeze(model, part)
@@ -129,7 +129,7 @@ def test_dropout_in_the_head_is_on(train, task, vocabulary):
 
 
 def test_the_encoder_runs_in_no_step_and_no_evaluation(train, monkeypatch):
-    of_splits, numbers = features.of_splits, []
+    of_splits, numbers = inference.features_of_splits, []
 
     def forbidding(model, *given):
         def forbidden(*_):
@@ -142,7 +142,7 @@ def test_the_encoder_runs_in_no_step_and_no_evaluation(train, monkeypatch):
         model.classifier.register_forward_hook(lambda _, given, output: numbers.append(len(output)))
         return result
 
-    monkeypatch.setattr(features, "of_splits", forbidding)
+    monkeypatch.setattr(inference, "of_splits", forbidding)
     train("run", "--max_steps", 20, "--final_test", "--eval_train_rows", 30, "--micro_batch_size", 7)
     training, evaluated = 19 * 16, 2 * 50 + 30
     assert sum(numbers) > training + evaluated
@@ -179,7 +179,7 @@ def test_two_processes_agree_with_one(task, train, flags):
 @pytest.fixture
 def computed(monkeypatch):
     """The numbers of examples whose features were computed, one for each call."""
-    numbers, all_outputs = [], batching.all_outputs
+    numbers, all_outputs = [], inference.compute_outputs
 
     def counting(compute, examples, accelerator, batch_size, layout, watch=None):
         if "features" not in examples.column_names:
@@ -223,7 +223,7 @@ def test_other_weights_texts_lengths_and_precisions_have_features_of_their_own(t
 
 def test_rows_are_computed_some_at_a_time_and_keep_their_order(train, tmp_path, monkeypatch):
     whole = train("whole", "--max_steps", 20)[1:]
-    monkeypatch.setattr(features, "ROWS_AT_A_TIME", 33)
+    monkeypatch.setattr(inference, "ROWS_AT_A_TIME", 33)
     use_cache(monkeypatch, tmp_path / "another cache")
     assert_agree(whole, train("parts", "--max_steps", 20)[1:])
 
@@ -261,7 +261,7 @@ def test_the_saved_model_is_a_whole_one(task, train):
 def test_a_run_that_was_stopped_ends_with_the_same_bytes(task, train, run_inside, monkeypatch, has_cache):
     flags = ("--epochs", 3, "--save_every", 7)
     undisturbed = train("undisturbed", *flags)[1:]
-    begin = features.Layout.begin
+    begin = inference.FeatureLayout.begin
 
     def failing(self, step, *given):
         if step == 18:
@@ -269,7 +269,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bytes(task, train, run_inside
         return begin(self, step, *given)
 
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="stopped here"):
-        patch.setattr(features.Layout, "begin", failing)
+        patch.setattr(inference.FeatureLayout, "begin", failing)
         train("run", *flags)
     if not has_cache:
         use_cache(monkeypatch, task.parent / "another cache")

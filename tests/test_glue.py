@@ -22,7 +22,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoTokenizer
 
 import glue
-from reader import BadInput
+from messages import BadInput
 from tasks import Task, read_task, save_task
 
 BINARY, NLI, ENTAILS = {"0", "1"}, {"entailment", "neutral", "contradiction"}, {"entailment", "not_entailment"}

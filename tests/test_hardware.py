@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-import hardware
+import processes
 
 NOTHING = set()
 ZEN4 = {"avx512f", "avx512_bf16"}
@@ -39,7 +39,7 @@ ZEN4 = {"avx512f", "avx512_bf16"}
     ],
 )
 def test_native_precision(name, device, capability, flags, expected):
-    precision, words = hardware.choose_precision("auto", None, device, capability, flags)
+    precision, words = processes.choose_precision("auto", None, device, capability, flags)
     assert precision == expected, name
     assert words.startswith(f"{expected} (")
 
@@ -61,7 +61,7 @@ def test_native_precision(name, device, capability, flags, expected):
     ],
 )
 def test_flag_then_launcher_then_hardware(requested, launcher, device, capability, flags, expected, said):
-    precision, words = hardware.choose_precision(requested, launcher, device, capability, flags)
+    precision, words = processes.choose_precision(requested, launcher, device, capability, flags)
     assert precision == expected
     assert said in words
     assert "\n" not in words
@@ -78,7 +78,7 @@ def test_flag_then_launcher_then_hardware(requested, launcher, device, capabilit
 )
 def test_refused_precisions(requested, launcher, device, reason, advice):
     with pytest.raises(ValueError) as error:
-        hardware.choose_precision(requested, launcher, device, (9, 0), ZEN4)
+        processes.choose_precision(requested, launcher, device, (9, 0), ZEN4)
     first, second = str(error.value).split("\n")
     assert reason in first
     assert advice in second
@@ -108,14 +108,14 @@ def test_refused_precisions(requested, launcher, device, reason, advice):
     ],
 )
 def test_threads(requested, omp, cores, processes, launched, expected, words):
-    threads, said = hardware.choose_threads(requested, omp, cores, processes, launched)
+    threads, said = processes.choose_threads(requested, omp, cores, processes, launched)
     assert threads == expected
     assert words in said
 
 
 def test_threads_are_at_least_one():
     with pytest.raises(ValueError, match="--threads 0: at least 1"):
-        hardware.choose_threads(0, None, 2, 1)
+        processes.choose_threads(0, None, 2, 1)
 
 
 @pytest.mark.parametrize(
@@ -131,8 +131,8 @@ def test_threads_are_at_least_one():
 )
 def test_cpu_flags(tmp_path, text, expected):
     (tmp_path / "cpuinfo").write_text(text)
-    assert hardware.cpu_flags(str(tmp_path / "cpuinfo")) == expected
-    assert hardware.cpu_flags(str(tmp_path / "missing")) == set()
+    assert processes.cpu_flags(str(tmp_path / "cpuinfo")) == expected
+    assert processes.cpu_flags(str(tmp_path / "missing")) == set()
 
 
 @pytest.mark.parametrize(
@@ -184,16 +184,16 @@ def test_available_cores(tmp_path, monkeypatch, files, expected):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert hardware.available_cores(str(tmp_path)) == expected
+    assert processes.available_cores(str(tmp_path)) == expected
 
 
 def test_available_cores_without_affinity(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 10)
-    assert hardware.available_cores() == 10
+    assert processes.available_cores() == 10
     monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert hardware.available_cores() == 1
+    assert processes.available_cores() == 1
 
 
 def test_this_machine():
-    assert 1 <= hardware.available_cores() <= os.cpu_count()
+    assert 1 <= processes.available_cores() <= os.cpu_count()

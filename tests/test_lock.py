@@ -12,7 +12,7 @@ import pytest
 from test_preemption import SLOW_STEPS, ended, start, start_2, state_of, step_of, wait_for
 
 import lock
-from reader import BadInput
+from messages import BadInput
 
 HERE = socket.gethostname()
 

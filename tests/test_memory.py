@@ -12,8 +12,9 @@ from test_checkpoint import accelerator  # noqa: F401 - a fixture
 from test_preemption import ended, start, start_2, state_of
 
 import batching
+import inference
 import packing
-from common import BadInput
+from messages import BadInput
 
 LENGTHS = [3, 9, 4, 8, 5, 7, 6, 2, 9, 1]
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 14.75 GiB"
@@ -45,7 +46,7 @@ def probe(accelerator):  # noqa: F811
         lay_out=lambda rows: packing.pad(rows, 0),
         begin=lambda step, ids, lengths, device: seen.append((ids.tolist(), lengths.tolist())),
     )
-    return lambda model, share: batching.largest_micro_batch(accelerator, model, layout, examples, share), seen
+    return lambda model, share: inference.largest_micro_batch(accelerator, model, layout, examples, share), seen
 
 
 @pytest.mark.parametrize("message", [CUDA, CPU])

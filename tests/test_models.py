@@ -7,8 +7,8 @@ import torch
 from conftest import WORDS, bert_config
 from safetensors.torch import load_file, save_file
 
+from messages import BadInput
 from models import load_model, with_labels_of
-from reader import BadInput
 from tasks import Task
 
 TWO = Task(name="two", text=["text"], labels=["negative", "positive"], metrics=["accuracy", "f1"])

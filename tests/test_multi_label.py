@@ -12,7 +12,7 @@ from sklearn.metrics import f1_score
 from sklearn.preprocessing import MultiLabelBinarizer
 from transformers import pipeline
 
-import common
+from labels import with_thresholds
 from tasks import Task
 
 LABELS = ["bad", "good", "room", "very"]
@@ -148,7 +148,7 @@ def test_thresholds_are_those_of_the_highest_f1():
     labels = (generator.random((300, 3)) < [0.5, 0.1, 0.0]).astype(int)
     probabilities = np.clip(0.3 * labels + generator.uniform(0, 0.6, labels.shape).round(2), 0.01, 0.99)
     logits = np.log(probabilities / (1 - probabilities))
-    thresholds = common.with_thresholds(task, logits, labels).thresholds
+    thresholds = with_thresholds(task, logits, labels).thresholds
     assert thresholds[2] == 0.5  # a label that no example has
     for column in (0, 1):
         found = f1_score(labels[:, column], probabilities[:, column] > thresholds[column])

@@ -13,9 +13,11 @@ from test_processes import train
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-import batching
-import common
+import inference
 import packing
+from messages import log
+from models import freeze
+from packing import prepare_model
 
 PADDING, VOCABULARY = 1, 50
 SMALL = {
@@ -80,7 +82,7 @@ def models_of(family, sizes=None):
     """Return (plain, model, layout): a model as transformers has it, and the same as we lay it out."""
     plain = plain_model(family, sizes or FAMILIES[family])
     model = copy.deepcopy(plain)
-    layout = common.lay_out(model, tokenizer, seed=1)
+    layout = prepare_model(model, tokenizer, seed=1)
     return plain, model, layout
 
 
@@ -272,7 +274,7 @@ def test_frozen_parts(frozen):
     examples = examples_of(LENGTHS["ragged"])
     everything = results(plain, padded(examples))
     for one in (plain, model):
-        common.freeze(one, frozen)
+        freeze(one, frozen)
     expected = results(plain, padded(examples))
     assert len(expected[1]) < len(everything[1])
     assert_equal(of_layout(model, layout, examples, is_row=True), expected)
@@ -313,7 +315,7 @@ def test_an_evaluation_has_the_logits_of_transformers(family, batch_size):
     lengths = np.random.default_rng(0).permutation(LENGTHS["ragged"] + LENGTHS["one token"]).tolist()
     examples = examples_of(lengths)
     table = Dataset.from_dict({**examples, "length": lengths})
-    logits = batching.all_logits(model, table, Accelerator(cpu=True), batch_size, layout)
+    logits = inference.compute_logits(model, table, Accelerator(cpu=True), batch_size, layout)
     with torch.no_grad():
         expected = plain(**padded(examples)).logits
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
@@ -329,7 +331,7 @@ def assert_runs_padded(plain, model, layout, said):
     lengths = [30, 3, 17, 17, 28, 9]
     examples = examples_of(lengths)
     table = Dataset.from_dict({**examples, "length": lengths})
-    logits = batching.all_logits(model, table, Accelerator(cpu=True), 64, layout)
+    logits = inference.compute_logits(model, table, Accelerator(cpu=True), 64, layout)
     with torch.no_grad():
         np.testing.assert_allclose(logits, plain(**padded(examples)).logits, rtol=1e-5, atol=1e-5)
     longest_first = examples_of(sorted(lengths, reverse=True))
@@ -339,7 +341,7 @@ def assert_runs_padded(plain, model, layout, said):
 @pytest.fixture
 def log_of(caplog, monkeypatch):
     """A function that returns what the log has said."""
-    monkeypatch.setattr(common.log, "propagate", True)
+    monkeypatch.setattr(log, "propagate", True)
     caplog.set_level("INFO", logger="classifier")
     return lambda: caplog.text
 
@@ -382,7 +384,7 @@ def test_a_layer_that_does_not_attend_once_is_refused(change, log_of):
     change(plain.bert.encoder.layer[1].attention.self)
     model = plain_model("bert", SMALL)
     change(model.bert.encoder.layer[1].attention.self)
-    layout = common.lay_out(model, tokenizer, seed=1)
+    layout = prepare_model(model, tokenizer, seed=1)
     assert_runs_padded(plain, model, layout, log_of())
     examples = examples_of([9, 4])
     row = of_layout(model, layout, examples, is_row=True)
@@ -394,7 +396,7 @@ def test_a_layer_that_reads_its_neighbours_is_found_out(log_of):
     plain.bert.encoder.layer[1].intermediate.register_forward_hook(mix_neighbours)
     model = plain_model("bert", SMALL)
     model.bert.encoder.layer[1].intermediate.register_forward_hook(mix_neighbours)
-    layout = common.lay_out(model, tokenizer, seed=1)
+    layout = prepare_model(model, tokenizer, seed=1)
     assert_runs_padded(plain, model, layout, log_of())
 
 

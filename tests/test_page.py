@@ -13,8 +13,9 @@ from datasets import Dataset
 
 import analysis
 import common
+import metrics
 import page
-import uncertainty
+from labels import majority_prediction
 from tasks import Task
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -29,14 +30,14 @@ def write_page(folder, texts, labels, task, seed=0, lines=(), **more):
     outputs = 1 if task.is_regression else len(task.labels)
     logits = generator.normal(size=(len(texts), outputs)).astype(np.float32)
     labels = np.asarray(labels)
-    result = common.evaluate(task, logits, labels, common.majority(task, labels))
+    result = common.score_logits(task, logits, labels, majority_prediction(task, labels))
     rows = Dataset.from_dict({"text": texts, "label": labels.tolist()})
     lengths = np.array([len(text.split()) for text in texts])
     content = {
         "split": "validation",
         "examples": len(texts),
         "scores": result["scores"],
-        "intervals": uncertainty.intervals(task.metrics, result["predictions"], labels),
+        "intervals": metrics.intervals(task.metrics, result["predictions"], labels),
         "majority_baseline": result["majority"],
         **analysis.analyse(task, result, lengths, {}),
         "mistakes": page.mistakes_of(task, rows, logits, *analysis.mistakes(task, result)),

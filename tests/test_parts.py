@@ -5,15 +5,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import parts
-from common import RunFailed
+import chunks
+from messages import RunFailed
 
 ROWS = [(line, {"text": str(line)}) for line in range(2, 13)]  # eleven rows, in parts of four: 4, 4, 3
 
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-    monkeypatch.setattr(parts, "ROWS", 4)
+    monkeypatch.setattr(chunks, "ROWS", 4)
 
 
 def process(index=0, number=1):
@@ -40,9 +40,9 @@ class Model:
 
 
 def compute(folder, model, settings="a", index=0, number=1):
-    of_process = parts.Parts(folder / "out.csv", {"of": settings}, process(index, number))
+    of_process = chunks.Parts(folder / "out.csv", {"of": settings}, process(index, number))
     of_process.compute(iter(ROWS), model, model.done)
-    return parts.Parts(folder / "out.csv", {"of": settings}, process())
+    return chunks.Parts(folder / "out.csv", {"of": settings}, process())
 
 
 def values(all_parts):

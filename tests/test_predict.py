@@ -23,7 +23,7 @@ from conftest import ACCELERATE, ROOT, TORCHRUN_2, bert_config, make_rows, run_s
 from pyarrow import parquet
 from transformers import pipeline
 
-import predict as predict_module
+import predict
 
 FP32 = ("--mixed_precision", "no", "--threads", 1)
 NEW = ["predicted_label", "probability", "probability_negative", "probability_positive"]
@@ -371,7 +371,7 @@ def test_the_rows_done_and_the_time_left_are_said(tmp_path, log_lines, monkeypat
     write_table(tmp_path / "in.csv", make_rows(100))
     now = [0.0]
     monkeypatch.setattr("predict.time.monotonic", lambda: now[0])
-    progress = predict_module.Progress(tmp_path / "in.csv", SimpleNamespace(num_processes=2, is_main_process=True))
+    progress = predict.Progress(tmp_path / "in.csv", SimpleNamespace(num_processes=2, is_main_process=True))
     for seconds, rows, computed in [(4, 10, 0), (12, 20, 20), (16, 5, 5), (40, 15, 15)]:
         now[0] = seconds
         progress.done(rows, computed)

@@ -18,7 +18,8 @@ from conftest import ROOT, TORCHRUN_2, lines_of
 
 import checkpoint
 import preemption
-from common import BadInput, Preempted, RunFailed
+from files import sha256, sync
+from messages import BadInput, Preempted, RunFailed
 
 # ------------------------------------------------------------------- scripts in processes of their own, started quickly
 
@@ -298,7 +299,7 @@ def test_windows_opens_no_folder_to_sync_it(tmp_path, monkeypatch, system, synce
     monkeypatch.setattr(checkpoint, "os", SimpleNamespace(name=system, open=noting_open, **some))
     (tmp_path / "a.txt").write_text("a")
     for path in (tmp_path, tmp_path / "a.txt"):
-        checkpoint.sync(path)
+        sync(path)
     assert opened == [tmp_path / name for name in synced]
 
 
@@ -421,7 +422,7 @@ def test_loaders_that_are_spawned_as_on_windows_and_macs(review_task):
     losses = [[line["loss"] for line in lines_of(review_task.parent / name)] for name in ("forked", "spawned")]
     assert losses[0] == losses[1]
     models = [review_task.parent / name / "model" / "model.safetensors" for name in ("forked", "spawned")]
-    assert checkpoint.sha256(models[0]) == checkpoint.sha256(models[1])
+    assert sha256(models[0]) == sha256(models[1])
 
 
 @pytest.mark.parametrize("target", ["launcher", "one worker"])

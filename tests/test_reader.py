@@ -11,7 +11,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from reader import BadInput, BadRow, count_rows, nearest, read_rows, table_format
+from messages import BadInput, BadRow, nearest
+from reader import count_rows, read_rows, table_format
 
 FORMATS = ["csv", "tsv", "jsonl", "json", "parquet"]
 TOO_LONG = "x" * 10_000_001

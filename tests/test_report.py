@@ -85,7 +85,7 @@ def describe(monkeypatch, log_lines, tmp_path, differences, device="npu", length
     model = torch.nn.Linear(1000, 1000, bias=False)
     layout = SimpleNamespace(is_row=is_row)
     of_run = (layout, batches, examples, ["validation"], progress, micro_batch)
-    report.describe_run(TASK, args, accelerator, model, *of_run)
+    progress.describe_run(TASK, args, accelerator, model, *of_run)
     return dict(line.split(maxsplit=1) for line in log_lines[-1].splitlines())
 
 

@@ -14,8 +14,9 @@ from conftest import make_rows, write_table
 from test_checkpoint import FILES, names, outcome, stopped  # noqa: F401 - a fixture
 from test_preemption import ended, start
 
-import checkpoint
 import tasks
+from files import sha256
+from messages import BadInput
 
 FLAGS = ("--eval_every", 4, "--save_every", 5, "--keep_checkpoints", 3, "--threads", 1, "--log_every", 1)
 CODE_RAN = "code ran"  # the file that a payload makes, in the folder where the script was started
@@ -69,7 +70,7 @@ def check(folder, done, codes=(0, 2), may_be_untidy=False):
 def fit_manifest(path):
     """Let a manifest say of its files what they now are."""
     files = [path / name for name in FILES[:4]]
-    manifest = {file.name: {"bytes": file.stat().st_size, "sha256": checkpoint.sha256(file)} for file in files}
+    manifest = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files}
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -259,7 +260,7 @@ def test_a_task_s_name_comes_from_its_file(tmp_path):
     """And so has no slash in it."""
     (tmp_path / "..evil.yaml").write_text("files: {train: a.csv}\n")
     assert tasks.read_task(str(tmp_path / "..evil.yaml")).name == "..evil"
-    with pytest.raises(tasks.BadInput, match="unknown key"):
+    with pytest.raises(BadInput, match="unknown key"):
         (tmp_path / "a.yaml").write_text("name: ../evil\nfiles: {train: a.csv}\n")
         tasks.read_task(str(tmp_path / "a.yaml"))
 

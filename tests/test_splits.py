@@ -26,6 +26,7 @@ from data_help import (
 )
 from sklearn.model_selection import train_test_split
 
+import reader
 import splits
 from reader import LONGEST_FIELD
 from splits import draw_groups, load_splits, make_missing_splits, stratified
@@ -649,7 +650,7 @@ def test_the_second_load_reads_no_row(tmp_path, monkeypatch):
     task = files_task(tmp_path, train=make_rows(60), test=make_rows(9))
     first = load_splits(task)
 
-    def read_one_row(file, read=splits.read_rows, **options):
+    def read_one_row(file, read=reader.read_rows, **options):
         yield next(read(file, **options))  # for the text column
         pytest.fail("a second row is read")
 

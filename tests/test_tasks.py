@@ -12,7 +12,7 @@ import yaml
 import common
 import tasks
 import train
-from reader import BadInput
+from messages import BadInput
 from tasks import Task
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,7 +39,7 @@ def refusal(function, *arguments):
 def arguments(*words):
     """The data flags of the scripts, read from a command line."""
     parser = argparse.ArgumentParser()
-    tasks.add_data_arguments(parser)
+    common.add_data_arguments(parser)
     return parser.parse_args(map(str, words))
 
 
@@ -61,7 +61,7 @@ def test_a_shipped_task_loads(file):
     assert set(content) <= set(tasks.TYPES)
     assert content["source"] and content["licence"]
     if task.labels is not None:
-        assert tasks.with_metrics(task).metrics == content["metrics"]  # raises where one does not fit the labels
+        assert common.with_metrics(task).metrics == content["metrics"]  # raises where one does not fit the labels
     assert 1 <= len(task.text or ["text"]) <= 2
     for data in (task.files or {}).values():
         assert tasks.is_url(data) or Path(data).is_file()
@@ -302,7 +302,7 @@ def test_an_unknown_task_is_told_with_the_nearest_name():
     ],
 )
 def test_metrics_that_do_not_fit(keys, words):
-    error = refusal(tasks.with_metrics, Task("mine", **keys))
+    error = refusal(common.with_metrics, Task("mine", **keys))
     assert error.reason.startswith("task mine:") and words in str(error)
 
 
@@ -316,7 +316,7 @@ def test_metrics_that_do_not_fit(keys, words):
     ],
 )
 def test_the_usual_metrics_where_a_task_names_none(keys, usual):
-    assert tasks.with_metrics(Task("mine", **keys)) == Task("mine", **{**keys, "metrics": usual})
+    assert common.with_metrics(Task("mine", **keys)) == Task("mine", **{**keys, "metrics": usual})
 
 
 # ----------------------------------------------------------------------------------------------- `defaults` of a task

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tasks import Task
-from tokens import encode
+from tokenization import encode
 
 LAYOUTS = {
     "bert": ("<s> $A <e>", "<s> $A <e> $B:1 <e>:1"),

@@ -36,7 +36,7 @@ from transformers import (
 )
 
 import batching
-import hardware
+import processes
 
 MODEL_FILES = {
     *("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"),
@@ -911,7 +911,7 @@ def test_a_mistake_under_accelerate_launch_is_said_plainly_and_all_cores_are_use
     assert "train.py" in launchers and "Traceback" not in launchers
     assert files_under(review_task.parent) == before
     # This launcher sets OMP_NUM_THREADS=1.
-    cores = hardware.available_cores()
+    cores = processes.available_cores()
     assert f"cpu, 1 process, precision no (--mixed_precision), {cores} thread" in ended.stdout
 
 
@@ -1119,6 +1119,7 @@ def test_a_run_without_bad_rows_says_nothing_of_them(review_task, train):
 def test_the_first_validation_split_chooses_and_all_are_scored(review_task, train, monkeypatch):
     """As MNLI has them, on the Hub. The names of files' splits are fixed, so they are renamed as they are read."""
     import common
+    import splits
 
     def load(task, refresh=False):
         task, splits, fingerprints, bad_rows = load_splits(task, refresh)
@@ -1128,7 +1129,7 @@ def test_the_first_validation_split_chooses_and_all_are_scored(review_task, trai
         )
         return task, splits, fingerprints, bad_rows
 
-    load_splits = common.load_splits
+    load_splits = splits.load_splits
     monkeypatch.setattr(common, "load_splits", load)
     printed = train(review_task, "--eval_every", 10, *LEARNING, output="run")
     lines = lines_of(review_task.parent / "run", "eval")

@@ -9,7 +9,8 @@ import pytest
 from pyarrow import parquet
 
 import writer
-from reader import BadInput
+from files import CannotWrite
+from messages import BadInput
 
 ROWS = [
     {"id": "007", "text": 'he said "no", twice\nand left', "probability": 0.1},
@@ -71,7 +72,7 @@ def test_rows_with_other_columns_are_for_json_lines(tmp_path):
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyError("any")])
 def test_an_error_leaves_the_file_that_was_there(tmp_path, error):
     (tmp_path / "out.csv").write_text("before")
-    raised = pytest.raises(writer.CannotWrite if isinstance(error, OSError) else KeyError)
+    raised = pytest.raises(CannotWrite if isinstance(error, OSError) else KeyError)
     with raised, writer.table(tmp_path / "out.csv") as write_row:
         write_row(ROWS[0])
         raise error

@@ -3,9 +3,17 @@
 Pure functions of plain values, without torch: so they are tested for hardware that the tests do not run on.
 """
 
+import ctypes
+import gc
+import logging
 import math
 import os
+import signal
+import sys
+import time
 from pathlib import Path, PurePosixPath
+
+from messages import BadInput, Preempted, RunFailed, log
 
 # Flags of CPUs that multiply matrices in bf16, of x86 and of Arm; with AVX-512 alone, oneDNN only emulates it.
 CPU_BF16_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")
@@ -147,3 +155,177 @@ def _read(path):
 def _count(number, noun):
     plural = "es" if noun.endswith("s") else "s"
     return f"{number} {noun}{plural if number != 1 else ''}"
+
+
+# --------------------------------------------------------------------------------------------------------- processes
+
+
+def run(main):
+    """Call main() and turn what it raises into an exit code: 2 with a reason and an advice for bad input, 1 else."""
+    script = Path(sys.argv[0]).name
+    # The libraries' imports make millions of objects that stay: to look for garbage among them, again and again, takes
+    # 0.6 s. load_model, after the last of them, turns it on again.
+    gc.disable()
+    try:
+        empty = next((word for word in sys.argv[1:] if word == "" or (word[:2] == "--" and word[-1] == "=")), None)
+        if empty is not None:
+            raise BadInput(f"an argument is empty: {' '.join(map(repr, sys.argv[1:]))}", "Is a shell variable not set?")
+        return main()
+    except BadInput as error:
+        code, words = 2, f"{script}: error: {error.reason}\n{script}: {error.advice}"
+    except (FloatingPointError, RunFailed) as error:  # a run that diverged: which step and examples, and what to try
+        code, words = 1, f"{script}: error: {error}"
+    except Preempted as error:
+        code, words = 75, f"{script}: {error}"
+    except KeyboardInterrupt:
+        code, words = 1, f"\n{script}: interrupted"
+    finally:
+        gc.enable()
+    # Every process finds the same mistake. The first one says it, and the launcher ends the others while they wait
+    # here; a process that fails alone gets to say it too. Being ended is no news of its own.
+    is_first = os.environ.get("RANK", "0") == "0"
+    if not is_first:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(3)
+    if is_first or code != 75:
+        print(words, file=sys.stderr, flush=True)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # The process group is still up, and its threads would abort an ordinary exit and hide the code.
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def start(args, stream=None, **accelerator_options):
+    """Return the Accelerator for this process: precision and threads chosen, libraries quiet, processes counted.
+
+    Log lines of the main process go to `stream` (standard output).
+    """
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import GradientAccumulationPlugin
+
+    quieten_libraries()
+    environment = os.environ
+    device = "cpu" if environment.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") else best_device()
+    if device == "cpu":
+        keep_freed_memory()
+    capability = torch.cuda.get_device_capability() if device in ("cuda", "rocm") else None
+    launcher_precision = environment.get("ACCELERATE_MIXED_PRECISION")
+    try:
+        precision, precision_words = choose_precision(
+            args.mixed_precision, launcher_precision, device, capability, cpu_flags()
+        )
+        threads, threads_words = choose_threads(
+            args.threads,
+            environment.get("OMP_NUM_THREADS"),
+            available_cores(),
+            int(environment.get("LOCAL_WORLD_SIZE", "1")),
+            launched=launcher_precision is not None or "TORCHELASTIC_RUN_ID" in environment,
+        )
+    except ValueError as error:
+        reason, _, advice = str(error).partition("\n")
+        raise BadInput(reason, advice) from None
+    accelerator = Accelerator(
+        cpu=device == "cpu",  # without this, two processes on a machine without a GPU are both rank 0 of 1
+        mixed_precision=precision,
+        # A plugin is the one way to overrule the launcher: --batch_size alone says how large a step is.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        **accelerator_options,
+    )
+    torch.set_num_threads(threads)
+    log_to(stream or sys.stdout, logging.INFO if accelerator.is_main_process else logging.ERROR)
+    number = accelerator.num_processes
+    check_processes(number)
+    processes = f"{number} process{'es' if number > 1 else ''}"
+    log.info(f"{accelerator.device.type}, {processes}, precision {precision_words}, {threads_words}")
+    accumulation = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if accumulation != "1":
+        log.info(
+            f"the launcher's gradient_accumulation_steps={accumulation} is ignored: --batch_size is the size of a "
+            "step, --micro_batch_size cuts it"
+        )
+    return accelerator
+
+
+def log_to(stream, level=logging.INFO):
+    """Send the log lines of this process to a stream."""
+    log.handlers = [logging.StreamHandler(stream)]
+    log.setLevel(level)
+    log.propagate = False
+
+
+def keep_freed_memory():
+    """Let glibc keep what tensors give back for the next ones: fresh memory from the system costs up to a quarter of a
+    step (benchmarks/RESULTS.md).
+
+    See mallopt(3) in Linux's manual. Other C libraries have no such function.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt:
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing goes back to the system
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: tensors of up to 1 GiB share the memory that is kept
+
+
+def check_processes(number):
+    """Raise BadInput where a launcher started, or was to start, other than this number of processes as one group."""
+    if asked_for_more_processes(os.environ):
+        raise BadInput(
+            "the launcher was asked for several processes, but started one (as accelerate does with --cpu, MULTI_CPU)",
+            "Launch with --config_file accelerate_configs/multi_cpu.yaml or torchrun --nproc_per_node N; "
+            "for one process, drop --num_processes and unset MASTER_ADDR.",
+        )
+    started = int(os.environ.get("WORLD_SIZE", number))
+    if started != number:
+        raise BadInput(
+            f"the launcher started {started} processes, but each believes it is one of {number}",
+            "Launch with: accelerate launch --config_file accelerate_configs/multi_cpu.yaml (or multi_gpu.yaml).",
+        )
+
+
+def best_device():
+    """Return "cuda", "rocm", "mps", "cpu", ...: the device that torch would use."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        return "cpu"
+    kind = torch.accelerator.current_accelerator().type
+    return "rocm" if kind == "cuda" and torch.version.hip else kind
+
+
+def quieten_libraries():
+    """Keep the libraries' progress bars and load reports off the terminal; their errors stay."""
+    import datasets
+    import transformers
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else tokenizers warns in workers, and uses one core
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+def on_main_process(accelerator, function, *arguments):
+    """Call a function on the main process alone; return its answer on all of them, or raise its BadInput on all."""
+    from accelerate.utils import broadcast_object_list
+
+    answer = [None, None]
+    if accelerator.is_main_process:
+        try:
+            answer[0] = function(*arguments)
+        except BadInput as error:
+            answer[1] = (error.reason, error.advice)
+    broadcast_object_list(answer)
+    if answer[1]:
+        raise BadInput(*answer[1])
+    return answer[0]
+
+
+def finish(accelerator, *prepared):
+    """End the processes. Without this order of calls, a third of 2-process runs on gloo abort at their very end."""
+    accelerator.wait_for_everyone()
+    accelerator.free_memory(*prepared)
+    gc.collect()
+    accelerator.end_training()

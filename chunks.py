@@ -12,10 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cache import write_json
-from common import RunFailed
+from files import CannotWrite, write_json
+from messages import RunFailed
 from predictor import ROWS_AT_A_TIME
-from writer import CannotWrite
 
 ROWS = ROWS_AT_A_TIME  # of a part: read, sorted by length, predicted
 

@@ -1,0 +1,139 @@
+"""From texts to token ids: what a model reads of them, what is cut from one that is too long, how they are padded."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from cache import cached_table, one_process_at_a_time
+from files import digest
+from messages import BadInput, log
+
+
+def token_columns(tokenizer):
+    """Return the columns that a model of this tokenizer reads, besides the mask."""
+    return [name for name in ("input_ids", "token_type_ids") if name in tokenizer.model_input_names]
+
+
+def encode(task, tokenizer, texts, max_length):
+    """Tokenise texts (one list, or two of equal length) and cut those above max_length; return (columns, facts).
+
+    columns: token_columns, ragged lists. facts: for each example its `full_length` in tokens before the cut, its number
+    of `unknown` tokens and of `characters`.
+    Of a pair, tokens are taken from the longer text until both fit. `head_tail` keeps a quarter from the start and the
+    rest from the end, the proportion of Sun et al. 2019, https://arxiv.org/abs/1905.05583 (128 and 382 tokens).
+    """
+    encoded = tokenizer(*texts, return_special_tokens_mask=True)
+    ids = encoded["input_ids"]
+    facts = {
+        "full_length": [len(one) for one in ids],
+        "unknown": [one.count(tokenizer.unk_token_id) for one in ids],
+        "characters": [sum(map(len, of_example)) for of_example in zip(*texts, strict=True)],
+    }
+    for example, length in enumerate(facts["full_length"]):
+        if length > max_length:
+            keep = _kept(encoded["special_tokens_mask"][example], max_length, task.truncate)
+            for name in token_columns(tokenizer):
+                encoded[name][example] = [encoded[name][example][position] for position in keep]
+    return {name: encoded[name] for name in token_columns(tokenizer)}, facts
+
+
+def _kept(is_special, max_length, truncate):
+    """Return the positions that stay of one example: all special tokens, and max_length in all."""
+    texts, specials = [[]], []  # the positions of each text's tokens; special tokens lie between the texts
+    for position, special in enumerate(is_special):
+        if special:
+            specials.append(position)
+            texts.append([])
+        else:
+            texts[-1].append(position)
+    texts = [positions for positions in texts if positions]
+    numbers = [max_length - len(specials)]
+    if len(texts) == 2:
+        shorter = int(len(texts[1]) < len(texts[0]))
+        half = min(len(texts[shorter]), numbers[0] // 2)
+        numbers = [numbers[0] - half, half] if shorter else [half, numbers[0] - half]
+    kept = specials
+    for positions, number in zip(texts, numbers, strict=True):
+        head = {"head": number, "tail": 0, "head_tail": number // 4}[truncate]
+        kept = kept + positions[:head] + positions[len(positions) - (number - head) :]
+    return sorted(kept)
+
+
+def padded(examples, pad_token_id):
+    """Return ragged columns of tokens, and their attention_mask, as int64 arrays (examples, longest)."""
+    lengths = np.array([len(ids) for ids in examples["input_ids"]])
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    inputs = {"attention_mask": mask.astype(np.int64)}
+    for name, padding in (("input_ids", pad_token_id), ("token_type_ids", 0)):
+        if name in examples:
+            inputs[name] = np.full(mask.shape, padding, dtype=np.int64)
+            inputs[name][mask] = np.concatenate(examples[name])
+    return inputs
+
+
+def longest_input(model, tokenizer):
+    """Return the number of tokens that the model has positions for."""
+    limit = getattr(model.config, "max_position_embeddings", None) or 0
+    limit = limit if limit > 0 else tokenizer.model_max_length  # XLNet, which has no limit, says -1
+    for name, module in model.named_modules():
+        # RoBERTa, XLM-R and MPNet count positions from padding_idx + 1 on.
+        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+            limit = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return min(limit, tokenizer.model_max_length)
+
+
+def tokenize(task, rows, fingerprint, model, tokenizer):
+    """Return (examples, made): a Dataset of the columns and facts of `encode`, `length` and `label`.
+
+    Made once, and cached under the content of the rows, the tokenizer and the settings.
+    """
+    import pyarrow as pa
+
+    limit = longest_input(model, tokenizer)
+    max_length = task.max_length or limit
+    if max_length > limit:
+        raise BadInput(f"max_length {max_length} is more than the model's {limit} positions", f"--max_length {limit}")
+    specials = tokenizer.num_special_tokens_to_add(pair=len(task.text) == 2)
+    if max_length < specials + len(task.text):
+        words = f"--max_length {max_length} leaves no room beside {specials} special tokens"
+        raise BadInput(words, "Give a larger one.")
+    columns = token_columns(tokenizer)
+    label_type = rows.features.arrow_schema.field("label").type
+    counts = ["length", "full_length", "unknown", "characters"]
+    schema = [(name, pa.list_(pa.int32())) for name in columns] + [(name, pa.int32()) for name in counts]
+
+    def tokens():
+        for start_row in range(0, len(rows), 1000):
+            some = rows[start_row : start_row + 1000]
+            encoded, facts = encode(task, tokenizer, [some[column] for column in task.text], max_length)
+            lengths = [len(ids) for ids in encoded["input_ids"]]
+            yield {**encoded, **facts, "length": lengths, "label": some["label"]}
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend:  # its last call is part of its state, and would be part of the key
+        backend.no_truncation()
+        backend.no_padding()
+    vocabulary = backend.to_str() if backend else sorted(tokenizer.get_vocab().items())
+    # The labels' order is part of the key: `label` holds ids.
+    settings = [columns, task.text, task.labels, max_length, task.truncate]
+    key = digest("tokens", fingerprint, type(tokenizer).__name__, vocabulary, settings)
+    examples, made = cached_table(key, pa.schema([*schema, ("label", label_type)]), tokens)
+    largest = max((int(chunk.values.to_numpy().max()) for chunk in examples.data.column("input_ids").chunks), default=0)
+    vocabulary_size = model.get_input_embeddings().num_embeddings
+    if largest >= vocabulary_size:
+        raise BadInput(
+            f"the tokenizer makes the token id {largest}, the model's vocabulary ends at {vocabulary_size - 1}",
+            "Tokenizer and model do not belong together: check the model folder.",
+        )
+    return examples, made
+
+
+def tokenize_splits(task, splits, fingerprints, model, tokenizer):
+    """Return (task, {split: examples}), the task with its max_length filled in; say what came from the cache."""
+    with one_process_at_a_time():
+        tokenized = {name: tokenize(task, rows, fingerprints[name], model, tokenizer) for name, rows in splits.items()}
+    made = [name for name, (_, made) in tokenized.items() if made]
+    log.info(f"tokenised: {', '.join(made)}" if made else "tokens from the cache")
+    task = replace(task, max_length=task.max_length or longest_input(model, tokenizer))
+    return task, {name: examples for name, (examples, _) in tokenized.items()}
