@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 
-import metrics
-import tasks
-from cache import array_of, one_process_at_a_time
-from labels import UNLABELLED, predictions_from_logits
-from messages import BadInput, log
-from splits import check_files, load_splits
-from tasks import CHOICES, SPLIT_NAMES
+from classifier.data import tasks
+from classifier.data.cache import array_of, one_process_at_a_time
+from classifier.data.labels import UNLABELLED, predictions_from_logits
+from classifier.data.splits import check_files, load_splits
+from classifier.data.tasks import CHOICES, SPLIT_NAMES
+from classifier.evaluation import metrics
+from classifier.messages import BadInput, log
 
 # torch then asks for memory in pages of 2 MB, of which a CPU has fewer to get: see keep_freed_memory for the rest.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -76,7 +76,7 @@ def load_data(task, args):
 
 def features_of(*arguments):
     """Return features.of_splits, imported where it is needed."""
-    import inference
+    from classifier.model import inference
 
     return inference.features_of_splits(*arguments)
 

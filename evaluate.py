@@ -15,19 +15,23 @@ from pathlib import Path
 
 import numpy as np
 
-import cache
 import common
-import facts
-import processes
-import tasks
-from cache import array_of
-from files import CannotWrite, write_json
-from labels import format_label, majority_prediction, prediction_columns, prediction_rows, predictions_from_logits
-from messages import BadInput, log
-from models import load_model, with_labels_of
-from packing import prepare_model
-from reader import check_file
-from writer import write_bad_rows, write_csv
+from classifier import processes
+from classifier.data import cache, facts, tasks
+from classifier.data.cache import array_of
+from classifier.data.labels import (
+    format_label,
+    majority_prediction,
+    prediction_columns,
+    prediction_rows,
+    predictions_from_logits,
+)
+from classifier.data.reader import check_file
+from classifier.data.writer import write_bad_rows, write_csv
+from classifier.files import CannotWrite, write_json
+from classifier.messages import BadInput, log
+from classifier.model.models import load_model, with_labels_of
+from classifier.model.packing import prepare_model
 
 
 def build_parser():
@@ -64,7 +68,7 @@ def write_predictions(folder, task, rows, logits, wrong, losses):
 
 def write_compared(folder, task, rows, predictions, others, labels):
     """Write compared.csv: the examples that one of two models gets right, and the other does not."""
-    import analysis
+    from classifier.evaluation import analysis
 
     numbers = analysis.only_one_right(predictions, others, labels)
     words = [[format_label(task, of[number]) for of in (labels, predictions, others)] for number in numbers]
@@ -78,8 +82,7 @@ def write_all(folder, task, rows, result, content, left_out, others):
 
     result: of common.evaluate; content: of evaluation.json; left_out: bad rows; others: another model's predictions.
     """
-    import analysis
-    import page
+    from classifier.evaluation import analysis, page
 
     folder.mkdir(parents=True, exist_ok=True)
     numbers, losses = analysis.mistakes(task, result)
@@ -100,10 +103,9 @@ def write_all(folder, task, rows, result, content, left_out, others):
 
 def predictions_of_other(path, task, splits, fingerprints, args, accelerator):
     """Return {split: predictions} of the model or the file that --compare names, for the examples of splits."""
-    import analysis
-    import inference
-    import tokenization
-    from models import model_folder
+    from classifier.evaluation import analysis
+    from classifier.model import inference, tokenization
+    from classifier.model.models import model_folder
 
     if not Path(path).exists():
         raise BadInput(f"--compare {path}: is not there", "Give a run, an evaluation folder, or a file of predictions.")
@@ -133,16 +135,13 @@ def main():
     if args.file:
         check_file(args.file)
     # These import torch, which takes seconds: --help and a mistake are to come at once.
-    import analysis
-    import inference
-    import metrics
-    import report
-    import tokenization
-    from facts import few_rows, label_counts
-    from files import check_output
-    from messages import in_red
-    from models import model_folder, pretrained, trained
-    from splits import column_of
+    from classifier.data.facts import few_rows, label_counts
+    from classifier.data.splits import column_of
+    from classifier.evaluation import analysis, metrics, report
+    from classifier.files import check_output
+    from classifier.messages import in_red
+    from classifier.model import inference, tokenization
+    from classifier.model.models import model_folder, pretrained, trained
 
     folder = model_folder(args.model)
     task, fingerprints = tasks.saved_task(folder)
@@ -289,8 +288,7 @@ def linear_model(task):
 
 def encoder_features(task, names, splits, fingerprints, encoder, accelerator, batch_size):
     """Return {split: the mean of the encoder's last hidden states over each example's tokens, (examples, size)}."""
-    import inference
-    import tokenization
+    from classifier.model import inference, tokenization
 
     model, tokenizer, _ = load_model(encoder, task)
     named = {name: splits[name] for name in names}

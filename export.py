@@ -27,16 +27,16 @@ from pathlib import Path
 import numpy as np
 
 import common
-import metrics
-import processes
-import tasks
-from cache import array_of
-from files import sha256, write_json, write_text
-from labels import predictions_from_logits
-from messages import BadInput, RunFailed, format_duration, format_score, log
-from models import load_model, with_labels_of
-from predictor import start_exported
-from tokenization import encode, token_columns
+from classifier import processes
+from classifier.data import tasks
+from classifier.data.cache import array_of
+from classifier.data.labels import predictions_from_logits
+from classifier.evaluation import metrics
+from classifier.files import sha256, write_json, write_text
+from classifier.messages import BadInput, RunFailed, format_duration, format_score, log
+from classifier.model.models import load_model, with_labels_of
+from classifier.model.tokenization import encode, token_columns
+from classifier.predictor import start_exported
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 QUANTIZED = ["MatMul", "Gemm", "Gather"]  # products, and the tables of embeddings
@@ -124,7 +124,7 @@ def torch_forward(model, pad_token_id):
     """Return the function of a Predictor that computes as transformers does, on padded rows, in float32."""
     import torch
 
-    from packing import pad
+    from classifier.model.packing import pad
 
     def forward(batch):
         with torch.inference_mode():
@@ -142,7 +142,7 @@ def write_card(file, name, words):
 
 def saved(folder, args):
     """Return (model, tokenizer, task, {split: rows}) of a model folder, with its own validation splits."""
-    from tokenization import longest_input
+    from classifier.model.tokenization import longest_input
 
     task, fingerprints = tasks.saved_task(folder)
     if task is None:
@@ -161,7 +161,7 @@ def saved(folder, args):
 
 def export(folder, temporary, args, threads):
     """Write all files of an export into the folder `temporary`; return the certificate. Raises RunFailed."""
-    from predictor import Predictor, load
+    from classifier.predictor import Predictor, load
 
     model, tokenizer, task, splits = saved(folder, args)
     columns = token_columns(tokenizer)
@@ -206,9 +206,9 @@ def main():
             import_module(name)
         except ImportError:
             raise BadInput(f"needs the package {name}", "pip install -r requirements-extra.txt") from None
-    import checkpoint
-    from files import put_back, put_in_place
-    from models import model_folder
+    from classifier.files import put_back, put_in_place
+    from classifier.model.models import model_folder
+    from classifier.training import checkpoint
 
     folder = Path(model_folder(args.model))
     if not folder.is_dir():

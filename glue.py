@@ -19,13 +19,13 @@ from pathlib import Path
 
 import numpy as np
 
-import metrics
-import tasks
-from cache import array_of
-from files import CannotWrite, write_text
-from labels import UNLABELLED, majority_prediction, predictions_from_logits
-from messages import BadInput, format_score, format_scores, log
-from splits import column_of, load_splits
+from classifier.data import tasks
+from classifier.data.cache import array_of
+from classifier.data.labels import UNLABELLED, majority_prediction, predictions_from_logits
+from classifier.data.splits import column_of, load_splits
+from classifier.evaluation import metrics
+from classifier.files import CannotWrite, write_text
+from classifier.messages import BadInput, format_score, format_scores, log
 
 FILES = {  # (task, split): (file, rows of the test set)
     ("cola", "test"): ("CoLA.tsv", 1063),

@@ -22,14 +22,14 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import common
-import processes
-import writer
-from files import CannotWrite, digest, sha256, write_json
-from labels import prediction_columns, prediction_rows
-from messages import BadInput, BadRow, format_duration, log, nearest, place, without_skip
-from predictor import start_exported
-from reader import check_file, count_rows, lines_of_text, read_rows, table_format
-from tasks import delimiter
+from classifier import processes
+from classifier.data import writer
+from classifier.data.labels import prediction_columns, prediction_rows
+from classifier.data.reader import check_file, count_rows, lines_of_text, read_rows, table_format
+from classifier.data.tasks import delimiter
+from classifier.files import CannotWrite, digest, sha256, write_json
+from classifier.messages import BadInput, BadRow, format_duration, log, nearest, place, without_skip
+from classifier.predictor import start_exported
 
 SECONDS_BETWEEN_LINES = 10
 TABLE_KINDS = {"txt": "tsv", "json": "jsonl", "parquet": "jsonl"}  # what is written of an input in such a format
@@ -169,7 +169,7 @@ def show(task, logits, top_k):
 
 def predict_stream(predictor, args, columns):
     """Write what is predicted of standard input, of --text, or of a table, each part as soon as it is known."""
-    from chunks import windows
+    from classifier.chunks import windows
 
     task, kind = predictor.task, "tsv"
     if args.input == "-":
@@ -241,7 +241,7 @@ def settings_of(predictor, source, args, precision):
 
 def predict_file(predictor, source, output, args, columns, accelerator):
     """Write a table's predictions to `output`; return what the manifest says of it. Every process calls this."""
-    from chunks import Parts
+    from classifier.chunks import Parts
 
     task, started = predictor.task, time.monotonic()
     settings = settings_of(predictor, source, args, accelerator.mixed_precision)
@@ -355,7 +355,7 @@ def main():
     args = build_parser().parse_args()
     check_arguments(args)
     # torch takes seconds: --help and a mistake are to come at once.
-    from predictor import load, onnx_file
+    from classifier.predictor import load, onnx_file
 
     # Standard output is for predictions: what the script says of itself goes to standard error.
     threads, exported, started = None, args.model and onnx_file(args.model), time.perf_counter()

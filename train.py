@@ -17,13 +17,13 @@ from functools import partial
 from pathlib import Path
 
 import common
-import processes
-import writer
-from files import digest
-from labels import majority_prediction, with_thresholds
-from messages import BadInput, log
-from models import freeze, load_model
-from packing import prepare_model
+from classifier import processes
+from classifier.data import writer
+from classifier.data.labels import majority_prediction, with_thresholds
+from classifier.files import digest
+from classifier.messages import BadInput, log
+from classifier.model.models import freeze, load_model
+from classifier.model.packing import prepare_model
 
 # What imports torch is imported in the functions: it takes seconds, and --help and a mistake are to come at once.
 
@@ -123,8 +123,8 @@ def parse_arguments():
         raise BadInput(f"--seed {args.seed}: NumPy's limit is 2**32 - 1", "Give a smaller one.")
     if (task.is_regression or task.is_multi_label) and (args.label_smoothing or args.class_weights != "none"):
         raise BadInput("--label_smoothing and --class_weights are for tasks with one class for each text", "Drop them.")
-    import preemption
-    from files import sha256
+    from classifier.files import sha256
+    from classifier.training import preemption
 
     preemption.save_interval(args.save_every, steps_per_epoch=1)
     settings = {name: value for name, value in vars(args).items() if name not in BOOKKEEPING}
@@ -151,8 +151,7 @@ def run_name(name, given):
 
 def start(args):
     """Return (accelerator, watch): with the run's trackers; for signals that ask the run to end."""
-    import preemption
-    import progress
+    from classifier.training import preemption, progress
 
     trackers = progress.tracker_names(args.trackers)
     options = {} if args.dry_run else {"log_with": trackers, "project_dir": args.output_dir}
@@ -195,8 +194,8 @@ def choose_micro_batch_size(args, state, share, limit, probe):
 
 def score(splits, task, model, accelerator, batch_size, layout, majority, watch, thresholds_of=None):
     """Return (task, {split: common.evaluate}); of several labels, with thresholds that one of the splits chooses."""
-    import cache
-    import inference
+    from classifier.data import cache
+    from classifier.model import inference
 
     labels = {name: cache.array_of(examples, "label") for name, examples in splits.items()}
     given = (accelerator, batch_size, layout, watch)
@@ -210,15 +209,11 @@ def main():
     args, task, settings = parse_arguments()
     from accelerate.utils import send_to_device, set_seed
 
-    import batching
-    import cache
-    import checkpoint
-    import inference
-    import preemption
-    import progress
-    import report
-    import tokenization
-    from facts import describe_data
+    from classifier.data import cache
+    from classifier.data.facts import describe_data
+    from classifier.evaluation import report
+    from classifier.model import inference, tokenization
+    from classifier.training import batching, checkpoint, preemption, progress
 
     accelerator, watch = start(args)
 

@@ -33,7 +33,7 @@ LAYOUTS = {  # name: (words, launcher, flags)
 
 def train_in_float64(arguments):
     """Run train.py with these arguments, its model in float64."""
-    from models import load_model
+    from classifier.model.models import load_model
 
     load_model = load_model
 

@@ -45,7 +45,7 @@ def pipeline(args, precision="float32"):
     import torch
     import transformers
 
-    import tasks
+    from classifier.data import tasks
 
     folder = str(args.folder / "run/model")
     task, _ = tasks.saved_task(folder)
@@ -76,9 +76,9 @@ CONTENDERS = {  # name: (words, function, the one to compare with)
 
 def prepare(args, folder):
     """Train a model for one step in a folder (run/), and write the rows there: rows.jsonl and a few.jsonl."""
-    import processes
-    from splits import load_splits
-    from tasks import read_task
+    from classifier import processes
+    from classifier.data.splits import load_splits
+    from classifier.data.tasks import read_task
 
     processes.quieten_libraries()
     task, splits, _, _ = load_splits(read_task(args.task))

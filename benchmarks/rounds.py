@@ -23,7 +23,7 @@ CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve
 
 
 def argument_parser(description, contenders):
-    from processes import available_cores
+    from classifier.processes import available_cores
 
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5, help="of each contender (default: %(default)s)")
@@ -125,7 +125,7 @@ def surroundings(args):
     """Return the command, the hardware and the versions that numbers depend on."""
     import torch
 
-    import processes
+    from classifier import processes
 
     cpu = Path("/proc/cpuinfo")
     names = [line.partition(":")[2].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")]
@@ -149,7 +149,7 @@ def surroundings(args):
 
 
 def write(path, content):
-    from files import write_json
+    from classifier.files import write_json
 
     if path:
         write_json(path, content)

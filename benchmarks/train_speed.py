@@ -77,10 +77,10 @@ def ours(args, flags=(), patch=None):
 
 def load(args):
     """Return (task, model, tokenizer, rows, tokens): the train split, as texts and tokenised, as the examples do it."""
-    import processes
-    from models import load_model
-    from splits import load_splits
-    from tasks import read_task
+    from classifier import processes
+    from classifier.data.splits import load_splits
+    from classifier.data.tasks import read_task
+    from classifier.model.models import load_model
 
     processes.quieten_libraries()
     task, splits, _, _ = load_splits(read_task(args.task))
@@ -183,7 +183,7 @@ def matrix_products(args):
     """Return the FLOP/s of bf16 products of the model's shapes, and the FLOPs of the counted steps; see above."""
     import torch
 
-    import batching
+    from classifier.training import batching
 
     _, model, _, _, tokens = load(args)
     total = args.warmup + args.steps
@@ -241,7 +241,7 @@ LAUNCHED = ("ours_launched", "plain_loop")
 
 
 def padded():
-    from packing import prepare_model
+    from classifier.model.packing import prepare_model
 
     lay_out = prepare_model
 
@@ -254,7 +254,7 @@ def padded():
 
 
 def padded_to_the_longest():
-    import batching
+    from classifier.training import batching
 
     padded()
     replace(batching, "TOKENS_OF_A_PASS", {"cpu": math.inf})
@@ -263,7 +263,7 @@ def padded_to_the_longest():
 def torch_dropout():
     import torch
 
-    import dropout
+    from classifier.model import dropout
 
     def mask(masks, numbers, place, p, dtype):
         shape = (*numbers.shape[:-1], 4 * numbers.shape[-1])
@@ -285,13 +285,13 @@ def small_pages():
 
 
 def sums_in_fp32():
-    import packing
+    from classifier.model import packing
 
     replace(packing.Layout, "_short_numbers", lambda self, module, given, output: output)
 
 
 def one_group():
-    import packing
+    from classifier.model import packing
 
     replace(packing, "GROUP_LIMIT", 2**40)
 
@@ -306,7 +306,7 @@ def adamw_not_fused():
 
 
 def nothing_of_ours():
-    from packing import prepare_model
+    from classifier.model.packing import prepare_model
 
     padded_to_the_longest()
     torch_dropout()
@@ -369,8 +369,8 @@ def new_model(architecture, like, folder):
     """Write a model of this architecture with new weights into the folder: with the sizes and tokenizer of `like`."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    import processes
-    from models import load_model
+    from classifier import processes
+    from classifier.model.models import load_model
 
     processes.quieten_libraries()
     model, tokenizer, _ = load_model(like)

@@ -23,8 +23,8 @@ class Labeller:
     """Made once in each worker."""
 
     def __init__(self, model):
-        from predictor import load
-        from processes import quieten_libraries
+        from classifier.predictor import load
+        from classifier.processes import quieten_libraries
 
         quieten_libraries()
         self.predictor = load(model)

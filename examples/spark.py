@@ -23,8 +23,8 @@ sys.path.insert(0, str(PROJECT))
 
 
 def main():
-    from predictor import load
-    from processes import quieten_libraries
+    from classifier.predictor import load
+    from classifier.processes import quieten_libraries
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, metavar="DIR", help="a run, a model folder, or a model of the Hub")

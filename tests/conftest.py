@@ -214,7 +214,7 @@ def run_inside(monkeypatch, capfd):
 @pytest.fixture
 def log_lines(monkeypatch):
     """The lines that a test's own process logs."""
-    from messages import log
+    from classifier.messages import log
 
     lines = []
     handler = logging.Handler()

@@ -17,9 +17,9 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from messages import BadInput
-from splits import load_splits
-from tasks import Task
+from classifier.data.splits import load_splits
+from classifier.data.tasks import Task
+from classifier.messages import BadInput
 
 AB = [("one", "a"), ("two", "b")]
 COMMIT, LATER = "1" * 40, "2" * 40  # two commits of a repository

@@ -4,7 +4,7 @@ import torch
 from conftest import make_rows
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from tasks import save_task
+from classifier.data.tasks import save_task
 
 
 def save_model(folder, base, task, labels=None, seed=0):

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from sklearn import metrics as sklearn_metrics
 
-import analysis
 import common
-from tasks import Task
+from classifier.data.tasks import Task
+from classifier.evaluation import analysis
 
 TASK = Task("letters", text=["text"], labels=["a", "b", "c"], metrics=["accuracy", "f1_macro"])
 SEVERAL = Task("tags", text=["text"], labels=["x", "y"], problem="multi_label", metrics=["f1_micro"])

@@ -19,7 +19,7 @@ from conftest import CACHE, TORCHRUN_2, WORDS, bert_config, run_script
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 
-from cache import cache_folder
+from classifier.data.cache import cache_folder
 
 TRAIN = """text,label
 the room was good,positive

@@ -11,15 +11,13 @@ from accelerate import Accelerator
 from conftest import bert_config, make_rows
 from datasets import Dataset
 
-import batching
-import cache
-import inference
-import packing
-import tokenization
-from messages import BadInput, Preempted, RunFailed
-from models import load_model
-from packing import prepare_model
-from tasks import Task
+from classifier.data import cache
+from classifier.data.tasks import Task
+from classifier.messages import BadInput, Preempted, RunFailed
+from classifier.model import inference, packing, tokenization
+from classifier.model.models import load_model
+from classifier.model.packing import prepare_model
+from classifier.training import batching
 
 TASK = Task(name="reviews", text=["text"], labels=["negative", "positive"])
 

@@ -13,9 +13,9 @@ import pyarrow
 import pytest
 from data_help import served, use_cache
 
-import cache
-from files import digest, write_json, write_text
-from messages import BadInput
+from classifier.data import cache
+from classifier.files import digest, write_json, write_text
+from classifier.messages import BadInput
 
 SCHEMA = pyarrow.schema([("text", pyarrow.string()), ("row", pyarrow.int64())])
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import yaml
 
-from report import model_card
-from tasks import Task
+from classifier.data.tasks import Task
+from classifier.evaluation.report import model_card
 
 TASK = Task(
     name="reviews",

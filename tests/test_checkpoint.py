@@ -16,12 +16,11 @@ from safetensors import SafetensorError
 from test_preemption import ended, start, state_of
 from transformers import BertTokenizer
 
-import checkpoint
-import lock
-from files import put_back, put_in_place, sha256
-from messages import BadInput, Preempted, RunFailed, log
-from models import load_model, model_folder, trained
-from tasks import Task
+from classifier.data.tasks import Task
+from classifier.files import put_back, put_in_place, sha256
+from classifier.messages import BadInput, Preempted, RunFailed, log
+from classifier.model.models import load_model, model_folder, trained
+from classifier.training import checkpoint, lock
 
 TASK = Task(name="reviews", text=["text"], labels=["negative", "positive"], files={"train": "train.csv"})
 SETTINGS = {"learning_rate": 0.1, "seed": 1}

@@ -13,11 +13,11 @@ import torch
 from conftest import ROOT
 
 import common
-import processes
-from labels import majority_prediction, prediction_columns, prediction_rows, probabilities
-from messages import BadInput, Preempted, RunFailed, format_duration
-from models import load_model
-from tasks import Task
+from classifier import processes
+from classifier.data.labels import majority_prediction, prediction_columns, prediction_rows, probabilities
+from classifier.data.tasks import Task
+from classifier.messages import BadInput, Preempted, RunFailed, format_duration
+from classifier.model.models import load_model
 
 TWO = Task(name="two", text=["text"], labels=["negative", "positive"], metrics=["accuracy", "f1"])
 NUMBER = Task(name="number", text=["text"], labels="regression", metrics=["pearson"])

@@ -7,9 +7,9 @@ import pytest
 from datasets import Dataset
 from sklearn import metrics as sklearn_metrics
 
-import analysis
-from messages import BadInput
-from tasks import Task
+from classifier.data.tasks import Task
+from classifier.evaluation import analysis
+from classifier.messages import BadInput
 
 TASK = Task("two", text=["text"], labels=["no", "yes"], metrics=["f1", "accuracy"])
 PAIRS = Task("pairs", text=["first", "second"], labels="regression", metrics=["pearson"])

@@ -9,9 +9,9 @@ from test_checkpoint import DATA, SETTINGS, TASK, Training, accelerator, names, 
 from test_preemption import ended, start, start_2, state_of
 from transformers import BertTokenizer
 
-import checkpoint
-from messages import RunFailed
-from models import load_model
+from classifier.messages import RunFailed
+from classifier.model.models import load_model
+from classifier.training import checkpoint
 
 
 @pytest.fixture

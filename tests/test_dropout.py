@@ -11,11 +11,10 @@ from conftest import TORCHRUN_2, bert_config, lines_of, run_script
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, BertTokenizer
 
-import dropout
-import packing
-from dropout import Masks
-from messages import log
-from packing import prepare_model
+from classifier.messages import log
+from classifier.model import dropout, packing
+from classifier.model.dropout import Masks
+from classifier.model.packing import prepare_model
 
 SHAPE = (32, 40, 384)  # examples, positions, columns
 

@@ -339,7 +339,7 @@ def test_rules_of_the_training_hold_again(reviews, vocabulary, run_inside, evalu
 def test_every_split_of_the_name_is_scored(copy, evaluate, monkeypatch):
     """As MNLI has them, on the Hub. The names of files' splits are fixed, so they are renamed as they are read."""
     import common
-    import splits
+    from classifier.data import splits
 
     def load(task, refresh=False):
         task, splits, fingerprints, bad_rows = load_splits(task, refresh)

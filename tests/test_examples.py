@@ -13,7 +13,7 @@ from conftest import ROOT, make_rows, run_script
 from model_help import save_model
 from pyarrow import parquet
 
-from tasks import Task
+from classifier.data.tasks import Task
 
 LABELS = ["negative", "positive"]
 

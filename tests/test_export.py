@@ -18,9 +18,9 @@ from sklearn.metrics import f1_score
 from test_families import FAMILIES
 
 import export
-import predictor
-from messages import BadInput, RunFailed
-from tasks import Task, save_task
+from classifier import predictor
+from classifier.data.tasks import Task, save_task
+from classifier.messages import BadInput, RunFailed
 
 FP32 = ("--mixed_precision", "no", "--threads", 1)
 LABELS = ["negative", "positive"]
@@ -399,7 +399,7 @@ def test_what_an_exported_model_refuses(copy, refused, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setenv("WORLD_SIZE", "2")
         with pytest.raises(BadInput, match="one process"):
-            from predictor import start_exported
+            from classifier.predictor import start_exported
 
             start_exported(export.build_parser().parse_args(["--model", "x"]))
     whole = (copy / "model/onnx/model.onnx").read_bytes()

@@ -11,14 +11,12 @@ from conftest import bert_config, write_table
 from datasets import Dataset
 
 import common
-import facts
-import inference
-import splits
-import tokenization
-from facts import describe_data
-from models import load_model
-from packing import prepare_model
-from tasks import Task
+from classifier.data import facts, splits
+from classifier.data.facts import describe_data
+from classifier.data.tasks import Task
+from classifier.model import inference, tokenization
+from classifier.model.models import load_model
+from classifier.model.packing import prepare_model
 
 TASK = Task(name="", text=["text"], labels=["no", "yes"])
 MANY = Task(name="", text=["text"], labels=["a", "b", "c"], problem="multi_label")

@@ -11,10 +11,9 @@ from data_help import use_cache
 from safetensors.torch import load_file, save_file
 from test_families import FAMILIES
 
-import batching
-import inference
-import models
-from packing import prepare_model
+from classifier.model import inference, models
+from classifier.model.packing import prepare_model
+from classifier.training import batching
 
 FLAGS = ("--freeze", "encoder", "--log_every", 1, "--threads", 1, "--learning_rate", 0.01, "--eval_every", 20)
 NO_FEATURES = "the frozen encoder runs in each step"

@@ -22,8 +22,8 @@ from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoTokenizer
 
 import glue
-from messages import BadInput
-from tasks import Task, read_task, save_task
+from classifier.data.tasks import Task, read_task, save_task
+from classifier.messages import BadInput
 
 BINARY, NLI, ENTAILS = {"0", "1"}, {"entailment", "neutral", "contradiction"}, {"entailment", "not_entailment"}
 PUBLISHED = {  # as https://gluebenchmark.com has them: the file, of which part and split, its rows, its predictions
@@ -225,7 +225,7 @@ def test_missing_tasks_are_filled_with_the_majority_of_train_and_said(submit, mo
 
 
 def test_each_model_is_loaded_once(models, small_glue, tmp_path, log_lines):
-    import predictor
+    from classifier import predictor
 
     loaded = []
 

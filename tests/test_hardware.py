@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-import processes
+from classifier import processes
 
 NOTHING = set()
 ZEN4 = {"avx512f", "avx512_bf16"}

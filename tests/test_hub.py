@@ -5,8 +5,8 @@ import huggingface_hub
 import pytest
 from data_help import COMMIT, LATER
 
-from cache import download, hub_commit, note_loaded, was_loaded
-from messages import BadInput
+from classifier.data.cache import download, hub_commit, note_loaded, was_loaded
+from classifier.messages import BadInput
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from data_help import AB, FORMATS, files_task, hub_table, hub_task, put_table, refusal, text_task
 
-from cache import array_of
-from labels import is_number, is_whole, label_ids, label_words
-from splits import load_splits
-from tasks import Task
+from classifier.data.cache import array_of
+from classifier.data.labels import is_number, is_whole, label_ids, label_words
+from classifier.data.splits import load_splits
+from classifier.data.tasks import Task
 
 REGRESSION = {"labels": "regression"}
 MULTI = {"problem": "multi_label"}

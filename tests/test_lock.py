@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 from test_preemption import SLOW_STEPS, ended, start, start_2, state_of, step_of, wait_for
 
-import lock
-from messages import BadInput
+from classifier.messages import BadInput
+from classifier.training import lock
 
 HERE = socket.gethostname()
 

@@ -11,10 +11,9 @@ from conftest import lines_of
 from test_checkpoint import accelerator  # noqa: F401 - a fixture
 from test_preemption import ended, start, start_2, state_of
 
-import batching
-import inference
-import packing
-from messages import BadInput
+from classifier.messages import BadInput
+from classifier.model import inference, packing
+from classifier.training import batching
 
 LENGTHS = [3, 9, 4, 8, 5, 7, 6, 2, 9, 1]
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 14.75 GiB"

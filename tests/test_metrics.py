@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
-import metrics
+from classifier.evaluation import metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 EXACT = {"rel": 1e-9, "abs": 1e-12}

@@ -7,9 +7,9 @@ import torch
 from conftest import WORDS, bert_config
 from safetensors.torch import load_file, save_file
 
-from messages import BadInput
-from models import load_model, with_labels_of
-from tasks import Task
+from classifier.data.tasks import Task
+from classifier.messages import BadInput
+from classifier.model.models import load_model, with_labels_of
 
 TWO = Task(name="two", text=["text"], labels=["negative", "positive"], metrics=["accuracy", "f1"])
 NUMBER = Task(name="number", text=["text"], labels="regression", metrics=["pearson"])

@@ -12,8 +12,8 @@ from sklearn.metrics import f1_score
 from sklearn.preprocessing import MultiLabelBinarizer
 from transformers import pipeline
 
-from labels import with_thresholds
-from tasks import Task
+from classifier.data.labels import with_thresholds
+from classifier.data.tasks import Task
 
 LABELS = ["bad", "good", "room", "very"]
 METRICS = ["f1_micro", "f1_macro", "accuracy"]

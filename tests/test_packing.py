@@ -13,11 +13,10 @@ from test_processes import train
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-import inference
-import packing
-from messages import log
-from models import freeze
-from packing import prepare_model
+from classifier.messages import log
+from classifier.model import inference, packing
+from classifier.model.models import freeze
+from classifier.model.packing import prepare_model
 
 PADDING, VOCABULARY = 1, 50
 SMALL = {

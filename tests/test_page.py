@@ -11,12 +11,10 @@ import pytest
 from conftest import ROOT
 from datasets import Dataset
 
-import analysis
 import common
-import metrics
-import page
-from labels import majority_prediction
-from tasks import Task
+from classifier.data.labels import majority_prediction
+from classifier.data.tasks import Task
+from classifier.evaluation import analysis, metrics, page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]

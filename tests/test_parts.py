@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import chunks
-from messages import RunFailed
+from classifier import chunks
+from classifier.messages import RunFailed
 
 ROWS = [(line, {"text": str(line)}) for line in range(2, 13)]  # eleven rows, in parts of four: 4, 4, 3
 

@@ -6,8 +6,8 @@ import torch
 from conftest import make_rows
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification
 
-import predictor
-from tasks import Task, save_task
+from classifier import predictor
+from classifier.data.tasks import Task, save_task
 
 FAMILY = {"labels": ["negative", "positive"], "max_length": 32}
 

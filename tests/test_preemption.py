@@ -16,10 +16,9 @@ import psutil
 import pytest
 from conftest import ROOT, TORCHRUN_2, lines_of
 
-import checkpoint
-import preemption
-from files import sha256, sync
-from messages import BadInput, Preempted, RunFailed
+from classifier.files import sha256, sync
+from classifier.messages import BadInput, Preempted, RunFailed
+from classifier.training import checkpoint, preemption
 
 # ------------------------------------------------------------------- scripts in processes of their own, started quickly
 

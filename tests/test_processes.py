@@ -188,7 +188,7 @@ def test_the_loop_of_fp16_with_its_scaler(review_task, power, launcher):
 @pytest.mark.parametrize("processes", [1, 2, 3, 7, 8, 64, 100, 512])
 @pytest.mark.parametrize("batch_size", [1, 5, 32, 100])
 def test_a_batch_is_divided_among_any_number_of_processes(processes, batch_size):
-    import batching
+    from classifier.training import batching
 
     batch = np.arange(1000, 1000 + batch_size)
     shares = [batching.share(batch, rank, processes, 8) for rank in range(processes)]

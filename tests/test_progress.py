@@ -9,8 +9,8 @@ import torch
 from accelerate import Accelerator
 from conftest import TORCHRUN_2, lines_of, run_script
 
-from checkpoint import State
-from progress import Progress
+from classifier.training.checkpoint import State
+from classifier.training.progress import Progress
 
 
 def take_steps(progress, first, last, losses, norm=0.5, ids=(3, 1, 2, 0)):

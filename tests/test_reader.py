@@ -11,8 +11,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from messages import BadInput, BadRow, nearest
-from reader import count_rows, read_rows, table_format
+from classifier.data.reader import count_rows, read_rows, table_format
+from classifier.messages import BadInput, BadRow, nearest
 
 FORMATS = ["csv", "tsv", "jsonl", "json", "parquet"]
 TOO_LONG = "x" * 10_000_001

@@ -259,8 +259,8 @@ def test_imdb_csv_takes_the_rows_of_the_book(small, real_data, tmp_path):
         scored = [row["review"] for row in csv.DictReader(stream)]
     assert len(scored) == 48 and set(scored) <= {text for text, _ in rows[40_000:]}
     # The limits leave nothing to count: the sizes of the whole splits.
-    from splits import load_splits
-    from tasks import read_task
+    from classifier.data.splits import load_splits
+    from classifier.data.tasks import read_task
 
     _, splits, _, _ = load_splits(read_task(str(task)))
     assert {name: len(found) for name, found in splits.items()} == {"train": 35_000, "validation": 5000, "test": 10_000}

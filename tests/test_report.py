@@ -8,10 +8,10 @@ import pytest
 import torch
 from datasets import Dataset
 
-import batching
-import report
-from checkpoint import State
-from tasks import Task
+from classifier.data.tasks import Task
+from classifier.evaluation import report
+from classifier.training import batching
+from classifier.training.checkpoint import State
 
 TASK = Task(
     name="two",

@@ -31,7 +31,7 @@ from conftest import (
 from punisher import punish
 from test_processes import FP16, WRAPPER
 
-import batching
+from classifier.training import batching
 
 ROWS, BATCH_SIZE, EPOCHS = 200, 16, 3
 STEPS_PER_EPOCH = 13  # the last step of an epoch has 8 examples

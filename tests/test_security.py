@@ -14,9 +14,9 @@ from conftest import make_rows, write_table
 from test_checkpoint import FILES, names, outcome, stopped  # noqa: F401 - a fixture
 from test_preemption import ended, start
 
-import tasks
-from files import sha256
-from messages import BadInput
+from classifier.data import tasks
+from classifier.files import sha256
+from classifier.messages import BadInput
 
 FLAGS = ("--eval_every", 4, "--save_every", 5, "--keep_checkpoints", 3, "--threads", 1, "--log_every", 1)
 CODE_RAN = "code ran"  # the file that a payload makes, in the folder where the script was started

@@ -11,7 +11,7 @@ import slurm_cluster
 from conftest import ROOT, TORCHRUN_2, lines_of, make_rows, run_script, write_table
 from model_help import save_model
 
-from tasks import Task
+from classifier.data.tasks import Task
 
 EPOCHS, STEPS = 45, 45 * 13  # 200 rows in batches of 16; long enough to be hit in the middle
 FLAGS = ["--epochs", EPOCHS, "--eval_every", 200, "--log_every", 1, "--threads", 1]

@@ -26,11 +26,10 @@ from data_help import (
 )
 from sklearn.model_selection import train_test_split
 
-import reader
-import splits
-from reader import LONGEST_FIELD
-from splits import draw_groups, load_splits, make_missing_splits, stratified
-from tasks import Task
+from classifier.data import reader, splits
+from classifier.data.reader import LONGEST_FIELD
+from classifier.data.splits import draw_groups, load_splits, make_missing_splits, stratified
+from classifier.data.tasks import Task
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
 

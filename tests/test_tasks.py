@@ -10,10 +10,10 @@ import pytest
 import yaml
 
 import common
-import tasks
 import train
-from messages import BadInput
-from tasks import Task
+from classifier.data import tasks
+from classifier.data.tasks import Task
+from classifier.messages import BadInput
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted((ROOT / "data").glob("*.yaml"))

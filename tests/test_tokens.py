@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from tasks import Task
-from tokenization import encode
+from classifier.data.tasks import Task
+from classifier.model.tokenization import encode
 
 LAYOUTS = {
     "bert": ("<s> $A <e>", "<s> $A <e> $B:1 <e>:1"),

@@ -35,8 +35,8 @@ from transformers import (
     pipeline,
 )
 
-import batching
-import processes
+from classifier import processes
+from classifier.training import batching
 
 MODEL_FILES = {
     *("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"),
@@ -1119,7 +1119,7 @@ def test_a_run_without_bad_rows_says_nothing_of_them(review_task, train):
 def test_the_first_validation_split_chooses_and_all_are_scored(review_task, train, monkeypatch):
     """As MNLI has them, on the Hub. The names of files' splits are fixed, so they are renamed as they are read."""
     import common
-    import splits
+    from classifier.data import splits
 
     def load(task, refresh=False):
         task, splits, fingerprints, bad_rows = load_splits(task, refresh)

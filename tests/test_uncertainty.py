@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
-import metrics
+from classifier.evaluation import metrics
 
 # Of a population: the share of positive labels, and how often the model is right about either kind.
 POSITIVE, SENSITIVITY, SPECIFICITY = 0.6, 0.85, 0.7

@@ -8,9 +8,9 @@ import json
 import pytest
 from pyarrow import parquet
 
-import writer
-from files import CannotWrite
-from messages import BadInput
+from classifier.data import writer
+from classifier.files import CannotWrite
+from classifier.messages import BadInput
 
 ROWS = [
     {"id": "007", "text": 'he said "no", twice\nand left', "probability": 0.1},

@@ -7,13 +7,13 @@ from itertools import islice
 
 import numpy as np
 
-from cache import array_of, cache_folder, cached_table, download, download_file, hub_commit
+from classifier.data.cache import array_of, cache_folder, cached_table, download, download_file, hub_commit
+from classifier.data.labels import label_words, with_label_ids, with_label_names
+from classifier.data.reader import check_file, read_rows, table_format
+from classifier.data.tasks import SPLIT_NAMES, is_url
+from classifier.files import digest, write_json
+from classifier.messages import BadInput, BadRow, log, nearest, place
 from common import with_metrics
-from files import digest, write_json
-from labels import label_words, with_label_ids, with_label_names
-from messages import BadInput, BadRow, log, nearest, place
-from reader import check_file, read_rows, table_format
-from tasks import SPLIT_NAMES, is_url
 
 # --------------------------------------------------------------------------------------------------- rows of a split
 

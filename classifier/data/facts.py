@@ -7,9 +7,9 @@ import math
 
 import numpy as np
 
-import batching
-from cache import array_of, arrow_column
-from messages import log
+from classifier.data.cache import array_of, arrow_column
+from classifier.messages import log
+from classifier.training import batching
 
 FEW = 16  # rows of a class; below this, few-shot methods are likely better than fine-tuning
 

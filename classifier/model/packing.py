@@ -15,9 +15,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from dropout import scale
-from messages import log
-from tokenization import padded
+from classifier.messages import log
+from classifier.model.dropout import scale
+from classifier.model.tokenization import padded
 
 GROUP_LIMIT = 2**19  # attention weights in a group, where it has more than one example: what a core's cache holds
 LONG = 96  # tokens from which on torch's own attention is faster on a CPU, where nothing is dropped
@@ -366,7 +366,7 @@ def prepare_model(model, tokenizer, seed=0):
     Two examples are tried both ways. A model that answers otherwise where they lie end to end runs padded, and that is
     said.
     """
-    import dropout
+    from classifier.model import dropout
 
     masks = dropout.install(model, seed)
     layout = Layout(model, masks, tokenizer.pad_token_id)

@@ -9,8 +9,8 @@ from contextlib import contextmanager, suppress
 
 import psutil
 
-from files import write_json
-from messages import BadInput
+from classifier.files import write_json
+from classifier.messages import BadInput
 
 HEARTBEAT, SILENCE = 20, 90  # seconds between two signs of life; without one for how long a run counts as dead
 

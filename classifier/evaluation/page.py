@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from files import write_text
-from labels import format_label, prediction_rows
-from messages import format_score
+from classifier.data.labels import format_label, prediction_rows
+from classifier.files import write_text
+from classifier.messages import format_score
 
 MOST_MISTAKES = 200  # in the page; errors.csv has all of an evaluation
 KINDS = {  # of pictures: what draws one, of the entry of the same name

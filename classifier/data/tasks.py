@@ -10,8 +10,8 @@ from pathlib import Path
 
 import yaml
 
-from files import write_json
-from messages import BadInput, nearest
+from classifier.files import write_json
+from classifier.messages import BadInput, nearest
 
 DATA_FOLDER = Path(__file__).resolve().parent / "data"
 SPLIT_NAMES = ("train", "validation", "test")

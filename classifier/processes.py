@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path, PurePosixPath
 
-from messages import BadInput, Preempted, RunFailed, log
+from classifier.messages import BadInput, Preempted, RunFailed, log
 
 # Flags of CPUs that multiply matrices in bf16, of x86 and of Arm; with AVX-512 alone, oneDNN only emulates it.
 CPU_BF16_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from cache import array_of
-from preemption import SIGNALS
-from splits import stratified
+from classifier.data.cache import array_of
+from classifier.data.splits import stratified
+from classifier.training.preemption import SIGNALS
 
 TOKENS_OF_A_PASS = {"cpu": 256}  # of padding, from which on it is faster to compute them in a pass of their own
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from files import CannotWrite, write_json
-from messages import RunFailed
-from predictor import ROWS_AT_A_TIME
+from classifier.files import CannotWrite, write_json
+from classifier.messages import RunFailed
+from classifier.predictor import ROWS_AT_A_TIME
 
 ROWS = ROWS_AT_A_TIME  # of a part: read, sorted by length, predicted
 

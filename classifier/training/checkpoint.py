@@ -20,11 +20,11 @@ from accelerate.utils.memory import should_reduce_batch_size
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 
-from files import check_output, put_back, put_in_place, sha256, sync, write_json, write_text
-from lock import locked
-from messages import BadInput, Preempted, RunFailed, log
-from processes import on_main_process
-from tasks import save_task
+from classifier.data.tasks import save_task
+from classifier.files import check_output, put_back, put_in_place, sha256, sync, write_json, write_text
+from classifier.messages import BadInput, Preempted, RunFailed, log
+from classifier.processes import on_main_process
+from classifier.training.lock import locked
 
 # All that a run leaves in its folder; --overwrite removes these and nothing else, model/ only once there is a new one.
 LEFT_BY_A_RUN = ("checkpoints", "tensorboard", "metrics.jsonl", "results.json", "bad_rows.csv", "state.json")

@@ -18,9 +18,9 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from cache import array_of, open_table, table_path, write_table
-from files import digest
-from messages import BadInput, RunFailed, log
+from classifier.data.cache import array_of, open_table, table_path, write_table
+from classifier.files import digest
+from classifier.messages import BadInput, RunFailed, log
 
 FEATURE_ROWS_AT_A_TIME = 10_000  # in memory: 15 MB for a vector of 384
 

@@ -19,15 +19,15 @@ from types import SimpleNamespace
 
 import numpy as np
 
-import processes
-import tasks
-from files import digest, sha256
-from labels import prediction_columns, prediction_rows
-from messages import BadInput, log
-from models import load_model, with_labels_of
-from packing import prepare_model
-from processes import log_to
-from tokenization import encode, padded
+from classifier import processes
+from classifier.data import tasks
+from classifier.data.labels import prediction_columns, prediction_rows
+from classifier.files import digest, sha256
+from classifier.messages import BadInput, log
+from classifier.model.models import load_model, with_labels_of
+from classifier.model.packing import prepare_model
+from classifier.model.tokenization import encode, padded
+from classifier.processes import log_to
 
 ROWS_AT_A_TIME = 4096  # enough to find texts of like length among them
 
@@ -88,8 +88,8 @@ def load(path, accelerator=None, batch_size=64, threads=None):
     from accelerate.utils import send_to_device
     from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-    import tokenization
-    from models import model_folder
+    from classifier.model import tokenization
+    from classifier.model.models import model_folder
 
     folder = model_folder(path)
     model, tokenizer, facts = load_model(folder)

@@ -12,12 +12,12 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-import batching
-import cache
-import inference
+from classifier.data import cache
+from classifier.files import write_text
+from classifier.messages import BadInput, format_duration, format_scores, log
+from classifier.model import inference
+from classifier.training import batching
 from common import example_losses
-from files import write_text
-from messages import BadInput, format_duration, format_scores, log
 
 SECONDS_BETWEEN_LINES = 10
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from messages import BadInput, log, nearest
+from classifier.messages import BadInput, log, nearest
 
 UNLABELLED = -1  # the label id of an example without a label (the Hub's GLUE test sets); NaN in regression
 

@@ -6,8 +6,8 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from cache import hub_commit, note_loaded, unreachable_hub, was_loaded
-from messages import BadInput, log, nearest
+from classifier.data.cache import hub_commit, note_loaded, unreachable_hub, was_loaded
+from classifier.messages import BadInput, log, nearest
 
 
 def load_model(name, task=None, refresh=False):

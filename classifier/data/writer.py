@@ -6,9 +6,9 @@ import json
 from contextlib import contextmanager
 from pathlib import Path
 
-from files import whole
-from messages import BadInput
-from reader import table_format
+from classifier.data.reader import table_format
+from classifier.files import whole
+from classifier.messages import BadInput
 
 KINDS = ("csv", "tsv", "jsonl", "parquet")
 ROWS_OF_A_GROUP = 10_000  # in Parquet

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
-from messages import BadInput, BadRow, nearest, place, without_skip
+from classifier.messages import BadInput, BadRow, nearest, place, without_skip
 
 # Characters in a field. Python's own limit of 131,072 is too low for documents, and without any limit one unclosed
 # quote makes the rest of a file a single field.

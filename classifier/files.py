@@ -7,7 +7,7 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
-from messages import BadInput
+from classifier.messages import BadInput
 
 
 def digest(*parts):

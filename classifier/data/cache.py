@@ -10,8 +10,8 @@ from http.client import HTTPException
 from pathlib import Path
 from urllib.request import urlopen
 
-from files import digest, write_text
-from messages import BadInput
+from classifier.files import digest, write_text
+from classifier.messages import BadInput
 
 
 def cache_folder():

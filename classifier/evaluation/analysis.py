@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 import common
-import metrics
-from labels import probabilities
-from messages import BadInput, format_score, format_scores, nearest
-from reader import read_rows
+from classifier.data.labels import probabilities
+from classifier.data.reader import read_rows
+from classifier.evaluation import metrics
+from classifier.messages import BadInput, format_score, format_scores, nearest
 
 BINS = 15
 EXAMPLES_OF_A_BAR = 32

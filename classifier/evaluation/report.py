@@ -7,10 +7,9 @@ from importlib.metadata import version
 import torch
 import yaml
 
-import analysis
-import metrics
-from cache import array_of
-from messages import RunFailed, format_duration, format_score, format_scores, in_red, log
+from classifier.data.cache import array_of
+from classifier.evaluation import analysis, metrics
+from classifier.messages import RunFailed, format_duration, format_score, format_scores, in_red, log
 
 
 def results(args, task, facts, progress, evaluations, data, accelerator):
@@ -101,7 +100,7 @@ def lines_of(folder):
 
 def write_page(folder, task, results, evaluations, splits, examples):
     """Write report.html and plots/ of a run. Raises RunFailed where that does not work."""
-    import page
+    from classifier.evaluation import page
 
     contents = []
     for split in [name for name in evaluations if name != "train"]:

@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from cache import cached_table, one_process_at_a_time
-from files import digest
-from messages import BadInput, log
+from classifier.data.cache import cached_table, one_process_at_a_time
+from classifier.files import digest
+from classifier.messages import BadInput, log
 
 
 def token_columns(tokenizer):

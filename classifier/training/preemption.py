@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from messages import BadInput, Preempted, RunFailed
+from classifier.messages import BadInput, Preempted, RunFailed
 
 # From Ctrl-C, from launchers and clusters. Windows has no SIGUSR1.
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
