@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import os
 from dataclasses import replace
 
 import numpy as np
@@ -14,10 +13,6 @@ from classifier.data.splits import check_files, load_splits
 from classifier.data.tasks import CHOICES, SPLIT_NAMES
 from classifier.evaluation import metrics
 from classifier.messages import BadInput, log
-
-# torch then asks for memory in pages of 2 MB, of which a CPU has fewer to get: see keep_freed_memory for the rest.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
 
 # --------------------------------------------------------------------------------------------------------- arguments
 
@@ -67,18 +62,12 @@ def load_data(task, args):
     """Return (task, splits, fingerprints, bad_rows) of splits.load_splits, one process of a machine after the other."""
     with one_process_at_a_time():
         task, splits, fingerprints, bad_rows = load_splits(task, args.refresh)
+    task = with_metrics(task)
     for name in dict.fromkeys(bad_row["split"] for bad_row in bad_rows):
         reasons = [bad_row["reason"] for bad_row in bad_rows if bad_row["split"] == name]
         words = f"{len(reasons)} bad rows left out, listed in bad_rows.csv; the first: {reasons[0]}"
         log.warning(f"WARNING: {name}: {words}")
     return task, splits, fingerprints, bad_rows
-
-
-def features_of(*arguments):
-    """Return features.of_splits, imported where it is needed."""
-    from classifier.model import inference
-
-    return inference.features_of_splits(*arguments)
 
 
 def check_splits(task, splits, names):
@@ -131,10 +120,10 @@ def balanced_weights(task, labels):
 
 
 def score_logits(task, logits, labels, majority):
-    """Return {"loss", "scores", "predictions", "constant", "majority", "logits", "labels"} of logits (examples,
+    """Return {"loss", "losses", "scores", "predictions", "constant", "majority", "logits", "labels"} of logits (examples,
     outputs) for labels (examples,).
 
-    `loss` is the mean over the examples, `scores` the task's metrics, `predictions` label ids or values (in multi-label
+    `losses` are those of the examples, `loss` their mean, `scores` the task's metrics, `predictions` label ids or values (in multi-label
     0 and 1), `constant` the one prediction where all are the same, `majority` the metrics of always predicting
     `majority`.
     Raises FloatingPointError for logits that are not finite.
@@ -145,12 +134,13 @@ def score_logits(task, logits, labels, majority):
     if broken.any():
         raise FloatingPointError(f"{broken.sum()} of {len(labels)} examples have logits that are not finite")
     predictions = predictions_from_logits(task, logits)
-    loss = example_losses(task, torch.from_numpy(logits), torch.tensor(labels)).mean().item()
+    losses = example_losses(task, torch.from_numpy(logits), torch.tensor(labels))
     is_constant = len(predictions) > 1 and (predictions == predictions[0]).all()
     # A constant has no correlation: that is known, and no news.
     majority_scores = metrics.compute(task.metrics, np.broadcast_to(majority, labels.shape), labels, warns=False)
     return {
-        "loss": loss,
+        "loss": losses.mean().item(),
+        "losses": losses.numpy(),
         "scores": metrics.compute(task.metrics, predictions, labels),
         "predictions": predictions,
         "constant": predictions[0].tolist() if is_constant else None,
@@ -158,11 +148,6 @@ def score_logits(task, logits, labels, majority):
         "logits": logits,
         "labels": labels,
     }
-
-
-def is_better(task, score, best):
-    """Return whether a score of the task's first metric beats the best so far; an undefined one never does."""
-    return metrics.is_better(task.metrics[0], score, best)
 
 
 # ------------------------------------------------------------------------------------------- the flags of scripts

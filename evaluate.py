@@ -85,7 +85,7 @@ def write_all(folder, task, rows, result, content, left_out, others):
     from classifier.evaluation import analysis, page
 
     folder.mkdir(parents=True, exist_ok=True)
-    numbers, losses = analysis.mistakes(task, result)
+    numbers, losses = analysis.mistakes(result)
     write_predictions(folder, task, rows, result["logits"], numbers, losses)
     write_json(folder / "evaluation.json", content)
     mistakes = page.mistakes_of(task, rows, result["logits"], numbers, losses)

@@ -5,7 +5,6 @@
     accelerate launch predict.py --model runs/imdb --input reviews.jsonl.gz --output labelled.parquet
     python predict.py --model runs/imdb --input 'in/*.parquet' --output out/ --shard 3/100     # one hundredth of them
     cat reviews.txt | python predict.py --model runs/imdb --input - > labelled.tsv
-    python predict.py --glue_submission glue/ --runs runs/* --fill_missing                     # for the leaderboard
 
 The columns of the input stay as they are; predicted_label, probability and probability_NAME are added (in regression
 predicted_value). --model may be a folder that export.py wrote. Writes --output, complete or not at all; the same
@@ -38,7 +37,7 @@ TABLE_KINDS = {"txt": "tsv", "json": "jsonl", "parquet": "jsonl"}  # what is wri
 def build_parser():
     parser = common.argument_parser(__doc__)
     add = parser.add_argument_group("prediction").add_argument
-    add("--model", metavar="DIR", help="a run, a model folder, an exported one, or a model of the Hub")
+    add("--model", required=True, metavar="DIR", help="a run, a model folder, an exported one, or a model of the Hub")
     add("--text", help="one text")
     add("--text_pair", metavar="TEXT", help="the second text, for a model of pairs")
     words = "a table; .txt: a text a line (pairs: with a tab); 'in/*.csv': several files; -: standard input"
@@ -55,10 +54,6 @@ def build_parser():
     add(
         "--delimiter", type=delimiter, metavar="MARK", help="between columns, such as ';' or tab (default: by the name)"
     )
-    add = parser.add_argument_group("GLUE").add_argument
-    add("--glue_submission", metavar="DIR", help="write the leaderboard's files and zip, of --runs")
-    add("--runs", nargs="+", metavar="DIR", help="runs of its tasks; of several of a task the best on validation")
-    add("--fill_missing", action="store_true", help="predict the majority class where a task has no run")
     common.add_machine_arguments(parser)
     return parser
 
@@ -321,13 +316,6 @@ def outputs_of(args):
 
 def check_arguments(args):
     """Raise BadInput for flags that do not go together, and for files that are not there."""
-    if args.glue_submission or args.runs:
-        given = [args.model, args.text, args.input, args.output]
-        if not (args.glue_submission and args.runs) or any(value is not None for value in given):
-            raise BadInput("--glue_submission DIR and --runs DIR... go together, and alone", "See --help.")
-        return
-    if args.model is None:
-        raise BadInput("the following arguments are required: --model", "See --help.")
     if (args.text is None) == (args.input is None):
         raise BadInput("give either --text or --input", "See --help.")
     if is_pattern(args.input):
@@ -358,7 +346,7 @@ def main():
     from classifier.predictor import load, onnx_file
 
     # Standard output is for predictions: what the script says of itself goes to standard error.
-    threads, exported, started = None, args.model and onnx_file(args.model), time.perf_counter()
+    threads, exported, started = None, onnx_file(args.model), time.perf_counter()
     if exported:
         accelerator, threads = start_exported(args, stream=sys.stderr)
     else:
@@ -366,13 +354,6 @@ def main():
     is_file = args.input not in (None, "-") and args.output
     if accelerator.num_processes > 1 and not is_file:
         raise BadInput("several processes share a file with an --output", "For this: python predict.py")
-    if args.glue_submission:
-        import glue
-
-        def load_run(run):
-            return load(run, accelerator, args.eval_batch_size)
-
-        return glue.write_submission(args.glue_submission, args.runs, args.fill_missing, load_run)
     predictor = load(args.model, accelerator, args.eval_batch_size, threads)
     if exported:
         log.info(f"{exported}: loaded in {time.perf_counter() - started:.2f} s")

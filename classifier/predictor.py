@@ -1,6 +1,6 @@
 """A saved model as a function: texts in, logits and labels out. For predict.py, and for programs of your own.
 
-    from predictor import load
+    from classifier.predictor import load
     predictor = load("runs/mrpc")                                 # or an exported model: runs/mrpc/model/onnx
     table = predictor.table([["He left."], ["He went away."]])    # {"predicted_label": [...], "probability": [...]}
 
@@ -24,10 +24,7 @@ from classifier.data import tasks
 from classifier.data.labels import prediction_columns, prediction_rows
 from classifier.files import digest, sha256
 from classifier.messages import BadInput, log
-from classifier.model.models import load_model, with_labels_of
-from classifier.model.packing import prepare_model
-from classifier.model.tokenization import encode, padded
-from classifier.processes import log_to
+from classifier.model.tokenization import encode, longest_input, padded
 
 ROWS_AT_A_TIME = 4096  # enough to find texts of like length among them
 
@@ -88,8 +85,8 @@ def load(path, accelerator=None, batch_size=64, threads=None):
     from accelerate.utils import send_to_device
     from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-    from classifier.model import tokenization
-    from classifier.model.models import model_folder
+    from classifier.model.models import load_model, model_folder, with_labels_of
+    from classifier.model.packing import prepare_model
 
     folder = model_folder(path)
     model, tokenizer, facts = load_model(folder)
@@ -101,7 +98,7 @@ def load(path, accelerator=None, batch_size=64, threads=None):
         problem="multi_label" if model.config.problem_type == "multi_label_classification" else None,
     )
     task = with_labels_of(model, facts, task)
-    task = replace(task, max_length=task.max_length or tokenization.longest_input(model, tokenizer))
+    task = replace(task, max_length=task.max_length or longest_input(model, tokenizer))
     layout = prepare_model(model, tokenizer)
     accelerator = accelerator or Accelerator()
     model = accelerator.prepare_model(model, evaluation_mode=True).eval()
@@ -164,7 +161,7 @@ def _exported(file, batch_size, threads):
     except Exception as error:  # onnxruntime and tokenizers have kinds of their own
         words = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise BadInput(f"{file}: cannot be loaded ({words})", "Export again, or copy the whole folder again.") from None
-    gc.enable()  # see common.run
+    gc.enable()  # see processes.run
 
     def forward(batch):
         return session.run(["logits"], padded(batch, pad_token_id))[0]
@@ -184,7 +181,7 @@ def start_exported(args, stream=None):
     threads, words = processes.choose_threads(
         args.threads, os.environ.get("OMP_NUM_THREADS"), processes.available_cores(), 1, launched
     )
-    log_to(stream or sys.stdout)
+    processes.log_to(stream or sys.stdout)
     log.info(f"onnxruntime, cpu, 1 process, precision of the file, {words}")
 
     def nothing(*_):

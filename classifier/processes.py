@@ -15,6 +15,9 @@ from pathlib import Path, PurePosixPath
 
 from classifier.messages import BadInput, Preempted, RunFailed, log
 
+# torch then asks for memory in pages of 2 MB, of which a CPU has fewer to get: see keep_freed_memory for the rest.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
 # Flags of CPUs that multiply matrices in bf16, of x86 and of Arm; with AVX-512 alone, oneDNN only emulates it.
 CPU_BF16_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")
 

@@ -46,7 +46,7 @@ def main():
     parser.add_argument("--gpus", type=float, default=0, help="of each worker (default: %(default)s)")
     args = parser.parse_args()
     model = os.path.abspath(args.model) if os.path.exists(args.model) else args.model  # workers are in other folders
-    ray.init(runtime_env={"py_modules": [str(file) for file in PROJECT.glob("*.py")]})
+    ray.init(runtime_env={"py_modules": [str(PROJECT / "classifier")]})
     ray.data.read_parquet(sorted(glob(args.input)) or args.input).map_batches(
         Labeller,
         fn_constructor_args=[model],

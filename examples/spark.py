@@ -10,7 +10,9 @@ requirements.txt.
 
 import argparse
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -50,8 +52,9 @@ def main():
 
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     spark = SparkSession.builder.appName("predict").getOrCreate()
-    for file in PROJECT.glob("*.py"):
-        spark.sparkContext.addPyFile(str(file))
+    with tempfile.TemporaryDirectory() as folder:
+        package = shutil.make_archive(f"{folder}/classifier", "zip", PROJECT, "classifier")
+        spark.sparkContext.addPyFile(package)
     label = predict_batch_udf(
         make_predict, return_type=StructType([StructField(*one) for one in types.items()]), batch_size=4096
     )

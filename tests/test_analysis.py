@@ -65,7 +65,7 @@ def test_a_model_that_says_how_sure_it_is_has_no_calibration_error():
 def test_mistakes_come_worst_first():
     logits = np.array([[2.0, 0, 0], [0, 1.0, 0], [0, 3.0, 0], [0, 0, 1.0]], dtype=np.float32)
     labels = np.array([0, 0, 0, 2])
-    numbers, losses = analysis.mistakes(TASK, common.score_logits(TASK, logits, labels, majority=0))
+    numbers, losses = analysis.mistakes(common.score_logits(TASK, logits, labels, majority=0))
     assert numbers.tolist() == [2, 1]
     assert losses == pytest.approx([np.log(2 + np.e**3), np.log(2 + np.e)])
 

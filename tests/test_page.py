@@ -38,7 +38,7 @@ def write_page(folder, texts, labels, task, seed=0, lines=(), **more):
         "intervals": metrics.intervals(task.metrics, result["predictions"], labels),
         "majority_baseline": result["majority"],
         **analysis.analyse(task, result, lengths, {}),
-        "mistakes": page.mistakes_of(task, rows, logits, *analysis.mistakes(task, result)),
+        "mistakes": page.mistakes_of(task, rows, logits, *analysis.mistakes(result)),
         **more,
     }
     page.write(folder, task, {"title": task.name, "model": "a model", "text": ""}, [content], lines)

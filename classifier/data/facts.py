@@ -3,13 +3,10 @@
 Pure functions of tokenised splits and numbers; report.py puts their results into words.
 """
 
-import math
-
 import numpy as np
 
 from classifier.data.cache import array_of, arrow_column
 from classifier.messages import log
-from classifier.training import batching
 
 FEW = 16  # rows of a class; below this, few-shot methods are likely better than fine-tuning
 
@@ -98,19 +95,14 @@ def is_chinese(texts):
     return sum("\u4e00" <= letter <= "\u9fff" for letter in letters) > len(letters) / 2
 
 
-def describe_data(task, splits, examples, batches, micro_batch_size, accelerator, tokenizer, layout):
-    """Log the facts of the data, and what may be wrong with them; return the facts (see facts.data_facts)."""
+def describe_data(task, splits, examples, tokenizer, padding):
+    """Log the facts of the data, and what may be wrong with them; return the facts (see data_facts)."""
     special = tokenizer.num_special_tokens_to_add(pair=len(task.text) == 2)
-    lengths = array_of(examples["train"], "length")
-    of_epoch = batches[: math.ceil(len(lengths) / len(batches[0]))]
-    worth = batching.worth_of_a_pass(layout, accelerator.device)
-    computed = batching.tokens_with_padding(lengths, of_epoch, accelerator.num_processes, micro_batch_size, worth)
-    padding = 1 - sum(int(lengths[batch].sum()) for batch in of_epoch) / computed
     data = data_facts(task, splits, examples, special, padding)
     for name, of_split in data["splits"].items():
         log.info(f"{name}: {_split_words(task, of_split)}")
-    if not layout.is_row:
-        log.info(f"padding: {data['padding']:.1%} of what a step computes")
+    if padding:
+        log.info(f"padding: {padding:.1%} of what a step computes")
     for warning in _data_warnings(task, splits, data):
         log.warning(f"WARNING: {warning}")
     return data

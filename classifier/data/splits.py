@@ -13,7 +13,6 @@ from classifier.data.reader import check_file, read_rows, table_format
 from classifier.data.tasks import SPLIT_NAMES, is_url
 from classifier.files import digest, write_json
 from classifier.messages import BadInput, BadRow, log, nearest, place
-from common import with_metrics
 
 # --------------------------------------------------------------------------------------------------- rows of a split
 
@@ -41,13 +40,13 @@ class Source:
 def load_splits(task, refresh=False):
     """Read the task's data and return (task, splits, fingerprints, bad_rows).
 
-    The task comes back with what was left open filled in: text columns, labels, metrics, the commit on the Hub. Each
+    The task comes back with what was left open filled in: text columns, labels, the commit on the Hub. Each
     split is a Dataset with the text columns, `label`, `row` (the line in its file, or the row on the Hub) and `hash`
     (16 bytes of the texts). A label is an id, a float in regression, a 0 or 1 for each label in multi-label; -1 (NaN in
     regression) where there is none. `bad_rows` are dicts of split, file, row and reason of the rows left out.
     """
     task, sources = _hub_splits(task, refresh) if task.dataset else _file_splits(task, refresh)
-    task = with_metrics(with_label_names(task, sources))
+    task = with_label_names(task, sources)
     splits = {name: with_label_ids(task, name, source) for name, source in sources.items()}
     splits = make_missing_splits(task, splits)
     for name, number in task.limit.items():

@@ -13,7 +13,7 @@ import yaml
 from classifier.files import write_json
 from classifier.messages import BadInput, nearest
 
-DATA_FOLDER = Path(__file__).resolve().parent / "data"
+DATA_FOLDER = Path(__file__).resolve().parents[2] / "data"
 SPLIT_NAMES = ("train", "validation", "test")
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-import common
 from classifier.data.labels import probabilities
 from classifier.data.reader import read_rows
 from classifier.evaluation import metrics
@@ -21,7 +20,7 @@ LISTED = 20  # classes, and parts of the data
 def analyse(task, evaluation, lengths, columns):
     """Return what evaluation.json says beside the scores and their intervals.
 
-    evaluation: of common.evaluate; lengths: (examples,), in tokens; columns: {name: a word for each example}. The
+    evaluation: of common.score_logits; lengths: (examples,), in tokens; columns: {name: a word for each example}. The
     examples that share a word, or a quarter of the lengths, are scored alone.
     """
     predictions, labels, names = evaluation["predictions"], evaluation["labels"], task.metrics
@@ -117,12 +116,9 @@ def of_batches(name, predictions, labels):
     return [metrics.compute([name], predictions[part], labels[part], warns=False)[name] for part in parts]
 
 
-def mistakes(task, evaluation):
+def mistakes(evaluation):
     """Return (numbers, losses) of the examples that are wrong, worst first; in regression of all that are not exact."""
-    import torch
-
-    labels = evaluation["labels"]
-    losses = common.example_losses(task, torch.from_numpy(evaluation["logits"]), torch.tensor(labels)).numpy()
+    labels, losses = evaluation["labels"], evaluation["losses"]
     is_wrong = (evaluation["predictions"] != labels).reshape(len(labels), -1).any(axis=1)
     numbers = np.flatnonzero(is_wrong)
     numbers = numbers[np.argsort(-losses[numbers], kind="stable")]

@@ -114,9 +114,7 @@ def write_page(folder, task, results, evaluations, splits, examples):
                 "intervals": results["intervals"][split],
                 "warning": collapse(task, split, evaluation),
                 **analysis.analyse(task, evaluation, array_of(examples[split], "length"), {}),
-                "mistakes": page.mistakes_of(
-                    task, splits[split], evaluation["logits"], *analysis.mistakes(task, evaluation)
-                ),
+                "mistakes": page.mistakes_of(task, splits[split], evaluation["logits"], *analysis.mistakes(evaluation)),
             }
         )
     lines = lines_of(folder)

@@ -32,7 +32,7 @@ def load_model(name, task=None, refresh=False):
         facts = {"model": values, "commit": None, "new": ["every weight"]}
     else:
         model, tokenizer, facts = _pretrained_model(str(name), head, task, refresh)
-    gc.enable()  # see common.run
+    gc.enable()  # see processes.run
     if facts["new"] and task:  # without a task, nothing is learnt, and with_labels_of refuses the model
         parts = sorted({key.rsplit(".", 1)[0] for key in facts["new"]})
         log.info(f"newly initialised: {', '.join(parts)} (not in the checkpoint: learnt in this training)")

@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import numpy as np
-import torch
 
 from classifier.data.cache import cached_table, one_process_at_a_time
 from classifier.files import digest
@@ -74,11 +73,13 @@ def padded(examples, pad_token_id):
 
 def longest_input(model, tokenizer):
     """Return the number of tokens that the model has positions for."""
+    from torch.nn import Embedding
+
     limit = getattr(model.config, "max_position_embeddings", None) or 0
     limit = limit if limit > 0 else tokenizer.model_max_length  # XLNet, which has no limit, says -1
     for name, module in model.named_modules():
         # RoBERTa, XLM-R and MPNet count positions from padding_idx + 1 on.
-        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+        if name.endswith("position_embeddings") and isinstance(module, Embedding):
             limit = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
     return min(limit, tokenizer.model_max_length)
 

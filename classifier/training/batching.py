@@ -97,6 +97,13 @@ def tokens_with_padding(lengths, batches, number_of_processes, micro_batch_size,
     )
 
 
+def padding_fraction(examples, batches, accelerator, micro_batch_size, layout):
+    """Return the fraction of padding in what the processes compute for these batches: 0 where nothing is padded."""
+    lengths, worth = array_of(examples, "length"), worth_of_a_pass(layout, accelerator.device)
+    computed = tokens_with_padding(lengths, batches, accelerator.num_processes, micro_batch_size, worth)
+    return 1 - sum(int(lengths[batch].sum()) for batch in batches) / computed
+
+
 def step_loader(examples, batches, accelerator, micro_batch_size, layout, num_workers=0):
     """Return a DataLoader that yields, for every global batch, this process's micro-batches of it.
 

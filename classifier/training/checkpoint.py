@@ -168,8 +168,12 @@ def begin(folder, settings, fingerprints, resume="auto", overwrite=False):
 
 def code_digests():
     """Return the content of the scripts, as digests, and the versions of what computes."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files}
+    package = Path(__file__).resolve().parents[1]
+    files = sorted([*package.parent.glob("*.py"), *package.rglob("*.py")])
+    digests = {
+        file.relative_to(package.parent).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+        for file in files
+    }
     return digests | {name: version(name) for name in ("torch", "transformers", "accelerate")}
 
 

@@ -17,7 +17,6 @@ from classifier.files import write_text
 from classifier.messages import BadInput, format_duration, format_scores, log
 from classifier.model import inference
 from classifier.training import batching
-from common import example_losses
 
 SECONDS_BETWEEN_LINES = 10
 
@@ -222,10 +221,13 @@ def start_trackers(accelerator, folder, project, settings, step):
             tracker.store_init_configuration(settings)
 
 
-def describe_run(task, args, accelerator, model, layout, plan, examples, validation_splits, progress, micro_batch):
+def describe_run(
+    task, args, accelerator, model, layout, plan, examples, validation_splits, progress, micro_batch, loss_of
+):
     """Log what the whole run will take, after a few steps of it; on a GPU also how its numbers differ from a CPU's.
 
-    plan: the global batches of the whole run; micro_batch: one that was trained on. The time is that of training and
+    plan: the global batches of the whole run; micro_batch: one that was trained on; loss_of: logits and labels to
+    a loss. The time is that of training and
     evaluating, without the start.
     """
     processes, steps = accelerator.num_processes, len(plan)
@@ -244,10 +246,8 @@ def describe_run(task, args, accelerator, model, layout, plan, examples, validat
     # for all epochs but not here, most of it. Once, the metrics are loaded.
     bound, part = ("at most ", 1) if args.freeze == "encoder" else ("", 1 / 3)
     evaluating = evaluations * tokens * part / rate + progress.state.evaluation_seconds
-    whole, parts = (
-        format_duration(training + evaluating),
-        f"{format_duration(training)} training, {format_duration(evaluating)} evaluating",
-    )
+    whole = format_duration(training + evaluating)
+    parts = f"{format_duration(training)} training, {format_duration(evaluating)} evaluating"
     saved = sum(file.stat().st_size for file in (progress.lines.parent / "checkpoints").rglob("*") if file.is_file())
     weights = sum(value.nbytes for value in model.state_dict().values())
     memory = inference.peak_memory(accelerator.device) / 2**30
@@ -260,16 +260,12 @@ def describe_run(task, args, accelerator, model, layout, plan, examples, validat
         f"{args.keep_checkpoints + 2} checkpoints of {saved / 1e6:.0f} MB",
     }
     if accelerator.device.type != "cpu" and accelerator.is_main_process:
-        table["check"] = _check_against_cpu(task, accelerator, model, layout, micro_batch)
+        table["check"] = _check_against_cpu(accelerator, model, layout, micro_batch, loss_of)
     log.info("\n".join(f"{name:8}{words}" for name, words in table.items()))
 
 
-def _check_against_cpu(task, accelerator, model, layout, micro_batch):
+def _check_against_cpu(accelerator, model, layout, micro_batch, loss_of):
     """Return in words how far the device's numbers are from the CPU's; warn where that is too far."""
-
-    def loss_of(logits, labels):
-        return example_losses(task, logits, labels).mean()
-
     logits, gradients = inference.compare_with_cpu(model, layout, micro_batch, loss_of, accelerator.autocast())
     words = f"largest difference from fp32 on the CPU: logits {logits:.1e}, gradients {gradients:.1e}"
     tolerance = inference.TOLERANCE[accelerator.mixed_precision]
