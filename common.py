@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from classifier.data import tasks
-from classifier.data.cache import array_of, one_process_at_a_time
+from classifier.data.cache import column_array, one_process_at_a_time
 from classifier.data.labels import UNLABELLED, predictions_from_logits
 from classifier.data.splits import check_files, load_splits
 from classifier.data.tasks import CHOICES, SPLIT_NAMES
@@ -36,7 +36,7 @@ def argument_parser(description, data=False):
 
 def parse_arguments(parser, default=None):
     """Return (args, task): the command line over the task's own defaults; `default` is the task where none is given."""
-    task = tasks.task_of(parser.parse_args(), default)
+    task = tasks.task_from_args(parser.parse_args(), default)
     check_files(task)
     tasks.set_defaults(parser, task)
     return parser.parse_args(), task
@@ -51,8 +51,8 @@ def add_machine_arguments(parser):
         default="auto",
         help="auto: the launcher's, else what this hardware computes natively (default: %(default)s)",
     )
-    add("--threads", type=positive, help="CPU threads of each process (default: cores / local processes)")
-    add("--eval_batch_size", type=positive, default=64, help="examples at a time (default: %(default)s)")
+    add("--threads", type=positive_int, help="CPU threads of each process (default: cores / local processes)")
+    add("--eval_batch_size", type=positive_int, default=64, help="examples at a time (default: %(default)s)")
 
 
 # ---------------------------------------------------------------------------------------------------- data and model
@@ -75,7 +75,7 @@ def check_splits(task, splits, names):
     for name in names:
         if name not in splits:
             raise BadInput(f"task {task.name}: has no {name} split", f"Splits: {', '.join(splits)}.")
-        labels = array_of(splits[name], "label").reshape(len(splits[name]), -1)
+        labels = column_array(splits[name], "label").reshape(len(splits[name]), -1)
         missing = (np.isnan(labels) if task.is_regression else labels == UNLABELLED).any(axis=1).sum()
         if missing:
             raise BadInput(
@@ -165,10 +165,10 @@ def _flag_type(name, convert, is_allowed, words):
     return checked
 
 
-positive = _flag_type("positive", int, lambda text: text.isdecimal() and int(text) > 0, "a whole number above 0")
-count = _flag_type("count", int, lambda text: text.isdecimal(), "a whole number from 0")
-amount = _flag_type("amount", float, lambda text: 0 <= float(text) < math.inf, "a number from 0")
-share = _flag_type("share", float, lambda text: 0 <= float(text) < 1, "from 0 to below 1")
+positive_int = _flag_type("positive", int, lambda text: text.isdecimal() and int(text) > 0, "a whole number above 0")
+non_negative_int = _flag_type("count", int, lambda text: text.isdecimal(), "a whole number from 0")
+non_negative_float = _flag_type("amount", float, lambda text: 0 <= float(text) < math.inf, "a number from 0")
+fraction = _flag_type("share", float, lambda text: 0 <= float(text) < 1, "from 0 to below 1")
 
 
 def add_data_arguments(parser):
@@ -186,7 +186,7 @@ def add_data_arguments(parser):
     add("--delimiter", metavar="MARK", help="between columns, such as ';' or tab (default: by the name)")
     add("--on_bad_row", choices=["fail", "skip"], help="skip: leave bad rows out, list them (default: fail)")
     add("--metrics", metavar="A[,B]", help="scores; the first one chooses the best checkpoint")
-    add("--max_length", type=positive, metavar="TOKENS", help="longer texts are cut (default: the model's limit)")
+    add("--max_length", type=positive_int, metavar="TOKENS", help="longer texts are cut (default: the model's limit)")
     add("--truncate", choices=CHOICES["truncate"], help="which end of a long text to keep (default: head)")
     add("--limit", action="append", metavar="SPLIT=N", help="use N rows of a split, drawn seeded and stratified")
     add("--refresh", action="store_true", help="ask the Hub for newer commits of the data and the model")

@@ -18,7 +18,7 @@ import numpy as np
 import common
 from classifier import processes
 from classifier.data import cache, facts, tasks
-from classifier.data.cache import array_of
+from classifier.data.cache import column_array
 from classifier.data.labels import (
     format_label,
     majority_prediction,
@@ -30,7 +30,7 @@ from classifier.data.reader import check_file
 from classifier.data.writer import write_bad_rows, write_csv
 from classifier.files import CannotWrite, write_json
 from classifier.messages import BadInput, log
-from classifier.model.models import load_model, with_labels_of
+from classifier.model.models import load_model, with_head_labels
 from classifier.model.packing import prepare_model
 
 
@@ -77,7 +77,7 @@ def write_compared(folder, task, rows, predictions, others, labels):
     write_csv(folder / "compared.csv", ["example", *task.text, "label", "here", "other"], lines)
 
 
-def write_all(folder, task, rows, result, content, left_out, others):
+def write_evaluation(folder, task, rows, result, content, left_out, others):
     """Write what evaluate.py says of a split into a folder; return the names of the files.
 
     result: of common.evaluate; content: of evaluation.json; left_out: bad rows; others: another model's predictions.
@@ -101,7 +101,7 @@ def write_all(folder, task, rows, result, content, left_out, others):
     return written
 
 
-def predictions_of_other(path, task, splits, fingerprints, args, accelerator):
+def other_predictions(path, task, splits, fingerprints, args, accelerator):
     """Return {split: predictions} of the model or the file that --compare names, for the examples of splits."""
     from classifier.evaluation import analysis
     from classifier.model import inference, tokenization
@@ -113,9 +113,9 @@ def predictions_of_other(path, task, splits, fingerprints, args, accelerator):
         return {name: analysis.predictions_in(path, task, rows) for name, rows in splits.items()}
     folder = model_folder(path)
     model, tokenizer, facts = load_model(folder, refresh=args.refresh)
-    its_own = tasks.saved_task(folder)[0] or task
+    its_own = tasks.read_saved_task(folder)[0] or task
     reads = {key: getattr(its_own, key) for key in ("max_length", "truncate", "thresholds")}
-    its_task = with_labels_of(model, facts, replace(task, **reads))
+    its_task = with_head_labels(model, facts, replace(task, **reads))
     its_task, examples = tokenization.tokenize_splits(its_task, splits, fingerprints, model, tokenizer)
     layout = prepare_model(model, tokenizer)
     model = accelerator.prepare_model(model, evaluation_mode=True)
@@ -135,35 +135,35 @@ def main():
     if args.file:
         check_file(args.file)
     # These import torch, which takes seconds: --help and a mistake are to come at once.
-    from classifier.data.facts import few_rows, label_counts
+    from classifier.data.facts import label_counts, small_classes_warning
     from classifier.data.splits import column_of
     from classifier.evaluation import analysis, metrics, report
-    from classifier.files import check_output
+    from classifier.files import check_output_folder
     from classifier.messages import in_red
     from classifier.model import inference, tokenization
-    from classifier.model.models import model_folder, pretrained, trained
+    from classifier.model.models import base_model, model_folder, saved_metrics
 
     folder = model_folder(args.model)
-    task, fingerprints = tasks.saved_task(folder)
+    task, fingerprints = tasks.read_saved_task(folder)
     if task is None and not args.task:
         raise BadInput(f"{args.model}: has no task.json, so its data are not known", "Name them with --task.")
     if args.task or args.dataset or args.train_file or args.validation_file or args.test_file:
         fingerprints = {}  # other data than the model was trained on, by request
-    task = tasks.task_of(args, default=task)
+    task = tasks.task_from_args(args, default=task)
     split = args.split
     if args.file:
         split, fingerprints = "file", {}
-        task = replace(task, dataset=None, files={split: args.file}, limit=tasks.limits_of(args.limit))
+        task = replace(task, dataset=None, files={split: args.file}, limit=tasks.parse_limits(args.limit))
     # MNLI has two validation splits: both are scored.
     beside = Path(folder if Path(folder).is_dir() else "").parent
-    check_output(Path(args.output_dir or beside))
+    check_output_folder(Path(args.output_dir or beside))
 
-    trained_precision, majority = trained(folder)
+    trained_precision, majority = saved_metrics(folder)
     if args.mixed_precision == "auto" and trained_precision != "fp16":  # fp16 is not to be had everywhere
         args.mixed_precision = trained_precision
     accelerator = processes.start(args)
     model, tokenizer, facts = load_model(folder, refresh=args.refresh)
-    task = with_labels_of(model, facts, task)
+    task = with_head_labels(model, facts, task)
     task, splits, now, bad_rows = common.load_data(task, args)
     names = [name for name in splits if name == split or name.startswith(f"{split}_")] or [split]
     common.check_splits(task, splits, names)
@@ -176,12 +176,12 @@ def main():
     others, simpler = {}, {name: {} for name in names}
     if args.baseline:
         common.check_splits(task, splits, ["train"])
-        given = (task, splits, names, now, pretrained(folder, task))
+        given = (task, splits, names, now, base_model(folder, task))
         simpler = baseline_predictions(*given, accelerator, args.eval_batch_size)
-        if words := few_rows(task, label_counts(task, array_of(splits["train"], "label"))):
+        if words := small_classes_warning(task, label_counts(task, column_array(splits["train"], "label"))):
             log.warning(f"WARNING: {words}")
     if args.compare:
-        others = predictions_of_other(args.compare, task, scored, now, args, accelerator)
+        others = other_predictions(args.compare, task, scored, now, args, accelerator)
     task, examples = tokenization.tokenize_splits(task, scored, now, model, tokenizer)
     layout = prepare_model(model, tokenizer)
     model = accelerator.prepare_model(model, evaluation_mode=True)
@@ -190,9 +190,9 @@ def main():
         output = Path(
             args.output_dir or beside / f"evaluation-{shown}", *([name] if len(names) > 1 and args.output_dir else [])
         )
-        check_output(output)
+        check_output_folder(output)
         logits = inference.compute_logits(model, examples[name], accelerator, args.eval_batch_size, layout)
-        labels = array_of(rows, "label")
+        labels = column_array(rows, "label")
         # Without the training's majority at hand, that of these very labels: no baseline is higher.
         result = common.score_logits(
             task, logits, labels, majority_prediction(task, labels) if majority is None else majority
@@ -212,17 +212,17 @@ def main():
             "intervals": metrics.intervals(task.metrics, result["predictions"], labels),
             "majority_baseline": result["majority"],
             "baselines": {of: metrics.compute(task.metrics, found, labels) for of, found in simpler[name].items()},
-            "warning": report.collapse(task, shown, result),
-            **analysis.analyse(task, result, array_of(examples[name], "length"), slices[name]),
+            "warning": report.collapse_warning(task, shown, result),
+            **analysis.analyse(task, result, column_array(examples[name], "length"), slices[name]),
         }
         if args.compare:
             both = (args.model, args.compare)
             content["comparison"] = analysis.compare(task, both, result["predictions"], others[name], labels)
         if content["warning"]:
             log.warning(in_red(f"WARNING: {content['warning']}"))
-        log.info(analysis.words(content))
+        log.info(analysis.format_evaluation(content))
         try:
-            written = write_all(output, task, rows, result, content, left_out, others.get(name))
+            written = write_evaluation(output, task, rows, result, content, left_out, others.get(name))
         except OSError as error:
             raise CannotWrite(output, error) from None
         log.info(f"written: {output}/{', '.join(written)}")
@@ -248,7 +248,7 @@ def baseline_predictions(task, splits, names, fingerprints, encoder, accelerator
         from sklearn.preprocessing import StandardScaler
 
         model = make_pipeline(StandardScaler(), linear_model(task))
-        model.fit(features["train"], cache.array_of(splits["train"], "label"))
+        model.fit(features["train"], cache.column_array(splits["train"], "label"))
         for name in names:
             found[name]["frozen encoder"] = model.predict(features[name])
     return found
@@ -272,7 +272,7 @@ def bag_of_words(task, train):
         parts = [vectorizer.transform(rows[column]) for column in task.text]
         return hstack([*parts, parts[0].multiply(parts[1])]).tocsr() if len(parts) == 2 else parts[0]
 
-    model = linear_model(task).fit(matrix(train), cache.array_of(train, "label"))
+    model = linear_model(task).fit(matrix(train), cache.column_array(train, "label"))
     return lambda rows: model.predict(matrix(rows))
 
 

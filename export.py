@@ -29,12 +29,12 @@ import numpy as np
 import common
 from classifier import processes
 from classifier.data import tasks
-from classifier.data.cache import array_of
+from classifier.data.cache import column_array
 from classifier.data.labels import predictions_from_logits
 from classifier.evaluation import metrics
 from classifier.files import sha256, write_json, write_text
 from classifier.messages import BadInput, RunFailed, format_duration, format_score, log
-from classifier.model.models import load_model, with_labels_of
+from classifier.model.models import load_model, with_head_labels
 from classifier.model.tokenization import encode, token_columns
 from classifier.predictor import start_exported
 
@@ -49,7 +49,7 @@ def build_parser():
     add("--model", required=True, metavar="DIR", help="a run, or a model folder")
     add("--quantize", choices=["int8"], help="int8: write a quantized model, too")
     words = "how far a float32 logit may be from torch's; sums in another order: 1e-6 to 3e-5 (default: 1e-4)"
-    add("--atol", type=common.amount, default=1e-4, metavar="X", help=words)
+    add("--atol", type=common.non_negative_float, default=1e-4, metavar="X", help=words)
     common.add_machine_arguments(parser)
     parser.set_defaults(refresh=False)  # the data stay those of the training
     return parser
@@ -144,11 +144,11 @@ def saved(folder, args):
     """Return (model, tokenizer, task, {split: rows}) of a model folder, with its own validation splits."""
     from classifier.model.tokenization import longest_input
 
-    task, fingerprints = tasks.saved_task(folder)
+    task, fingerprints = tasks.read_saved_task(folder)
     if task is None:
         raise BadInput(f"{args.model}: has no task.json, so its data are not known", "Train it here: train.py.")
     model, tokenizer, facts = load_model(folder)
-    task = with_labels_of(model, facts, task)
+    task = with_head_labels(model, facts, task)
     task, splits, now, _ = common.load_data(task, args)
     names = [name for name in splits if name.startswith("validation")] or ["validation"]
     common.check_splits(task, splits, names)
@@ -171,7 +171,7 @@ def export(folder, temporary, args, threads):
     if args.quantize:
         write_int8(*files.values())
     tokenizer.save_pretrained(temporary)
-    tasks.save_task(task, tasks.saved_task(folder)[1], temporary / "task.json")
+    tasks.save_task(task, tasks.read_saved_task(folder)[1], temporary / "task.json")
     write_text(temporary / "config.json", model.config.to_json_string(use_diff=False))  # the pad token, too
     forward = torch_forward(model, model.config.pad_token_id or 0)
     predictors = {"torch": Predictor(task, tokenizer, forward, args.eval_batch_size, [])}
@@ -206,7 +206,7 @@ def main():
             import_module(name)
         except ImportError:
             raise BadInput(f"needs the package {name}", "pip install -r requirements-extra.txt") from None
-    from classifier.files import put_back, put_in_place
+    from classifier.files import recover_folder, replace_folder
     from classifier.model.models import model_folder
     from classifier.training import checkpoint
 
@@ -217,16 +217,16 @@ def main():
     checkpoint.torch.set_num_threads(threads)
     processes.quieten_libraries()
     output, temporary = folder / "onnx", folder / "onnx.tmp"
-    put_back(output)
+    recover_folder(output)
     try:
         content = export(folder, temporary, args, threads)
         write_json(temporary / "certificate.json", content)
-        put_in_place(temporary, output)
+        replace_folder(temporary, output)
         write_card(folder / "README.md", content["task"], card_section(content))
     except OSError as error:
         raise RunFailed(f"{output} could not be written: {error}\nMend this; then the same command.") from error
     finally:
-        put_back(output)
+        recover_folder(output)
     log.info(f"{card_section(content)}\nwritten: {output}/, {folder / 'README.md'}")
 
 
@@ -287,7 +287,7 @@ def certify(task, logits, splits):
         if name != "torch":
             content[name] |= {"differences": {}, "intervals": {}, "largest_logit_difference": 0.0}
         for split, found in of_splits.items():
-            labels, theirs = array_of(splits[split], "label"), logits["torch"][split]
+            labels, theirs = column_array(splits[split], "label"), logits["torch"][split]
             if not np.isfinite(found).all():
                 raise RunFailed(f"{name}: some logits of {split} are not finite")
             predictions, others = predictions_from_logits(task, found), predictions_from_logits(task, theirs)

@@ -27,7 +27,7 @@ from classifier.data.labels import prediction_columns, prediction_rows
 from classifier.data.reader import check_file, count_rows, lines_of_text, read_rows, table_format
 from classifier.data.tasks import delimiter
 from classifier.files import CannotWrite, digest, sha256, write_json
-from classifier.messages import BadInput, BadRow, format_duration, log, nearest, place, without_skip
+from classifier.messages import BadInput, BadRow, format_duration, location, log, nearest, without_skip
 from classifier.predictor import start_exported
 
 SECONDS_BETWEEN_LINES = 10
@@ -47,7 +47,7 @@ def build_parser():
         metavar="FILE",
         help="csv, tsv, jsonl (.gz), parquet; of several a folder (default: standard output)",
     )
-    add("--top_k", type=common.positive, metavar="K", help="the K likeliest labels only, likeliest first")
+    add("--top_k", type=common.positive_int, metavar="K", help="the K likeliest labels only, likeliest first")
     add("--shard", type=shard, metavar="I/N", help="every N-th of several files, from the I-th on")
     add("--on_bad_row", choices=["fail", "skip"], default="fail", help="skip: leave bad rows out, list them beside")
     add("--encoding", default="utf-8", metavar="NAME", help="of the input (default: %(default)s)")
@@ -69,7 +69,7 @@ def shard(words):
 # ------------------------------------------------------------------------------------------------ rows and predictions
 
 
-def rows_of(path, task, columns, args, bad_rows):
+def read_rows_to_label(path, task, columns, args, bad_rows):
     """Yield (line, row) of a table, checked; rows that are bad are refused, or go to the list bad_rows.
 
     columns: those that the predictions add.
@@ -85,11 +85,11 @@ def rows_of(path, task, columns, args, bad_rows):
     for line, row in read_rows(path, **reading, on_bad_row=on_bad_row):
         for column in task.text:
             if column not in row and is_first:
-                words = f'{place(path, line)}: the column "{column}" is not there{nearest(column, row)}'
+                words = f'{location(path, line)}: the column "{column}" is not there{nearest(column, row)}'
                 raise BadInput(words, f"Columns: {', '.join(row)}.")
         if clash := next((column for column in columns if column in row), None):
             raise BadInput(
-                f'{place(path, line)}: there is a column "{clash}" already', "Rename or drop it in the input."
+                f'{location(path, line)}: there is a column "{clash}" already', "Rename or drop it in the input."
             )
         is_first = False
         wrong = next((column for column in task.text if not isinstance(row.get(column), str)), None)
@@ -121,7 +121,7 @@ def added_columns(task, top_k):
     return ["predicted_label", "probability", *(f"{part}_{n}" for n in numbers for part in ("label", "probability"))]
 
 
-def labelled(task, rows, logits, columns, top_k):
+def with_predictions(task, rows, logits, columns, top_k):
     """Yield rows with what their logits (rows, outputs) say."""
     for row, values in zip(rows, prediction_rows(task, logits), strict=True):
         if top_k and not task.is_regression:
@@ -135,7 +135,7 @@ def likeliest(task, values, top_k):
     return [(label, probability) for probability, label in ranked[:top_k]]
 
 
-def logits_of(predictor, rows):
+def compute_logits(predictor, rows):
     """Return the logits of (line, row) pairs."""
     return predictor.logits([[row[column] for _, row in rows] for column in predictor.task.text])
 
@@ -143,7 +143,7 @@ def logits_of(predictor, rows):
 # ------------------------------------------------------------------------------------------------- one text and streams
 
 
-def row_of_text(task, args):
+def text_row(task, args):
     """Return --text and --text_pair as (line, row)."""
     texts = [args.text] if args.text_pair is None else [args.text, args.text_pair]
     if len(texts) != len(task.text):
@@ -164,19 +164,24 @@ def show(task, logits, top_k):
 
 def predict_stream(predictor, args, columns):
     """Write what is predicted of standard input, of --text, or of a table, each part as soon as it is known."""
-    from classifier.chunks import windows
+    from classifier.chunks import chunked
 
     task, kind = predictor.task, "tsv"
     if args.input == "-":
         parts = read_lines(task, args.encoding)
     elif args.text is not None:
-        parts = [[row_of_text(task, args)]]
+        parts = [[text_row(task, args)]]
     else:
-        kind, parts = table_format(args.input, has_lines=True), windows(rows_of(args.input, task, columns, args, []))
+        kind, parts = (
+            table_format(args.input, has_lines=True),
+            chunked(read_rows_to_label(args.input, task, columns, args, [])),
+        )
         kind = TABLE_KINDS.get(kind, kind)
-    with writer.table(args.output) if args.output else nullcontext(writer.lines(sys.stdout, kind)) as write:
+    with writer.open_writer(args.output) if args.output else nullcontext(writer.row_writer(sys.stdout, kind)) as write:
         for rows in parts:
-            for row in labelled(task, [row for _, row in rows], logits_of(predictor, rows), columns, args.top_k):
+            for row in with_predictions(
+                task, [row for _, row in rows], compute_logits(predictor, rows), columns, args.top_k
+            ):
                 write(row)
             sys.stdout.flush()
 
@@ -223,7 +228,7 @@ class Progress:
         log.info(f"{words}, {rate:,.0f} rows/s")
 
 
-def settings_of(predictor, source, args, precision):
+def chunk_settings(predictor, source, args, precision):
     """Return what the logits of a file depend on."""
     about = os.stat(str(source).partition("::")[0])
     return {
@@ -236,20 +241,20 @@ def settings_of(predictor, source, args, precision):
 
 def predict_file(predictor, source, output, args, columns, accelerator):
     """Write a table's predictions to `output`; return what the manifest says of it. Every process calls this."""
-    from classifier.chunks import Parts
+    from classifier.chunks import LogitChunks
 
     task, started = predictor.task, time.monotonic()
-    settings = settings_of(predictor, source, args, accelerator.mixed_precision)
-    parts = Parts(output, settings, accelerator)
+    settings = chunk_settings(predictor, source, args, accelerator.mixed_precision)
+    parts = LogitChunks(output, settings, accelerator)
     progress = Progress(source, accelerator)
     made, bad_rows, number = {}, [], 0
     try:
-        rows = rows_of(source, task, columns, args, [])
-        parts.compute(rows, lambda some: logits_of(predictor, some), progress.done)
+        rows = read_rows_to_label(source, task, columns, args, [])
+        parts.compute(rows, lambda some: compute_logits(predictor, some), progress.done)
         if accelerator.is_main_process:
-            with writer.table(output) as write:
-                for rows, logits in parts.rows(rows_of(source, task, columns, args, bad_rows)):
-                    for row in labelled(task, rows, logits, columns, args.top_k):
+            with writer.open_writer(output) as write:
+                for rows, logits in parts.rows(read_rows_to_label(source, task, columns, args, bad_rows)):
+                    for row in with_predictions(task, rows, logits, columns, args.top_k):
                         write(row)
                     number += len(rows)
     except CannotWrite:  # the parts stay: once there is room, the same command goes on
@@ -274,7 +279,7 @@ def predict_files(predictor, args, columns, accelerator):
     A file that is there already, as any manifest says, of the same input, model and settings, is passed over.
     """
     folder, (number, total) = Path(args.output), args.shard or (1, 1)
-    outputs = outputs_of(args)
+    outputs = output_names(args)
     mine = sorted(outputs)[number - 1 :: total]
     folder.mkdir(parents=True, exist_ok=True)
     for file in folder.glob(f"manifest-{number}-of-{total}.json.*.tmp"):  # of a process that was killed
@@ -282,7 +287,10 @@ def predict_files(predictor, args, columns, accelerator):
     manifests = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("manifest-*.json"))]
     manifest, left = {}, []
     for source in mine:
-        output, settings = folder / outputs[source], settings_of(predictor, source, args, accelerator.mixed_precision)
+        output, settings = (
+            folder / outputs[source],
+            chunk_settings(predictor, source, args, accelerator.mixed_precision),
+        )
         told = [made for before in manifests if (made := before.get(output.name))]
         told = {made["sha256"]: made for made in told if made["settings"] == digest(settings, args.top_k)}
         made = told.get(sha256(output)) if told and output.is_file() else None
@@ -298,7 +306,7 @@ def predict_files(predictor, args, columns, accelerator):
             write_json(folder / f"manifest-{number}-of-{total}.json", manifest)
 
 
-def outputs_of(args):
+def output_names(args):
     """Return {input: name of its output} of a pattern, in a table's own format."""
     outputs = {}
     for source in sorted(glob.glob(args.input)):
@@ -329,7 +337,7 @@ def check_arguments(args):
     if args.on_bad_row == "skip" and not args.output:
         raise BadInput("--on_bad_row skip lists the bad rows beside --output", "Name a file with --output.")
     if args.output:
-        writer.check_output(args.output)
+        writer.check_output_file(args.output)
     if args.input not in (None, "-"):
         check_file(args.input)
 
@@ -359,7 +367,7 @@ def main():
         log.info(f"{exported}: loaded in {time.perf_counter() - started:.2f} s")
     columns = added_columns(predictor.task, args.top_k)
     if args.text is not None and not args.output:
-        show(predictor.task, logits_of(predictor, [row_of_text(predictor.task, args)]), args.top_k)
+        show(predictor.task, compute_logits(predictor, [text_row(predictor.task, args)]), args.top_k)
     elif not is_file:
         predict_stream(predictor, args, columns)
     elif is_pattern(args.input):

@@ -36,13 +36,18 @@ BOOKKEEPING = {
 DRY_RUN_STEPS = 50  # at most; a few seconds are enough
 
 
-def number_or_auto(word):
-    return word if word == "auto" else common.positive(word)
+def positive_or_auto(word):
+    return word if word == "auto" else common.positive_int(word)
 
 
 def build_parser():
     parser = common.argument_parser(__doc__, data=True)
-    amount, count, positive, share = common.amount, common.count, common.positive, common.share
+    amount, count, positive, share = (
+        common.non_negative_float,
+        common.non_negative_int,
+        common.positive_int,
+        common.fraction,
+    )
 
     model = parser.add_argument_group("model")
     model.add_argument("--model", metavar="ID|DIR", help="a pretrained encoder (default: the task's)")
@@ -58,7 +63,7 @@ def build_parser():
         "--batch_size", type=positive, default=32, help="examples per step, of all processes (default: %(default)s)"
     )
     steps.add_argument(
-        "--micro_batch_size", type=number_or_auto, metavar="N|auto", help="examples at a time (default: the share)"
+        "--micro_batch_size", type=positive_or_auto, metavar="N|auto", help="examples at a time (default: the share)"
     )
     steps.add_argument("--seed", type=count, default=42, help="of new weights, order, dropout (default: %(default)s)")
     steps.add_argument(
@@ -156,7 +161,7 @@ def start(args):
     trackers = progress.tracker_names(args.trackers)
     options = {} if args.dry_run else {"log_with": trackers, "project_dir": args.output_dir}
     accelerator = processes.start(args, **options)
-    return accelerator, preemption.Watch(accelerator)
+    return accelerator, preemption.SignalWatch(accelerator)
 
 
 def build_optimizer(model, args):
@@ -197,7 +202,7 @@ def score(splits, task, model, accelerator, batch_size, layout, majority, watch,
     from classifier.data import cache
     from classifier.model import inference
 
-    labels = {name: cache.array_of(examples, "label") for name, examples in splits.items()}
+    labels = {name: cache.column_array(examples, "label") for name, examples in splits.items()}
     given = (accelerator, batch_size, layout, watch)
     logits = {name: inference.compute_logits(model, examples, *given) for name, examples in splits.items()}
     if thresholds_of and task.is_multi_label:
@@ -210,7 +215,7 @@ def main():
     from accelerate.utils import send_to_device, set_seed
 
     from classifier.data import cache
-    from classifier.data.facts import describe_data
+    from classifier.data.facts import log_data_facts
     from classifier.evaluation import report
     from classifier.model import inference, tokenization
     from classifier.training import batching, checkpoint, preemption, progress
@@ -224,24 +229,24 @@ def main():
     splits = {name: rows for name, rows in splits.items() if args.final_test or name not in tests}
     settings["mixed_precision"] = accelerator.mixed_precision  # what "auto" has come to
     run = (Path(args.output_dir), settings, fingerprints, args.resume, args.overwrite)
-    finished = None if args.dry_run else processes.on_main_process(accelerator, checkpoint.look_at, *run)
+    finished = None if args.dry_run else processes.on_main_process(accelerator, checkpoint.finished_results, *run)
     if finished:
-        report.already_complete(run[0], finished, args.final_test)
+        report.log_finished(run[0], finished, args.final_test)
         return processes.finish(accelerator)
 
     place = tempfile.TemporaryDirectory(prefix="dry-run-") if args.dry_run else nullcontext(args.output_dir)
-    with place as name, checkpoint.claimed(folder := Path(name), accelerator) as state:
+    with place as name, checkpoint.hold(folder := Path(name), accelerator) as state:
         # Model and tokens. The same seed gives every process the same new head.
         set_seed(args.seed)
         model, tokenizer, facts = load_model(args.model or task.model, task, args.refresh)
         task, examples = tokenization.tokenize_splits(task, splits, fingerprints, model, tokenizer)
-        labels = cache.array_of(examples["train"], "label")
+        labels = cache.column_array(examples["train"], "label")
         majority = majority_prediction(task, labels)
 
         # The plan: the same global batches whatever the number of processes.
         steps_per_epoch = math.ceil(len(examples["train"]) / args.batch_size)
         total_steps = args.max_steps or math.ceil(args.epochs * steps_per_epoch)
-        whole_plan = batching.plan(len(examples["train"]), args.batch_size, args.seed, total_steps)
+        whole_plan = batching.make_plan(len(examples["train"]), args.batch_size, args.seed, total_steps)
         batches = whole_plan[:DRY_RUN_STEPS] if args.dry_run else whole_plan
 
         # Model and optimiser are prepared; the schedule is not: accelerate would step it once per process.
@@ -257,14 +262,14 @@ def main():
         class_weights = common.balanced_weights(task, labels).to(accelerator.device) if is_weighted else None
 
         # Go on where this run was saved, or begin. Each process loads its share of the steps that remain.
-        path, limit = processes.on_main_process(accelerator, checkpoint.begin, folder, *run[1:])
+        path, limit = processes.on_main_process(accelerator, checkpoint.begin_or_resume, folder, *run[1:])
         training = (accelerator, state, plain_model, optimizer.optimizer, scheduler)
         checkpoint.load(path, *training)
         probe = partial(inference.largest_micro_batch, accelerator, plain_model, layout, examples["train"])
         share = math.ceil(args.batch_size / accelerator.num_processes)
         state.micro_batch_size = choose_micro_batch_size(args, state, share, limit, partial(probe, share))
         described = (task, splits, examples, batches, state.micro_batch_size, accelerator, tokenizer, layout)
-        data = describe_data(*described)
+        data = log_data_facts(*described)
         if args.freeze == "encoder" and not args.dry_run:  # it runs once over each split, not in each step
             layout, examples = common.features_of(plain_model, layout, examples, accelerator, args, state)
 
@@ -274,10 +279,12 @@ def main():
         validation_splits = [name for name in splits if name.startswith("validation")]
         evaluated = {name: examples[name] for name in validation_splits}
         if args.eval_train_rows:
-            evaluated["train"] = batching.sample(examples["train"], args.eval_train_rows)
+            evaluated["train"] = batching.stratified_sample(examples["train"], args.eval_train_rows)
         if args.dry_run:  # the same loop for a few steps, and one batch of each evaluation
             args.log_every, eval_every = 1, DRY_RUN_STEPS
-            evaluated = {name: batching.sample(rows, args.eval_batch_size) for name, rows in evaluated.items()}
+            evaluated = {
+                name: batching.stratified_sample(rows, args.eval_batch_size) for name, rows in evaluated.items()
+            }
         plan = (batches[state.step :], accelerator, state.micro_batch_size, layout, args.num_workers)
         loader = iter(batching.step_loader(examples["train"], *plan))
         progress = progress.Progress(accelerator, folder, state, total_steps, steps_per_epoch)
@@ -304,7 +311,7 @@ def main():
                     state.evaluations_since_best += 1
                     is_best = state.best is None or common.is_better(task, score_now, state.best["score"])
                     if is_best:
-                        checkpoint.note_best(state, score_now, evaluations)
+                        checkpoint.record_best(state, score_now, evaluations)
                     progress.evaluation(evaluations, is_best)
                     saves = saves or is_best
                 if saves:
@@ -338,19 +345,19 @@ def main():
         progress.close()
         if args.dry_run:
             whole = (whole_plan, examples, validation_splits)
-            progress.describe_run(task, args, accelerator, plain_model, layout, *whole, progress, micro_batch)
+            progress.log_dry_run(task, args, accelerator, plain_model, layout, *whole, progress, micro_batch)
             return processes.finish(accelerator, model, optimizer)
 
         # The best model: scored once more, for all that the report tells, and written once.
         checkpoint.load_best(folder, state.best, plain_model)
         evaluated |= {name: examples[name] for name in splits if name.startswith("test")}
         task, of_best = score(evaluated, *scoring, thresholds_of=validation_splits[0])
-        results = report.results(args, task, facts, progress, of_best, data, accelerator)
+        results = report.collect_results(args, task, facts, progress, of_best, data, accelerator)
         if accelerator.is_main_process:
             report.write_page(folder, task, results, of_best, splits, examples)
             card = report.model_card(task, results)
             checkpoint.write_model(folder, plain_model, tokenizer, task, fingerprints, majority, results, card)
-        report.say_results(folder, task, results, of_best, progress)
+        report.log_results(folder, task, results, of_best, progress)
         del loader, scheduler, plain_model, probe, save
         processes.finish(accelerator, model, optimizer)
 

@@ -48,7 +48,7 @@ def pipeline(args, precision="float32"):
     from classifier.data import tasks
 
     folder = str(args.folder / "run/model")
-    task, _ = tasks.saved_task(folder)
+    task, _ = tasks.read_saved_task(folder)
     classify = transformers.pipeline(
         "text-classification", model=folder, device=args.device, dtype=getattr(torch, precision), batch_size=32
     )

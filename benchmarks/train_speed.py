@@ -189,7 +189,7 @@ def matrix_products(args):
     total = args.warmup + args.steps
     if total * args.batch_size > len(tokens):
         sys.exit(f"{total} steps of {args.batch_size} are more than one epoch of {len(tokens)} examples: lower --steps")
-    of_steps = batching.plan(len(tokens), args.batch_size, SEED, total)[args.warmup :]
+    of_steps = batching.make_plan(len(tokens), args.batch_size, SEED, total)[args.warmup :]
     lengths = [len(ids) for ids in tokens["input_ids"]]
     lengths = torch.tensor([[lengths[example] for example in step] for step in of_steps], dtype=torch.float64)
     layers = [part for name, part in model.base_model.named_modules() if "pooler" not in name]
@@ -287,7 +287,7 @@ def small_pages():
 def sums_in_fp32():
     from classifier.model import packing
 
-    replace(packing.Layout, "_short_numbers", lambda self, module, given, output: output)
+    replace(packing.Packer, "_short_numbers", lambda self, module, given, output: output)
 
 
 def one_group():

@@ -16,10 +16,10 @@ from classifier.files import CannotWrite, write_json
 from classifier.messages import RunFailed
 from classifier.predictor import ROWS_AT_A_TIME
 
-ROWS = ROWS_AT_A_TIME  # of a part: read, sorted by length, predicted
+ROWS_OF_A_CHUNK = ROWS_AT_A_TIME  # of a part: read, sorted by length, predicted
 
 
-class Parts:
+class LogitChunks:
     """The parts of one output. Every process makes one; `settings` tell what they must be of."""
 
     def __init__(self, output, settings, accelerator):
@@ -41,7 +41,7 @@ class Parts:
         rows: an iterator of (line, row); logits_of: a function of such rows to logits (rows, outputs);
         done(rows, computed) is called after each part: how many rows it has, and how many of them were computed now.
         """
-        for number, some in enumerate(windows(rows)):
+        for number, some in enumerate(chunked(rows)):
             if number % self.accelerator.num_processes != self.accelerator.process_index:
                 continue
             is_there = self._read(number, len(some)) is not None
@@ -59,7 +59,7 @@ class Parts:
 
     def rows(self, rows):
         """Yield (rows, their logits) for each part, of the (line, row) pairs that compute had."""
-        for number, some in enumerate(windows(rows)):
+        for number, some in enumerate(chunked(rows)):
             logits = self._read(number, len(some))
             if logits is None:
                 raise RunFailed(f"{self._path(number)}: is gone. Does another process write the same --output?")
@@ -81,8 +81,8 @@ class Parts:
         return logits if len(logits) == rows else None
 
 
-def windows(rows):
+def chunked(rows):
     """Yield lists of at most ROWS rows."""
     rows = iter(rows)
-    while some := list(islice(rows, ROWS)):
+    while some := list(islice(rows, ROWS_OF_A_CHUNK)):
         yield some

@@ -38,7 +38,7 @@ def write_json(path, content):
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def check_output(folder):
+def check_output_folder(folder):
     """Raise BadInput where a file stands in the place of a folder that is to be written."""
     for path in (folder, *folder.parents):
         try:
@@ -49,7 +49,7 @@ def check_output(folder):
             raise BadInput(f"{path}: is a file, not a folder", "Choose another --output_dir.")
 
 
-def put_in_place(temporary, path):
+def replace_folder(temporary, path):
     """Rename a whole folder to its name, all of it on the disk first; one that is there is moved aside until then."""
     mask = os.umask(0)
     os.umask(mask)
@@ -66,7 +66,7 @@ def put_in_place(temporary, path):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def put_back(path):
+def recover_folder(path):
     """Bring back a folder that was moved aside for a new one that never came; remove what was to be the new one."""
     old = path.with_name(f"{path.name}.old")
     if old.exists() and not path.exists():
@@ -96,7 +96,7 @@ class CannotWrite(BadInput):
 
 
 @contextmanager
-def whole(path):
+def atomic_file(path):
     """Yield a temporary name for a file, which gets its own at the end, where no error came."""
     temporary = Path(f"{path}.tmp")  # always the same: what a killed process left is written anew
     try:

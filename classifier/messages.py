@@ -46,7 +46,7 @@ class BadRow(BadInput):
     """A mistake in one row, which says nothing against the others: --on_bad_row skip leaves it out and goes on."""
 
     def __init__(self, where, line, flaw, advice="Mend this row,"):
-        super().__init__(f"{place(where, line)}: {flaw}", f"{advice} {SKIP}")
+        super().__init__(f"{location(where, line)}: {flaw}", f"{advice} {SKIP}")
         self.line = line
         self.flaw = _one_line(flaw)
 
@@ -62,7 +62,7 @@ def nearest(name, names):
     return f' (did you mean "{matches[0]}"?)' if matches else ""
 
 
-def place(path, number):
+def location(path, number):
     """Return the words for a row of a file, as messages name it: `FILE, line 7`, or `FILE, record 7`."""
     has_records = str(path).lower().removesuffix(".gz").endswith((".json", ".parquet"))
     return f"{path}, {'record' if has_records else 'line'} {number}"

@@ -85,19 +85,19 @@ def load(path, accelerator=None, batch_size=64, threads=None):
     from accelerate.utils import send_to_device
     from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-    from classifier.model.models import load_model, model_folder, with_labels_of
+    from classifier.model.models import load_model, model_folder, with_head_labels
     from classifier.model.packing import prepare_model
 
     folder = model_folder(path)
     model, tokenizer, facts = load_model(folder)
-    task, _ = tasks.saved_task(folder)
+    task, _ = tasks.read_saved_task(folder)
     task = task or tasks.Task(
         name=Path(folder).name,
         text=["text"],
         labels=None if model.config.num_labels > 1 else "regression",
         problem="multi_label" if model.config.problem_type == "multi_label_classification" else None,
     )
-    task = with_labels_of(model, facts, task)
+    task = with_head_labels(model, facts, task)
     task = replace(task, max_length=task.max_length or longest_input(model, tokenizer))
     layout = prepare_model(model, tokenizer)
     accelerator = accelerator or Accelerator()
@@ -148,7 +148,7 @@ def _exported(file, batch_size, threads):
     except ImportError:
         raise BadInput(f"{file}: needs the package onnxruntime", "pip install -r requirements-extra.txt") from None
     folder = file.parent
-    task, _ = tasks.saved_task(folder)
+    task, _ = tasks.read_saved_task(folder)
     if task is None:
         raise BadInput(f"{file}: has no task.json beside it", "Keep all files together that export.py wrote.")
     options = onnxruntime.SessionOptions()

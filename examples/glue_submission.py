@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from classifier.data import tasks
-from classifier.data.cache import array_of
+from classifier.data.cache import column_array
 from classifier.data.labels import UNLABELLED, majority_prediction, predictions_from_logits
 from classifier.data.splits import column_of, load_splits
 from classifier.evaluation import metrics
@@ -66,14 +66,16 @@ def write_submission(folder, runs, fill, load):
         task, splits = data[name]
         if name in missing:
             log.warning(f"WARNING: {name}: no run of it: FILLED with the majority of the training labels")
-            majority = majority_prediction(task, array_of(data["mnli" if name == "ax" else name][1]["train"], "label"))
+            majority = majority_prediction(
+                task, column_array(data["mnli" if name == "ax" else name][1]["train"], "label")
+            )
         for split in [split for of, split in FILES if of == name]:
             rows = splits[split]
             log.info(f"{name}: {split}, {len(rows):,} rows{f', {chosen[name]}' if name in chosen else ''}")
             values = predictions(chosen[name], task, rows, load) if name in chosen else [majority] * len(rows)
             tables[FILES[name, split][0]] = table(name, task, column_of(task, split, rows, "idx"), values)
             if name in chosen:
-                say_score(name, task, values, array_of(rows, "label"))
+                say_score(name, task, values, column_array(rows, "label"))
     put_in_place(Path(folder), tables)
 
 
@@ -90,7 +92,7 @@ def choose_runs(runs):
         if folder is None:
             log.info(f"{run}: passed over, holds no finished model")
             continue
-        task, _ = tasks.saved_task(folder)
+        task, _ = tasks.read_saved_task(folder)
         if task.name not in TASKS or task.name == "ax":
             log.info(f"{run}: passed over, {task.name} is no task of GLUE's")
             continue

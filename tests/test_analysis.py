@@ -25,7 +25,7 @@ def test_classes_and_confusion_are_those_of_scikit_learn():
     logits, labels = of_classes(0)
     predictions = logits.argmax(axis=1)
     expected = sklearn_metrics.precision_recall_fscore_support(labels, predictions)
-    rows = analysis.of_classes(TASK, predictions, labels)
+    rows = analysis.class_scores(TASK, predictions, labels)
     assert [row["label"] for row in rows] == ["a", "b", "c"]
     for name, values in zip(("precision", "recall", "f1", "support"), expected, strict=True):
         assert [row[name] for row in rows] == pytest.approx(values.tolist())
@@ -35,7 +35,7 @@ def test_classes_and_confusion_are_those_of_scikit_learn():
 def test_several_labels_have_a_row_each():
     labels = np.array([[1, 0], [1, 1], [0, 0], [0, 0]])
     predictions = np.array([[1, 0], [0, 0], [1, 0], [0, 0]])
-    first, second = analysis.of_classes(SEVERAL, predictions, labels)
+    first, second = analysis.class_scores(SEVERAL, predictions, labels)
     assert first == {"label": "x", "precision": 0.5, "recall": 0.5, "f1": 0.5, "support": 2, "predicted": 2}
     assert second == {"label": "y", "precision": None, "recall": 0.0, "f1": 0.0, "support": 1, "predicted": 0}
 
@@ -92,7 +92,7 @@ def test_scores_of_a_part_are_those_of_its_examples():
     logits, labels = of_classes(1)
     predictions = logits.argmax(axis=1)
     numbers = np.flatnonzero(np.arange(200) % 3 == 0)
-    (part,) = analysis.of_parts(["accuracy"], predictions, labels, [("third", numbers)])
+    (part,) = analysis.part_scores(["accuracy"], predictions, labels, [("third", numbers)])
     expected = sklearn_metrics.accuracy_score(labels[numbers], predictions[numbers])
     assert part["scores"]["accuracy"] == pytest.approx(expected) and part["examples"] == 67
     low, high = part["intervals"]["accuracy"]
@@ -102,7 +102,7 @@ def test_scores_of_a_part_are_those_of_its_examples():
 def test_bars_are_scores_of_32_examples_each():
     generator = np.random.default_rng(0)
     labels, predictions = generator.integers(0, 2, (2, 70))
-    bars = analysis.of_batches("matthews_correlation", predictions, labels)
+    bars = analysis.batch_scores("matthews_correlation", predictions, labels)
     expected = [sklearn_metrics.matthews_corrcoef(labels[s : s + 32], predictions[s : s + 32]) for s in (0, 32, 64)]
     assert bars == pytest.approx(expected)
 

@@ -53,7 +53,7 @@ def layout(model_and_tokenizer):
 @pytest.mark.parametrize(("examples", "batch_size"), [(10, 4), (12, 4), (3, 8), (1, 1), (101, 7)])
 def test_every_epoch_of_the_plan_holds_each_example_once(examples, batch_size):
     steps = -(-examples // batch_size)
-    plan = batching.plan(examples, batch_size, seed=1, steps=3 * steps)
+    plan = batching.make_plan(examples, batch_size, seed=1, steps=3 * steps)
     assert len(plan) == 3 * steps
     for epoch in range(3):
         batches = plan[epoch * steps : (epoch + 1) * steps]
@@ -62,11 +62,11 @@ def test_every_epoch_of_the_plan_holds_each_example_once(examples, batch_size):
 
 
 def test_plan_depends_on_seed_and_epoch_and_a_shorter_one_is_its_beginning():
-    plan = batching.plan(100, 10, seed=1, steps=20)
-    assert all((a == b).all() for a, b in zip(plan, batching.plan(100, 10, seed=1, steps=20), strict=True))
-    assert all((a == b).all() for a, b in zip(plan, batching.plan(100, 10, seed=1, steps=7), strict=False))
+    plan = batching.make_plan(100, 10, seed=1, steps=20)
+    assert all((a == b).all() for a, b in zip(plan, batching.make_plan(100, 10, seed=1, steps=20), strict=True))
+    assert all((a == b).all() for a, b in zip(plan, batching.make_plan(100, 10, seed=1, steps=7), strict=False))
     assert (np.concatenate(plan[:10]) != np.concatenate(plan[10:])).any()
-    assert (np.concatenate(plan[:10]) != np.concatenate(batching.plan(100, 10, seed=2, steps=10))).any()
+    assert (np.concatenate(plan[:10]) != np.concatenate(batching.make_plan(100, 10, seed=2, steps=10))).any()
     assert (np.concatenate(plan[:10]) != np.arange(100)).any()
 
 
@@ -75,7 +75,7 @@ def test_plan_depends_on_seed_and_epoch_and_a_shorter_one_is_its_beginning():
 @pytest.mark.parametrize("micro_batch_size", [1, 3, 1000])
 def test_shares_of_all_processes_are_the_batch_each_example_once(processes, batch_size, micro_batch_size):
     batch = np.random.default_rng(0).permutation(1000)[:batch_size]
-    shares = [batching.share(batch, rank, processes, micro_batch_size) for rank in range(processes)]
+    shares = [batching.micro_batches_of_rank(batch, rank, processes, micro_batch_size) for rank in range(processes)]
     assert all(shares)  # every process takes part in every step
     counted = [ids for share in shares for ids, weight in share if weight == 1]
     assert sorted(np.concatenate(counted)) == sorted(batch)
@@ -87,12 +87,12 @@ def test_shares_of_all_processes_are_the_batch_each_example_once(processes, batc
 def test_like_lengths_by_hand():
     """16 x 100 positions for 8 of 100 tokens and 8 of 20: a cut in the middle saves 8 x 80 = 640 of them."""
     lengths = np.repeat([100, 20], 8)
-    halves = batching.of_like_lengths(np.arange(16), lengths, worth=639)
+    halves = batching.split_by_length(np.arange(16), lengths, worth=639)
     assert [part.tolist() for part in halves] == [[*range(8)], [*range(8, 16)]]
-    assert [part.tolist() for part in batching.of_like_lengths(np.arange(16), lengths, worth=640)] == [[*range(16)]]
-    assert len(batching.of_like_lengths(np.arange(16), np.full(16, 50), worth=0)) == 1
+    assert [part.tolist() for part in batching.split_by_length(np.arange(16), lengths, worth=640)] == [[*range(16)]]
+    assert len(batching.split_by_length(np.arange(16), np.full(16, 50), worth=0)) == 1
     # A cut in the middle saves nothing, however short the last one is.
-    assert len(batching.of_like_lengths(np.arange(4), np.array([100, 100, 100, 20]), worth=10)) == 1
+    assert len(batching.split_by_length(np.arange(4), np.array([100, 100, 100, 20]), worth=10)) == 1
 
 
 def test_tokens_with_padding_by_hand():
@@ -100,7 +100,7 @@ def test_tokens_with_padding_by_hand():
     batches = [np.array([0, 1, 2, 3]), np.array([4, 5, 6])]
 
     def computed(micro_batch_size, processes, worth=math.inf):
-        return batching.tokens_with_padding(lengths, batches, processes, micro_batch_size, worth)
+        return batching.padded_tokens(lengths, batches, processes, micro_batch_size, worth)
 
     assert computed(4, 1) == 4 * 8 + 3 * 7
     assert computed(2, 1) == 2 * 8 + 2 * 3 + 2 * 7 + 4  # longest first: 8 5, 3 2 and 7 6, 4
@@ -132,12 +132,12 @@ def test_tokens_with_padding_are_those_that_the_loader_lays_out(
     """Also where a process has none of the last batch's examples: it computes one, that is not counted."""
     task = Task(name="", text=["text"], labels=["no", "yes"])
     model, _, _ = load_model(bert_config(vocabulary), task)
-    layout = packing.Layout(model, masks=None, pad_token_id=0)
+    layout = packing.Packer(model, masks=None, pad_token_id=0)
     layout.is_row = is_row
     number = 4 * batch_size + 1
     lengths = lengths_like_those_of_mrpc(number)
     rows = {"input_ids": [[1] * n for n in lengths], "length": lengths, "label": [0] * number}
-    examples, batches = Dataset.from_dict(rows), batching.plan(number, batch_size, seed=1, steps=7)
+    examples, batches = Dataset.from_dict(rows), batching.make_plan(number, batch_size, seed=1, steps=7)
     device, said, counted, passes = torch.device("cpu"), 0, 0, 0
     for rank in range(processes):
         process = SimpleNamespace(process_index=rank, num_processes=processes, device=device)
@@ -145,8 +145,8 @@ def test_tokens_with_padding_are_those_that_the_loader_lays_out(
             said += sum(part["positions"] for part in micro_batches)
             counted += sum(part["inputs"]["input_ids"].numel() for part in micro_batches if part["weight"])
             passes += sum(part["weight"] for part in micro_batches)
-    worth = batching.worth_of_a_pass(layout, device)
-    found = batching.tokens_with_padding(lengths, batches, processes, micro_batch_size, worth)
+    worth = batching.min_saving(layout, device)
+    found = batching.padded_tokens(lengths, batches, processes, micro_batch_size, worth)
     assert found == said and (is_row or found == counted)
     shares = [batch[rank::processes] for batch in batches for rank in range(processes)]
     uncut = sum(-(-len(share) // micro_batch_size) for share in shares)
@@ -155,10 +155,10 @@ def test_tokens_with_padding_are_those_that_the_loader_lays_out(
 
 def test_halves_leave_three_fifths_of_the_padding():
     lengths = lengths_like_those_of_mrpc(3668)
-    batches = batching.plan(3668, 32, seed=42, steps=115)
-    worths = {"whole": math.inf, "in halves": batching.TOKENS_OF_A_PASS["cpu"]}
+    batches = batching.make_plan(3668, 32, seed=42, steps=115)
+    worths = {"whole": math.inf, "in halves": batching.TOKENS_WORTH_A_PASS["cpu"]}
     padding = {
-        name: 1 - lengths.sum() / batching.tokens_with_padding(lengths, batches, 1, 32, worth)
+        name: 1 - lengths.sum() / batching.padded_tokens(lengths, batches, 1, 32, worth)
         for name, worth in worths.items()
     }
     assert padding == {"whole": pytest.approx(0.37, abs=0.01), "in halves": pytest.approx(0.215, abs=0.01)}
@@ -168,7 +168,7 @@ def test_halves_leave_three_fifths_of_the_padding():
 def test_like_lengths_leave_no_half_that_is_worth_a_cut(number):
     lengths = np.sort(np.random.default_rng(number).integers(10, 128, number))[::-1]
     ids = np.random.default_rng(0).permutation(number)
-    parts = batching.of_like_lengths(ids, lengths, worth=100)
+    parts = batching.split_by_length(ids, lengths, worth=100)
     assert np.concatenate(parts).tolist() == ids.tolist()  # each once, longest first
     assert len({len(part) for part in parts}) <= 2 + number.bit_length()
     length_of = dict(zip(ids.tolist(), lengths.tolist(), strict=True))
@@ -185,7 +185,7 @@ def test_steps_of_a_padded_model_are_cut_by_length(accelerator, layout):
 
     lengths = [60, 8, 8, 60] * 16
     examples = Dataset.from_dict({"input_ids": [[5] * n for n in lengths], "length": lengths, "label": [0] * 64})
-    plan = batching.plan(64, 32, seed=0, steps=2)
+    plan = batching.make_plan(64, 32, seed=0, steps=2)
     layout.is_row = False
     for batch, parts in zip(plan, batching.step_loader(examples, plan, accelerator, 32, layout), strict=True):
         assert [set(part["lengths"]) for part in parts] == [{60}, {8}]
@@ -214,7 +214,7 @@ def test_step_loader_yields_the_plan_with_its_labels(rows, model_and_tokenizer, 
     model, tokenizer = model_and_tokenizer
     layout.is_row = is_row
     examples, _ = tokenization.tokenize(TASK, rows, "loader", model, tokenizer)
-    plan = batching.plan(len(rows), 16, seed=3, steps=5)
+    plan = batching.make_plan(len(rows), 16, seed=3, steps=5)
     loader = batching.step_loader(examples, plan, accelerator, micro_batch_size=5, layout=layout)
     state = torch.random.get_rng_state()
     for batch, micro_batches in zip(plan, loader, strict=True):
@@ -245,7 +245,7 @@ def test_step_loader_yields_the_plan_with_its_labels(rows, model_and_tokenizer, 
 
 def test_workers_yield_what_the_process_itself_would(rows, model_and_tokenizer, layout, accelerator):
     examples, _ = tokenization.tokenize(TASK, rows, "workers", *model_and_tokenizer)
-    plan = batching.plan(len(rows), 16, seed=3, steps=5)
+    plan = batching.make_plan(len(rows), 16, seed=3, steps=5)
     here, there = (batching.step_loader(examples, plan, accelerator, 5, layout, num_workers) for num_workers in (0, 2))
     for ours, theirs in zip(here, there, strict=True):
         assert [part["ids"].tolist() for part in ours] == [part["ids"].tolist() for part in theirs]
@@ -258,7 +258,7 @@ def test_a_loader_of_the_rest_of_a_plan_goes_on_where_the_whole_one_would(
     rows, model_and_tokenizer, layout, accelerator
 ):
     examples, _ = tokenization.tokenize(TASK, rows, "rest", *model_and_tokenizer)
-    plan = batching.plan(len(rows), 16, seed=3, steps=7)
+    plan = batching.make_plan(len(rows), 16, seed=3, steps=7)
     whole, rest = (list(batching.step_loader(examples, part, accelerator, 16, layout)) for part in (plan, plan[4:]))
     for ours, theirs in zip(whole[4:], rest, strict=True):
         assert torch.equal(ours[0]["inputs"]["input_ids"], theirs[0]["inputs"]["input_ids"])
@@ -375,10 +375,10 @@ def test_the_way_of_cutting_is_part_of_the_cache_and_of_what_is_trained_on(rows,
 def test_a_sample_is_the_same_one_and_keeps_the_shares(rows, model_and_tokenizer):
     model, tokenizer = model_and_tokenizer
     examples, _ = tokenization.tokenize(TASK, rows, "sample", model, tokenizer)
-    some = batching.sample(examples, 20)
-    assert some["input_ids"][:] == batching.sample(examples, 20)["input_ids"][:]
+    some = batching.stratified_sample(examples, 20)
+    assert some["input_ids"][:] == batching.stratified_sample(examples, 20)["input_ids"][:]
     assert abs(sum(some["label"]) - sum(rows["label"]) / 2) <= 1
-    assert batching.sample(examples, 1000)["input_ids"][:] == examples["input_ids"][:]
+    assert batching.stratified_sample(examples, 1000)["input_ids"][:] == examples["input_ids"][:]
 
 
 # ------------------------------------------------------------------------------------------------------------- logits

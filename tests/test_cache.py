@@ -77,8 +77,8 @@ def test_columns_as_arrays(values, kind, expected):
         {"x": values, "other": ["o"] * len(values)},
         features=datasets.Features({"x": feature, "other": datasets.Value("string")}),
     )
-    np.testing.assert_array_equal(cache.array_of(rows, "x"), expected)
-    np.testing.assert_array_equal(cache.array_of(rows.select([1]), "x"), expected[1:2])
+    np.testing.assert_array_equal(cache.column_array(rows, "x"), expected)
+    np.testing.assert_array_equal(cache.column_array(rows.select([1]), "x"), expected[1:2])
 
 
 def test_one_process_at_a_time():

@@ -17,9 +17,9 @@ from test_preemption import ended, start, state_of
 from transformers import BertTokenizer
 
 from classifier.data.tasks import Task
-from classifier.files import put_back, put_in_place, sha256
+from classifier.files import recover_folder, replace_folder, sha256
 from classifier.messages import BadInput, Preempted, RunFailed, log
-from classifier.model.models import load_model, model_folder, trained
+from classifier.model.models import load_model, model_folder, saved_metrics
 from classifier.training import checkpoint, lock
 
 TASK = Task(name="reviews", text=["text"], labels=["negative", "positive"], files={"train": "train.csv"})
@@ -45,7 +45,7 @@ def told(caplog, monkeypatch):
 
 @pytest.fixture
 def finished(tmp_path):
-    checkpoint.begin(make_folder(tmp_path / "run"), SETTINGS, DATA)
+    checkpoint.begin_or_resume(make_folder(tmp_path / "run"), SETTINGS, DATA)
     (tmp_path / "run" / "model").mkdir()
     (tmp_path / "run" / "results.json").write_text('{"steps": 7}')
     checkpoint.write_state(tmp_path / "run", "done")
@@ -65,20 +65,20 @@ def names(folder):
 
 
 def test_a_new_or_empty_folder_may_be_used(tmp_path):
-    assert checkpoint.look_at(tmp_path / "new", SETTINGS, DATA) is None
-    assert checkpoint.look_at(tmp_path, SETTINGS, DATA) is None
+    assert checkpoint.finished_results(tmp_path / "new", SETTINGS, DATA) is None
+    assert checkpoint.finished_results(tmp_path, SETTINGS, DATA) is None
     (tmp_path / "lock.json").touch()  # of a run that did not come to writing more
-    assert checkpoint.look_at(tmp_path, SETTINGS, DATA, resume="never") is None
+    assert checkpoint.finished_results(tmp_path, SETTINGS, DATA, resume="never") is None
 
 
 def test_a_finished_run_gives_its_results_and_overwrite_starts_again(finished):
-    assert checkpoint.look_at(finished, SETTINGS, DATA) == {"steps": 7}
-    assert checkpoint.look_at(finished, SETTINGS, DATA, overwrite=True) is None
+    assert checkpoint.finished_results(finished, SETTINGS, DATA) == {"steps": 7}
+    assert checkpoint.finished_results(finished, SETTINGS, DATA, overwrite=True) is None
 
 
 def test_a_finished_run_has_no_use_for_checkpoints(finished):
     (finished / "checkpoints" / "step-00000003").mkdir(parents=True)  # it was killed while it removed them
-    assert checkpoint.look_at(finished, SETTINGS, DATA) == {"steps": 7}
+    assert checkpoint.finished_results(finished, SETTINGS, DATA) == {"steps": 7}
     assert not (finished / "checkpoints").exists()
 
 
@@ -86,32 +86,32 @@ def test_a_finished_run_has_no_use_for_checkpoints(finished):
 def test_a_finished_run_without_its_model_or_results_is_refused(finished, gone):
     shutil.rmtree(finished / gone) if gone == "model" else (finished / gone).unlink()
     with pytest.raises(BadInput, match="are gone"):
-        checkpoint.look_at(finished, SETTINGS, DATA)
+        checkpoint.finished_results(finished, SETTINGS, DATA)
 
 
 def test_other_settings_or_data_are_refused_with_the_differences(finished):
     with pytest.raises(BadInput, match=r"learning_rate: 0\.1 before, 0\.2 now"):
-        checkpoint.look_at(finished, {**SETTINGS, "learning_rate": 0.2}, DATA)
+        checkpoint.finished_results(finished, {**SETTINGS, "learning_rate": 0.2}, DATA)
     with pytest.raises(BadInput, match="data: other rows"):
-        checkpoint.look_at(finished, SETTINGS, {"train": "abd"})
+        checkpoint.finished_results(finished, SETTINGS, {"train": "abd"})
     with pytest.raises(BadInput, match="new: None before, 3 now; seed: 1 before, None now"):
-        checkpoint.look_at(finished, {"learning_rate": 0.1, "new": 3}, DATA)
-    assert checkpoint.look_at(finished, {**SETTINGS, "learning_rate": 0.2}, DATA, overwrite=True) is None
+        checkpoint.finished_results(finished, {"learning_rate": 0.1, "new": 3}, DATA)
+    assert checkpoint.finished_results(finished, {**SETTINGS, "learning_rate": 0.2}, DATA, overwrite=True) is None
 
 
 @pytest.mark.parametrize("status", ["running", "failed", "preempted"])
 def test_an_unfinished_run_may_go_on(finished, status):
     checkpoint.write_state(finished, status, "the power went")
-    assert checkpoint.look_at(finished, SETTINGS, DATA) is None
+    assert checkpoint.finished_results(finished, SETTINGS, DATA) is None
     with pytest.raises(BadInput, match="learning_rate"):
-        checkpoint.look_at(finished, {**SETTINGS, "learning_rate": 0.2}, DATA)
+        checkpoint.finished_results(finished, {**SETTINGS, "learning_rate": 0.2}, DATA)
 
 
 @pytest.mark.parametrize("status", ["running", "done"])
 def test_resume_never_wants_an_empty_folder(finished, status):
     checkpoint.write_state(finished, status)
     with pytest.raises(BadInput, match="holds a run"):
-        checkpoint.look_at(finished, SETTINGS, DATA, resume="never")
+        checkpoint.finished_results(finished, SETTINGS, DATA, resume="never")
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_files_that_are_no_run_are_never_touched(tmp_path, name, content):
     (tmp_path / name).write_text(content)
     for overwrite in (False, True):
         with pytest.raises(BadInput, match="holds no run"):
-            checkpoint.look_at(tmp_path, SETTINGS, DATA, overwrite=overwrite)
+            checkpoint.finished_results(tmp_path, SETTINGS, DATA, overwrite=overwrite)
     assert (tmp_path / name).read_text() == content
 
 
@@ -137,9 +137,9 @@ def test_a_file_in_the_place_of_the_folder(tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(BadInput, match="is a file, not a folder"):
-            checkpoint.look_at(path, SETTINGS, DATA)
+            checkpoint.finished_results(path, SETTINGS, DATA)
     with pytest.raises(BadInput, match="cannot be a folder"):
-        checkpoint.look_at(tmp_path / ("x" * 300), SETTINGS, DATA)
+        checkpoint.finished_results(tmp_path / ("x" * 300), SETTINGS, DATA)
 
 
 def test_overwrite_removes_what_a_run_left_and_nothing_else(finished):
@@ -148,7 +148,7 @@ def test_overwrite_removes_what_a_run_left_and_nothing_else(finished):
         (finished / name).write_text("old")
     for name in ("tensorboard", "checkpoints/step-00000003"):
         (finished / name).mkdir(parents=True)
-    assert checkpoint.begin(finished, SETTINGS, DATA, overwrite=True) == (None, None)
+    assert checkpoint.begin_or_resume(finished, SETTINGS, DATA, overwrite=True) == (None, None)
     # The old model stays until there is a new one.
     assert names(finished) == ["model", "notes.txt", "state.json"]
     assert state_of(finished)["status"] == "running"
@@ -160,18 +160,18 @@ def test_what_a_killed_run_left_half_is_removed(finished):
     (finished / "checkpoints" / "step-00000003.tmp").mkdir(parents=True)
     (finished / "checkpoints" / "step-00000003.tmp" / "model.safetensors").touch()
     (finished / "model.tmp").mkdir()
-    checkpoint.begin(finished, SETTINGS, DATA)
+    checkpoint.begin_or_resume(finished, SETTINGS, DATA)
     assert names(finished) == ["checkpoints", "model", "results.json", "state.json"]
     assert names(finished / "checkpoints") == []
 
 
 def test_other_code_is_said_and_goes_on(finished, told, monkeypatch):
-    checkpoint.begin(finished, SETTINGS, DATA)
+    checkpoint.begin_or_resume(finished, SETTINGS, DATA)
     assert "other code" not in told.text
     code = state_of(finished)["code"]
     assert {"train.py", "checkpoint.py", "torch"} <= code.keys()
     checkpoint.write_state(finished, "failed", code={**code, "train.py": "0123", "torch": "1.0"})
-    checkpoint.begin(finished, SETTINGS, DATA)
+    checkpoint.begin_or_resume(finished, SETTINGS, DATA)
     assert "other code than when this run began: train.py, torch" in told.text
     assert state_of(finished)["code"] == code
 
@@ -187,8 +187,8 @@ def test_other_code_is_said_and_goes_on(finished, told, monkeypatch):
     ],
 )
 def test_a_failure_is_noted_and_goes_on(finished, accelerator, error, status, reason):
-    with pytest.raises(type(error)), checkpoint.claimed(finished, accelerator):
-        checkpoint.begin(finished, SETTINGS, DATA)
+    with pytest.raises(type(error)), checkpoint.hold(finished, accelerator):
+        checkpoint.begin_or_resume(finished, SETTINGS, DATA)
         raise error
     state = state_of(finished)
     assert (state["status"], state["reason"], state["settings"]) == (status, reason, SETTINGS)
@@ -197,18 +197,18 @@ def test_a_failure_is_noted_and_goes_on(finished, accelerator, error, status, re
 
 def test_what_fails_before_the_run_began_changes_nothing(finished, accelerator):
     for error in (BadInput("wrong", "mend it"), Preempted("SIGINT")):
-        with pytest.raises(type(error)), checkpoint.claimed(finished, accelerator):
+        with pytest.raises(type(error)), checkpoint.hold(finished, accelerator):
             raise error
     assert state_of(finished)["status"] == "done"
-    with pytest.raises(BadInput), checkpoint.claimed(finished.parent / "new", accelerator):
+    with pytest.raises(BadInput), checkpoint.hold(finished.parent / "new", accelerator):
         raise BadInput("wrong", "mend it")
     assert not (finished.parent / "new").exists()
 
 
 def test_the_first_process_that_fails_is_believed(finished):
-    checkpoint.begin(finished, SETTINGS, DATA)
-    checkpoint.note_end(finished, "failed", "the disk is on fire")
-    checkpoint.note_end(finished, "failed", "connection closed by peer")
+    checkpoint.begin_or_resume(finished, SETTINGS, DATA)
+    checkpoint.record_end(finished, "failed", "the disk is on fire")
+    checkpoint.record_end(finished, "failed", "connection closed by peer")
     assert state_of(finished)["reason"] == "the disk is on fire"
 
 
@@ -217,14 +217,14 @@ def test_the_first_process_that_fails_is_believed(finished):
 )
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate")])
 def test_out_of_memory_notes_half_the_micro_batch(finished, accelerator, size, words, half, error):
-    with pytest.raises(RunFailed, match=words), checkpoint.claimed(finished, accelerator) as state:
-        checkpoint.begin(finished, SETTINGS, DATA)
+    with pytest.raises(RunFailed, match=words), checkpoint.hold(finished, accelerator) as state:
+        checkpoint.begin_or_resume(finished, SETTINGS, DATA)
         state.micro_batch_size = size
         raise error
     assert state_of(finished)["micro_batch_size"] == half
     assert state_of(finished)["reason"] == f"out of memory with {size} examples at a time"
-    assert checkpoint.begin(finished, SETTINGS, DATA) == (None, half)
-    assert checkpoint.begin(finished, SETTINGS, DATA, overwrite=True) == (None, None)
+    assert checkpoint.begin_or_resume(finished, SETTINGS, DATA) == (None, half)
+    assert checkpoint.begin_or_resume(finished, SETTINGS, DATA, overwrite=True) == (None, None)
 
 
 # ------------------------------------------------------------------------------------------------- save and load
@@ -247,7 +247,7 @@ class Training:
         self.state = checkpoint.State()
         if not folder.exists():
             folder.mkdir()
-            checkpoint.begin(folder, SETTINGS, DATA)
+            checkpoint.begin_or_resume(folder, SETTINGS, DATA)
 
     def steps(self, number):
         for _ in range(number):
@@ -262,7 +262,7 @@ class Training:
 
     def note_best(self):
         evaluation = {"scores": {"f1": 0.1}, "majority": {"f1": 0.0}, "constant": None, "loss": 1.0, "predictions": 0}
-        checkpoint.note_best(self.state, self.state.step / 10, {"validation": evaluation})
+        checkpoint.record_best(self.state, self.state.step / 10, {"validation": evaluation})
         return self
 
     def save(self, keep=2):
@@ -302,7 +302,7 @@ def test_what_is_loaded_is_what_was_saved_bit_for_bit(training):
     assert training.save()
     expected = training.all_of_it()
     path = training.folder / "checkpoints" / "step-00000005"
-    assert names(path) == sorted(FILES) and checkpoint.flaw(path) is None
+    assert names(path) == sorted(FILES) and checkpoint.find_damage(path) is None
     later = training.steps(2).all_of_it()
 
     other = Training(training.folder, training.accelerator, seed=1)
@@ -350,7 +350,7 @@ def test_one_that_is_kept_has_its_best_beside_it(training):
         training.save(keep=3)
     assert {f"step-0000000{number}" for number in (3, 4, 5, 6)} <= set(names(training.folder / "checkpoints"))
     (training.folder / "checkpoints" / "step-00000005" / "model.safetensors").unlink()  # the best of 5 and 6
-    assert checkpoint.newest(training.folder).name == "step-00000004"  # whose best is 2
+    assert checkpoint.newest_valid(training.folder).name == "step-00000004"  # whose best is 2
 
 
 def test_the_newest_and_the_best_are_kept(training):
@@ -372,29 +372,29 @@ def new(tmp_path):
 @pytest.mark.parametrize("source", ["run", "run/checkpoints/step-00000006", "run/checkpoints/step-00000004"])
 def test_resume_brings_a_checkpoint_and_its_best(training, new, source):
     saved_thrice(training)
-    path, limit = checkpoint.begin(new, SETTINGS, DATA, resume=str(training.folder.parent / source))
+    path, limit = checkpoint.begin_or_resume(new, SETTINGS, DATA, resume=str(training.folder.parent / source))
     step = "step-00000004" if source.endswith("4") else "step-00000006"
     assert path == new / "checkpoints" / step and limit is None
     assert names(new / "checkpoints") == ["step-00000002", step]
-    assert checkpoint.newest(new) == path
+    assert checkpoint.newest_valid(new) == path
     assert len(names(training.folder / "checkpoints")) == 3  # the source is as it was
 
 
 def test_resume_from_an_earlier_one_of_its_own_drops_the_later(training):
     _, before, _ = saved_thrice(training)
-    assert checkpoint.begin(training.folder, SETTINGS, DATA, resume=str(before))[0] == before
+    assert checkpoint.begin_or_resume(training.folder, SETTINGS, DATA, resume=str(before))[0] == before
     assert names(training.folder / "checkpoints") == ["step-00000002", "step-00000004"]
 
 
 def test_resume_refuses_what_does_not_fit(training, new):
     *_, newest = saved_thrice(training)
     with pytest.raises(BadInput, match=r"other settings \(seed: 1 before, 2 now\)"):
-        checkpoint.begin(new, {**SETTINGS, "seed": 2}, DATA, resume=str(newest))
+        checkpoint.begin_or_resume(new, {**SETTINGS, "seed": 2}, DATA, resume=str(newest))
     with pytest.raises(BadInput, match=r"manifest\.json is missing"):
-        checkpoint.begin(new, SETTINGS, DATA, resume=str(new / "nothing"))
+        checkpoint.begin_or_resume(new, SETTINGS, DATA, resume=str(new / "nothing"))
     flip(newest / "model.safetensors")
     with pytest.raises(BadInput, match=r"model\.safetensors has been altered"):
-        checkpoint.begin(new, SETTINGS, DATA, resume=str(newest))
+        checkpoint.begin_or_resume(new, SETTINGS, DATA, resume=str(newest))
     assert not (new / "checkpoints").exists()
 
 
@@ -402,15 +402,15 @@ def test_resume_refuses_one_whose_best_is_damaged(training, new):
     best, _, newest = saved_thrice(training)
     flip(best / "model.safetensors")
     with pytest.raises(BadInput, match="best"):
-        checkpoint.begin(new, SETTINGS, DATA, resume=str(newest))
+        checkpoint.begin_or_resume(new, SETTINGS, DATA, resume=str(newest))
 
 
 def test_the_same_command_with_resume_goes_on_where_it_was(training, new):
     _, before, _ = saved_thrice(training)
-    checkpoint.begin(new, SETTINGS, DATA, resume=str(before))
+    checkpoint.begin_or_resume(new, SETTINGS, DATA, resume=str(before))
     other = Training(new, training.accelerator).load(new / "checkpoints" / before.name)
     assert other.steps(5).save()
-    assert checkpoint.begin(new, SETTINGS, DATA, resume=str(before))[0].name == "step-00000009"
+    assert checkpoint.begin_or_resume(new, SETTINGS, DATA, resume=str(before))[0].name == "step-00000009"
 
 
 # ------------------------------------------------------------------------------------------------- a save that fails
@@ -459,7 +459,7 @@ def test_a_save_that_fails_keeps_the_one_before_and_leaves_nothing_half(training
     # The model of this step is not there, and cannot be the best.
     assert training.state.best["step"] == 2
     assert training.steps(2).save()  # room was made
-    assert checkpoint.newest(training.folder).name == "step-00000006"
+    assert checkpoint.newest_valid(training.folder).name == "step-00000006"
 
 
 def test_the_first_best_that_cannot_be_saved_is_none(training, monkeypatch):
@@ -490,8 +490,8 @@ def test_a_death_at_any_rename_leaves_the_one_before(training, at, monkeypatch):
         training.steps(2).save()
     monkeypatch.undo()
     assert names(training.folder / "checkpoints") == ["step-00000002", "step-00000004.tmp"]
-    assert checkpoint.newest(training.folder).name == "step-00000002"
-    assert checkpoint.begin(training.folder, SETTINGS, DATA)[0].name == "step-00000002"
+    assert checkpoint.newest_valid(training.folder).name == "step-00000002"
+    assert checkpoint.begin_or_resume(training.folder, SETTINGS, DATA)[0].name == "step-00000002"
     assert names(training.folder / "checkpoints") == ["step-00000002"]
     assert training.save()
 
@@ -515,9 +515,9 @@ def test_a_step_saved_again_is_not_lost_between_the_two_renames(training, dies, 
             training.save()
     else:
         assert not training.save()
-        assert checkpoint.flaw(path) is None  # "what was there is there"
+        assert checkpoint.find_damage(path) is None  # "what was there is there"
     monkeypatch.undo()
-    assert checkpoint.begin(training.folder, SETTINGS, DATA)[0] == path
+    assert checkpoint.begin_or_resume(training.folder, SETTINGS, DATA)[0] == path
     assert names(training.folder / "checkpoints") == [path.name]
 
 
@@ -580,8 +580,8 @@ def fill(path, content):
 
 def test_a_folder_takes_the_place_of_another(tmp_path, monkeypatch):
     events = record(monkeypatch)
-    put_in_place(fill(tmp_path / "model.tmp", "new"), tmp_path / "model")
-    put_in_place(fill(tmp_path / "model.tmp", "newer"), tmp_path / "model")
+    replace_folder(fill(tmp_path / "model.tmp", "new"), tmp_path / "model")
+    replace_folder(fill(tmp_path / "model.tmp", "newer"), tmp_path / "model")
     assert (tmp_path / "model" / "file").read_text() == "newer" and names(tmp_path) == ["model"]
     moves = [(Path(event[1]).name, Path(event[2]).name) for event in events if event[0] == "rename"]
     assert moves == [("model.tmp", "model"), ("model", "model.old"), ("model.tmp", "model")]
@@ -594,26 +594,26 @@ def test_a_model_that_was_moved_aside_comes_back(finished, at, monkeypatch):
     (finished / "old").rename(finished / "model")
     die_at_rename(at, monkeypatch)
     with pytest.raises(Died):
-        put_in_place(fill(finished / "model.tmp", "new"), finished / "model")
+        replace_folder(fill(finished / "model.tmp", "new"), finished / "model")
     monkeypatch.undo()
     assert (finished / "model").exists() == (at == 1)
     checkpoint.write_state(finished, "running")
-    checkpoint.begin(finished, SETTINGS, DATA)
+    checkpoint.begin_or_resume(finished, SETTINGS, DATA)
     assert (finished / "model" / "file").read_text() == "old"
     assert names(finished) == ["model", "results.json", "state.json"]
 
 
 def test_a_moved_folder_goes_where_its_successor_came(tmp_path):
     fill(tmp_path / "model", "new"), fill(tmp_path / "model.old", "old")
-    put_back(tmp_path / "model")
+    recover_folder(tmp_path / "model")
     assert names(tmp_path) == ["model"] and (tmp_path / "model" / "file").read_text() == "new"
-    put_back(tmp_path / "nothing")
+    recover_folder(tmp_path / "nothing")
     assert names(tmp_path) == ["model"]
 
 
 def test_the_model_folder_is_whole_readable_and_the_last_thing_written(tmp_path, tiny_bert, vocabulary, monkeypatch):
     model = load_model(str(tiny_bert), TASK)[0]
-    checkpoint.begin(tmp_path, SETTINGS, DATA)
+    checkpoint.begin_or_resume(tmp_path, SETTINGS, DATA)
     (tmp_path / "checkpoints").mkdir()
     results = {"scores": {}, "majority_baseline": {}, "best_step": 10, "mixed_precision": "no"}
     events = record(monkeypatch)
@@ -630,8 +630,8 @@ def test_the_model_folder_is_whole_readable_and_the_last_thing_written(tmp_path,
     assert set(files.values()) == {0o640}
     assert names(tmp_path) == ["model", "results.json", "state.json"]
     assert state_of(tmp_path)["status"] == "done"
-    assert trained(tmp_path / "model") == ("no", 1)
-    assert trained(tmp_path) == ("auto", None)
+    assert saved_metrics(tmp_path / "model") == ("no", 1)
+    assert saved_metrics(tmp_path) == ("auto", None)
     renamed = [Path(event[2]).name for event in events if event[0] == "rename"]
     assert renamed[-2:] == ["model", "state.json"]  # "done" is said once all is there
     synced = {event[1] for event in events if event[0] == "sync"}
@@ -641,7 +641,7 @@ def test_the_model_folder_is_whole_readable_and_the_last_thing_written(tmp_path,
 def test_a_model_that_cannot_be_written_leaves_the_old_one(finished, tiny_bert, vocabulary, monkeypatch):
     model = load_model(str(tiny_bert), TASK)[0]
     (finished / "model" / "old").touch()
-    checkpoint.begin(finished, SETTINGS, DATA)
+    checkpoint.begin_or_resume(finished, SETTINGS, DATA)
     fill(finished / "checkpoints", "kept")
     results = {"scores": {}, "majority_baseline": {}, "best_step": 10, "mixed_precision": "no"}
 
@@ -690,9 +690,9 @@ MATRIX = [(file, damage) for file in FILES for damage in DAMAGE]
 @pytest.mark.parametrize(("name", "damage"), MATRIX)
 def test_damage_is_found_and_the_one_before_is_taken(training, name, damage, told, monkeypatch):
     _, before, newest = saved_thrice(training)
-    assert checkpoint.newest(training.folder) == newest and not told.records
+    assert checkpoint.newest_valid(training.folder) == newest and not told.records
     DAMAGE[damage](newest / name)
-    assert checkpoint.newest(training.folder) == before
+    assert checkpoint.newest_valid(training.folder) == before
     (line,) = told.messages
     assert str(newest) in line and name in line
     reason = {"missing": "missing", "empty": "0 bytes", "cut": "bytes, not", "flipped": "altered"}[damage]
@@ -703,7 +703,7 @@ def test_damage_is_found_and_the_one_before_is_taken(training, name, damage, tol
 def test_one_whose_best_is_damaged_is_of_no_use(training, name, damage, told, monkeypatch):
     best, *_ = saved_thrice(training)
     DAMAGE[damage](best / name)
-    assert checkpoint.newest(training.folder) is None
+    assert checkpoint.newest_valid(training.folder) is None
     assert all("its best model, step-00000002: " in line and name in line for line in told.messages[:2])
     assert "no checkpoint is whole; the run starts again from its beginning" in told.messages[-1]
 
@@ -711,19 +711,19 @@ def test_one_whose_best_is_damaged_is_of_no_use(training, name, damage, told, mo
 def test_a_best_that_is_gone_is_noticed(training):
     best, *_ = saved_thrice(training)
     shutil.rmtree(best)
-    assert checkpoint.newest(training.folder) is None
+    assert checkpoint.newest_valid(training.folder) is None
 
 
 def test_a_checkpoint_without_a_best_needs_none(training):
     training.steps(1).save()
-    assert checkpoint.newest(training.folder).name == "step-00000001"
+    assert checkpoint.newest_valid(training.folder).name == "step-00000001"
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "null", '{"model.safetensors": {}}', '"x"', "\x00"])
 def test_a_manifest_that_is_none(training, content):
     _, before, newest = saved_thrice(training)
     (newest / "manifest.json").write_text(content)
-    assert checkpoint.newest(training.folder) == before
+    assert checkpoint.newest_valid(training.folder) == before
 
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "..", "a/../../model.safetensors"])
@@ -735,7 +735,7 @@ def test_names_in_a_manifest_lead_nowhere_else(training, name, monkeypatch):
     (newest / "manifest.json").write_text(json.dumps(manifest))
     read, sha256 = [], sha256
     monkeypatch.setattr(checkpoint, "sha256", lambda file: read.append(file) or sha256(file))
-    assert checkpoint.flaw(newest) is not None
+    assert checkpoint.find_damage(newest) is not None
     assert {file.resolve().parent for file in read} <= {newest}
 
 
@@ -781,7 +781,7 @@ def stopped(tmp_path_factory, vocabulary):
 
 
 def progress_of(run):
-    paths = checkpoint.steps_on_disk(run)
+    paths = checkpoint.checkpoint_paths(run)
     return [json.loads((path / "progress.json").read_text())["state"] for path in paths]
 
 
@@ -828,7 +828,7 @@ def test_the_same_command_goes_on_after_nothing_but_a_kill(stopped, tmp_path):
 
 def test_the_same_command_starts_again_where_all_are_damaged(stopped, tmp_path):
     def damage(run):
-        for path, kind in zip(checkpoint.steps_on_disk(run), [*DAMAGE, *DAMAGE], strict=False):
+        for path, kind in zip(checkpoint.checkpoint_paths(run), [*DAMAGE, *DAMAGE], strict=False):
             DAMAGE[kind](path / "optimizer.safetensors")
 
     log = go_on(stopped, tmp_path, damage)

@@ -90,7 +90,7 @@ def test_wrong_flags_are_bad_input():
 @pytest.mark.parametrize("text", ["1", "-0.1", "nan"])
 def test_a_share_is_from_0_to_below_1(text):
     parser = common.argument_parser("words")
-    parser.add_argument("--warmup_ratio", type=common.share)
+    parser.add_argument("--warmup_ratio", type=common.fraction)
     with pytest.raises(BadInput):
         parser.parse_args(["--warmup_ratio", text])
     assert parser.parse_args(["--warmup_ratio", "0.1"]).warmup_ratio == 0.1

@@ -117,7 +117,7 @@ def test_after_a_full_disk_and_a_kill_the_same_command_goes_on(review_task, disk
     code, log, _ = train(review_task, folder, change=change, left=64, until=12, then="os._exit(9)")
     assert code == 9 and len(warnings_of(log)) == 1
     assert names(folder / "run" / "checkpoints") == ["step-00000005"]
-    assert checkpoint.flaw(folder / "run" / "checkpoints" / "step-00000005") is None
+    assert checkpoint.find_damage(folder / "run" / "checkpoints" / "step-00000005") is None
     assert not list(folder.rglob("*.tmp"))
     make_room(folder)
     code, log, err = train(review_task, folder)
@@ -166,7 +166,7 @@ def test_a_disk_that_ends_anywhere_in_a_checkpoint_leaves_the_one_before(disk, a
         if is_saved:
             break
         assert names(folder / "run" / "checkpoints") == before, left
-        assert checkpoint.newest(folder / "run").name == before[0]
+        assert checkpoint.newest_valid(folder / "run").name == before[0]
         failed += 1
     assert failed > 30 and is_saved
     assert names(folder / "run" / "checkpoints") == ["step-00000001", "step-00000002"]
@@ -182,7 +182,7 @@ def written(folder, left, model, tokenizer):
     run = folder / "run"
     shutil.rmtree(run, ignore_errors=True)
     run.mkdir()
-    checkpoint.begin(run, SETTINGS, DATA)
+    checkpoint.begin_or_resume(run, SETTINGS, DATA)
     (run / "checkpoints").mkdir()
     fill(folder, left)
     error = None

@@ -53,7 +53,7 @@ def model_of(kind, **changes):
 
 def masks_in(model):
     """Let a model drop by masks, as common.lay_out does; return them."""
-    return packing.Layout(model, dropout.install(model, seed=1), pad_token_id=0).masks
+    return packing.Packer(model, dropout.install(model, seed=1), pad_token_id=0).masks
 
 
 # ------------------------------------------------------------------------------------------------------ the numbers

@@ -12,7 +12,7 @@ from datasets import Dataset
 
 import common
 from classifier.data import facts, splits
-from classifier.data.facts import describe_data
+from classifier.data.facts import log_data_facts
 from classifier.data.tasks import Task
 from classifier.model import inference, tokenization
 from classifier.model.models import load_model
@@ -87,7 +87,7 @@ def test_padding_is_that_of_one_epoch(table, micro_batch_size, is_row, expected)
     batches = [np.array([0, 1]), np.array([3, 2]), np.array([0, 3])]  # an epoch, and the start of another
     tokenizer = type("Tokenizer", (), {"num_special_tokens_to_add": lambda self, pair: 2})()
     layout = type("Layout", (), {"is_row": is_row})
-    data = describe_data(task, found, examples, batches, micro_batch_size, Accelerator(), tokenizer, layout)
+    data = log_data_facts(task, found, examples, batches, micro_batch_size, Accelerator(), tokenizer, layout)
     assert data["padding"] == pytest.approx(expected)
 
 

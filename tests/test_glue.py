@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
+import glue
 import huggingface_hub
 import numpy as np
 import pytest
@@ -21,7 +22,6 @@ from model_help import save_model
 from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoTokenizer
 
-import glue
 from classifier.data.tasks import Task, read_task, save_task
 from classifier.messages import BadInput
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from data_help import AB, FORMATS, files_task, hub_table, hub_task, put_table, refusal, text_task
 
-from classifier.data.cache import array_of
-from classifier.data.labels import is_number, is_whole, label_ids, label_words
+from classifier.data.cache import column_array
+from classifier.data.labels import is_number, is_whole, label_ids, label_strings
 from classifier.data.splits import load_splits
 from classifier.data.tasks import Task
 
@@ -52,9 +52,9 @@ def test_a_value_as_a_label_and_as_several(value, words, multi):
     for task, expected in ((Task("one"), words), (Task("several", **MULTI), multi)):
         if expected is ValueError:
             with pytest.raises(ValueError, match="holds "):
-                label_words(task, value)
+                label_strings(task, value)
         else:
-            assert label_words(task, value) == expected
+            assert label_strings(task, value) == expected
 
 
 def test_what_is_a_number():
@@ -277,8 +277,8 @@ def test_several_labels_a_text(tmp_path, name, as_lists):
     assert task.labels == ["a", "b", "c"] and task.metrics == ["f1_micro", "f1_macro"] and bad_rows == []
     for split in ("train", "validation"):
         assert found[split]["label"][:] == MATRIX
-    assert array_of(found["train"], "label").dtype == np.int8
-    assert array_of(found["train"].select([2, 0]), "label").tolist() == [MATRIX[2], MATRIX[0]]
+    assert column_array(found["train"], "label").dtype == np.int8
+    assert column_array(found["train"].select([2, 0]), "label").tolist() == [MATRIX[2], MATRIX[0]]
 
 
 def test_labels_by_name_and_by_id_and_another_separator(tmp_path):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from classifier.data.tasks import Task
 from classifier.messages import BadInput
-from classifier.model.models import load_model, with_labels_of
+from classifier.model.models import load_model, with_head_labels
 
 TWO = Task(name="two", text=["text"], labels=["negative", "positive"], metrics=["accuracy", "f1"])
 NUMBER = Task(name="number", text=["text"], labels="regression", metrics=["pearson"])
@@ -64,18 +64,18 @@ def test_a_head_for_other_labels_is_replaced_never_taken_by_position(tmp_path, t
 def test_evaluation_matches_labels_by_name_and_refuses_others(tmp_path, tiny_bert):
     save_classifier(tmp_path, tiny_bert, ["positive", "negative"])
     model, _, facts = load_model(str(tmp_path))
-    assert with_labels_of(model, facts, TWO).labels == ["positive", "negative"]
+    assert with_head_labels(model, facts, TWO).labels == ["positive", "negative"]
     with pytest.raises(BadInput, match="positive, negative"):
-        with_labels_of(model, facts, Task(name="", text=["text"], labels=["a", "b"]))
+        with_head_labels(model, facts, Task(name="", text=["text"], labels=["a", "b"]))
     with pytest.raises(BadInput, match="regression"):
-        with_labels_of(model, facts, NUMBER)
+        with_head_labels(model, facts, NUMBER)
     several = Task(name="", text=["text"], labels=TWO.labels, problem="multi_label")
     with pytest.raises(BadInput, match="any number of them"):
-        with_labels_of(model, facts, several)
-    assert with_labels_of(model, facts, Task(name="", text=["text"])).labels == ["positive", "negative"]
+        with_head_labels(model, facts, several)
+    assert with_head_labels(model, facts, Task(name="", text=["text"])).labels == ["positive", "negative"]
     model, _, facts = load_model(str(tiny_bert))
     with pytest.raises(BadInput, match="no trained head"):
-        with_labels_of(model, facts, TWO)
+        with_head_labels(model, facts, TWO)
 
 
 def test_weights_are_float32_whatever_the_checkpoint_holds(tmp_path, tiny_bert):

@@ -171,7 +171,7 @@ def test_steps_of_like_size_have_rows_and_groups_of_few_shapes():
     rows, groups = set(), set()
     for _ in range(200):
         lengths = -np.sort(-chooser.integers(30, 90, 32))
-        row = packing.Row(lengths, 12, "cpu")
+        row = packing.PackedBatch(lengths, 12, "cpu")
         assert lengths.sum() <= row.tokens <= lengths.sum() * 33 / 32 + 1
         assert sum(group.number for group in row.groups) == 32
         rows.add(row.tokens)
@@ -408,7 +408,7 @@ def test_a_model_that_was_tried_is_as_it_was(family, is_training):
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.random.get_rng_state()
     for column in ("input_ids", "token_type_ids"):  # one that the model takes, one that it may not
-        packing.agrees(model, layout, examples_of([9, 4], pairs=column == "token_type_ids"))
+        packing.matches_padded(model, layout, examples_of([9, 4], pairs=column == "token_type_ids"))
         assert all(module.training == is_training for module in model.modules())
         assert not layout.is_row and layout.masks.row is None
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())

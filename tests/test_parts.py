@@ -40,9 +40,9 @@ class Model:
 
 
 def compute(folder, model, settings="a", index=0, number=1):
-    of_process = chunks.Parts(folder / "out.csv", {"of": settings}, process(index, number))
+    of_process = chunks.LogitChunks(folder / "out.csv", {"of": settings}, process(index, number))
     of_process.compute(iter(ROWS), model, model.done)
-    return chunks.Parts(folder / "out.csv", {"of": settings}, process())
+    return chunks.LogitChunks(folder / "out.csv", {"of": settings}, process())
 
 
 def values(all_parts):

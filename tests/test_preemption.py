@@ -151,7 +151,7 @@ def clock(monkeypatch):
 def watch():
     """A Watch of one process; the signals go back to what they did before."""
     before = {number: signal.getsignal(number) for number in preemption.SIGNALS}
-    yield preemption.Watch(SimpleNamespace(num_processes=1))
+    yield preemption.SignalWatch(SimpleNamespace(num_processes=1))
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -336,11 +336,11 @@ def check_preempted(run, name):
         "preempted",
         f"{name}: ended between two steps; the same command goes on",
     )
-    paths = checkpoint.steps_on_disk(run)
-    assert paths and [checkpoint.flaw(path) for path in paths] == [None] * len(paths)
+    paths = checkpoint.checkpoint_paths(run)
+    assert paths and [checkpoint.find_damage(path) for path in paths] == [None] * len(paths)
     assert not (run / "lock.json").exists()
     assert not list(run.rglob("*.tmp"))
-    return int(checkpoint.newest(run).name.removeprefix("step-"))
+    return int(checkpoint.newest_valid(run).name.removeprefix("step-"))
 
 
 @pytest.mark.parametrize("number", preemption.SIGNALS)

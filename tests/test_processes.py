@@ -191,7 +191,7 @@ def test_a_batch_is_divided_among_any_number_of_processes(processes, batch_size)
     from classifier.training import batching
 
     batch = np.arange(1000, 1000 + batch_size)
-    shares = [batching.share(batch, rank, processes, 8) for rank in range(processes)]
+    shares = [batching.micro_batches_of_rank(batch, rank, processes, 8) for rank in range(processes)]
     ids = [example for share in shares for ids, weight in share if weight for example in ids]
     assert sorted(ids) == batch.tolist()
     assert all(share and len(ids) <= 8 for share in shares for ids, _ in share)

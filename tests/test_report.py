@@ -40,7 +40,7 @@ COLLAPSED = "THE MODEL PREDICTS THE SAME FOR EVERY EXAMPLE"
 )
 def test_a_model_that_learnt_nothing_is_warned_of(task, f1, constant, words):
     evaluation = {"scores": {"f1": f1, "accuracy": 0.5}, "constant": constant}
-    warning = report.collapse(task, "validation", {**evaluation, "majority": {"f1": 0.7, "accuracy": 0.5}})
+    warning = report.collapse_warning(task, "validation", {**evaluation, "majority": {"f1": 0.7, "accuracy": 0.5}})
     if words is None:
         assert warning is None
     else:
@@ -80,7 +80,7 @@ def describe(monkeypatch, log_lines, tmp_path, differences, device="npu", length
         mixed_precision="bf16",
         autocast=lambda: None,
     )
-    batches = batching.plan(100, 4, seed=1, steps=100)
+    batches = batching.make_plan(100, 4, seed=1, steps=100)
     micro_batch = {"inputs": {}, "labels": None}
     model = torch.nn.Linear(1000, 1000, bias=False)
     layout = SimpleNamespace(is_row=is_row)
@@ -108,7 +108,7 @@ def test_padding_costs_time(monkeypatch, log_lines, tmp_path, is_row):
     """Of four examples, longest first, the third is padded to the first's length, the fourth to the second's."""
     lengths = np.array([10, 30] * 50)
     table = describe(monkeypatch, log_lines, tmp_path, [0, 0], lengths=lengths, is_row=is_row)
-    padded = sum(2 * sum(sorted(lengths[batch])[2:]) for batch in batching.plan(100, 4, seed=1, steps=100))
+    padded = sum(2 * sum(sorted(lengths[batch])[2:]) for batch in batching.make_plan(100, 4, seed=1, steps=100))
     seconds = round((100 * 4 * 20 if is_row else padded) / 100)  # 100 positions a second
     assert (seconds == 80) == is_row
     assert f"(0:01:{seconds - 60:02} training" in table["time"]
@@ -148,10 +148,10 @@ def test_the_table_of_epochs_has_their_losses_scores_and_times():
 
 def test_a_validation_loss_that_rises_is_pointed_out():
     falls = [evaluated(1, 0.7, 0.6), evaluated(2, 0.5, 0.5)]
-    assert report.overfitting(falls) is None and report.overfitting([]) is None
-    hint = report.overfitting([*falls, evaluated(3, 0.2, 0.8)])
+    assert report.overfitting_warning(falls) is None and report.overfitting_warning([]) is None
+    hint = report.overfitting_warning([*falls, evaluated(3, 0.2, 0.8)])
     assert hint.startswith("validation loss rose from 0.5000 (epoch 2.00) to 0.8000 while that of train fell")
     # Not where the training itself goes wrong, nor for the other splits that are scored.
-    assert report.overfitting([*falls, evaluated(3, 0.9, 0.8)]) is None
-    assert report.overfitting([*falls, evaluated(2, 0.5, 3.0, split="validation_mismatched")]) is None
-    assert report.overfitting([evaluated(2, 0.5, 0.1, split="train"), *falls]) is None
+    assert report.overfitting_warning([*falls, evaluated(3, 0.9, 0.8)]) is None
+    assert report.overfitting_warning([*falls, evaluated(2, 0.5, 3.0, split="validation_mismatched")]) is None
+    assert report.overfitting_warning([evaluated(2, 0.5, 0.1, split="train"), *falls]) is None

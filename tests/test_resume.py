@@ -390,7 +390,7 @@ def test_another_number_of_processes_sees_the_remaining_examples_of_the_plan(
             step, ids = json.loads(line)
             if step:  # 0 are passes before the training
                 seen[step] = sorted(seen.get(step, []) + ids)
-    plan = batching.plan(ROWS, BATCH_SIZE, seed=42, steps=STEPS)
+    plan = batching.make_plan(ROWS, BATCH_SIZE, seed=42, steps=STEPS)
     assert seen == {step: sorted(batch) for step, batch in enumerate(plan, start=1) if step > 20}
     losses = [[line["loss"] for line in lines_of(folder)] for folder in (tmp_path / "run", whole("on"))]
     np.testing.assert_allclose(*losses, rtol=1e-5)

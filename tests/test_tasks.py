@@ -374,13 +374,15 @@ def test_a_mistake_in_the_defaults(name, value, words):
 
 
 def test_the_default_task():
-    assert tasks.task_of(arguments(), default="mrpc") == tasks.read_task("mrpc")
-    assert tasks.task_of(arguments("--task", "cola"), default="mrpc") == tasks.read_task("cola")
+    assert tasks.task_from_args(arguments(), default="mrpc") == tasks.read_task("mrpc")
+    assert tasks.task_from_args(arguments("--task", "cola"), default="mrpc") == tasks.read_task("cola")
 
 
 def test_files_alone_are_a_task(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    task = tasks.task_of(arguments("--train_file", "my.reviews.csv.gz", "--test_file", "/x/t.tsv"), default="demo")
+    task = tasks.task_from_args(
+        arguments("--train_file", "my.reviews.csv.gz", "--test_file", "/x/t.tsv"), default="demo"
+    )
     assert task == Task(
         name="my",
         files={"train": str(tmp_path / "my.reviews.csv.gz"), "test": "/x/t.tsv"},
@@ -390,7 +392,7 @@ def test_files_alone_are_a_task(tmp_path, monkeypatch):
 
 def test_files_replace_the_data_of_a_task_and_keep_its_keys(tmp_path):
     mrpc = tasks.read_task("mrpc")
-    task = tasks.task_of(arguments("--task", "mrpc", "--train_file", tmp_path / "a.csv"))
+    task = tasks.task_from_args(arguments("--task", "mrpc", "--train_file", tmp_path / "a.csv"))
     assert task.dataset is None and task.files == {"train": str(tmp_path / "a.csv")}
     for key in ("name", "text", "labels", "metrics", "model", "max_length", "defaults"):
         assert getattr(task, key) == getattr(mrpc, key)
@@ -398,19 +400,19 @@ def test_files_replace_the_data_of_a_task_and_keep_its_keys(tmp_path):
 
 def test_files_replace_the_data_of_a_saved_task_and_keep_its_keys(tmp_path):
     saved = Task("old", text=["a", "b"], label="score", labels="regression", dataset={"path": "x/y"}, metrics=["mse"])
-    task = tasks.task_of(arguments("--test_file", tmp_path / "a.csv"), default=saved)
+    task = tasks.task_from_args(arguments("--test_file", tmp_path / "a.csv"), default=saved)
     assert task.files == {"test": str(tmp_path / "a.csv")} and task.dataset is None
     assert (task.text, task.label, task.labels, task.metrics) == (["a", "b"], "score", "regression", ["mse"])
-    assert tasks.task_of(arguments(), default=saved) == saved
-    assert tasks.task_of(arguments("--task", "cola"), default=saved) == tasks.read_task("cola")
+    assert tasks.task_from_args(arguments(), default=saved) == saved
+    assert tasks.task_from_args(arguments("--task", "cola"), default=saved) == tasks.read_task("cola")
 
 
 def test_flags_go_before_the_keys_of_the_task():
     flags = ["--text_columns", "a,b", "--label_column", "y", "--metrics", "accuracy,f1", "--max_length", "17"]
-    task = tasks.task_of(arguments("--task", "sst2", *flags))
+    task = tasks.task_from_args(arguments("--task", "sst2", *flags))
     assert (task.text, task.label, task.metrics, task.max_length) == (["a", "b"], "y", ["accuracy", "f1"], 17)
     assert task.labels == ["negative", "positive"]
-    assert tasks.task_of(arguments("--text_columns", "a"), default="mrpc").text == ["a"]
+    assert tasks.task_from_args(arguments("--text_columns", "a"), default="mrpc").text == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -428,15 +430,15 @@ def test_flags_go_before_the_keys_of_the_task():
 )
 def test_flags_of_how_data_are_read(flags, keys):
     saved = Task("old", files={"train": "/a.csv"}, split={"validation": 0.2, "seed": 1})
-    assert tasks.task_of(arguments(*flags), default=saved) == replace(saved, **keys)
+    assert tasks.task_from_args(arguments(*flags), default=saved) == replace(saved, **keys)
 
 
 @pytest.mark.parametrize("mark", [";;", "comma", "'"])
 def test_a_delimiter_is_one_character(mark):
     if len(mark) == 1:
-        assert tasks.task_of(arguments("--delimiter", mark), default="mrpc").delimiter == mark
+        assert tasks.task_from_args(arguments("--delimiter", mark), default="mrpc").delimiter == mark
     else:
-        assert f"delimiter {mark!r}" in refusal(tasks.task_of, arguments("--delimiter", mark), "mrpc").reason
+        assert f"delimiter {mark!r}" in refusal(tasks.task_from_args, arguments("--delimiter", mark), "mrpc").reason
 
 
 @pytest.mark.parametrize("flag", ["--on_bad_row", "--truncate"])
@@ -454,32 +456,34 @@ def test_a_choice_that_is_none(flag):
     ],
 )
 def test_a_dataset_of_the_hub_without_a_yaml(words, dataset, name):
-    assert tasks.task_of(arguments("--dataset", words), default="demo") == Task(name, dataset=dataset)
+    assert tasks.task_from_args(arguments("--dataset", words), default="demo") == Task(name, dataset=dataset)
     saved = Task("old", text=["a"], labels=["x", "y"], files={"train": "/a.csv"}, limit={"train": 3})
-    of_saved = tasks.task_of(arguments("--dataset", words), default=saved)
+    of_saved = tasks.task_from_args(arguments("--dataset", words), default=saved)
     assert of_saved == replace(saved, dataset=dataset, files=None, limit={})
 
 
 @pytest.mark.parametrize("flags", [["--task", "mrpc"], ["--train_file", "a.csv"], ["--test_file", "a.csv"]])
 def test_data_given_twice(flags):
-    assert "given twice" in refusal(tasks.task_of, arguments("--dataset", "a/b", *flags), "mrpc").reason
+    assert "given twice" in refusal(tasks.task_from_args, arguments("--dataset", "a/b", *flags), "mrpc").reason
 
 
 def test_urls_and_archives_as_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    task = tasks.task_of(arguments("--train_file", "https://x.org/my.csv.gz?raw=1", "--test_file", "a.zip::b/c.tsv"))
+    task = tasks.task_from_args(
+        arguments("--train_file", "https://x.org/my.csv.gz?raw=1", "--test_file", "a.zip::b/c.tsv")
+    )
     assert task.files == {"train": "https://x.org/my.csv.gz?raw=1", "test": f"{tmp_path}/a.zip::b/c.tsv"}
     assert task.name == "my"
 
 
 def test_more_than_two_text_columns():
-    error = refusal(tasks.task_of, arguments("--task", "sst2", "--text_columns", "a,b,c"))
+    error = refusal(tasks.task_from_args, arguments("--task", "sst2", "--text_columns", "a,b,c"))
     assert "a,b,c" in error.reason and "two for pairs" in error.advice
 
 
 def test_limits():
-    assert tasks.limits_of(None) == tasks.limits_of([]) == {}
-    assert tasks.limits_of(["train=100", "validation_matched=1"]) == {
+    assert tasks.parse_limits(None) == tasks.parse_limits([]) == {}
+    assert tasks.parse_limits(["train=100", "validation_matched=1"]) == {
         "train": 100,
         "validation_matched": 1,
     }
@@ -487,7 +491,7 @@ def test_limits():
 
 @pytest.mark.parametrize("text", ["train", "100", "train=", "train=0", "train=-5", "train=1.5", "train=ten", "train:5"])
 def test_a_mistake_in_a_limit(text):
-    error = refusal(tasks.limits_of, [text])
+    error = refusal(tasks.parse_limits, [text])
     assert f"--limit {text}:" in error.reason and "--limit train=1000" in error.advice
 
 
@@ -512,29 +516,29 @@ def test_a_mistake_in_a_limit(text):
 )
 def test_a_task_comes_back_from_its_file(tmp_path, task):
     tasks.save_task(task, {"train": "abc"}, tmp_path / "task.json")
-    assert tasks.saved_task(tmp_path) == (task, {"train": "abc"})
+    assert tasks.read_saved_task(tmp_path) == (task, {"train": "abc"})
     assert json.loads((tmp_path / "task.json").read_bytes())["labels"] == task.labels
 
 
 def test_a_model_folder_keeps_no_defaults_of_the_training(tmp_path):
     tasks.save_task(Task("a", labels=["x", "y"], defaults={"epochs": 3}), {}, tmp_path / "task.json")
-    assert tasks.saved_task(tmp_path) == (Task("a", labels=["x", "y"]), {})
+    assert tasks.read_saved_task(tmp_path) == (Task("a", labels=["x", "y"]), {})
 
 
 def test_a_folder_without_task_json(tmp_path):
-    assert tasks.saved_task(tmp_path) == (None, {})
+    assert tasks.read_saved_task(tmp_path) == (None, {})
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"fingerprints": {}}', '{"name": "a"}', "1"])
 def test_a_damaged_task_json(tmp_path, content):
     (tmp_path / "task.json").write_text(content)
-    error = refusal(tasks.saved_task, tmp_path)
+    error = refusal(tasks.read_saved_task, tmp_path)
     assert f"{tmp_path}/task.json: is damaged" in error.reason and "again" in error.advice
 
 
 def test_keys_of_a_later_version_are_passed_over(tmp_path):
     (tmp_path / "task.json").write_text('{"name": "a", "key_to_come": 1, "fingerprints": {}}')
-    assert tasks.saved_task(tmp_path) == (Task("a"), {})
+    assert tasks.read_saved_task(tmp_path) == (Task("a"), {})
 
 
 def test_every_data_flag_has_help():

@@ -398,7 +398,7 @@ def plain_training(folder, vocabulary, steps, total_steps, loss_of, **settings):
         eps=options["epsilon"],
     )
     history = {"loss": [], "grad_norm": [], "learning_rate": []}
-    for step, batch in enumerate(batching.plan(len(texts), options["batch_size"], options["seed"], steps)):
+    for step, batch in enumerate(batching.make_plan(len(texts), options["batch_size"], options["seed"], steps)):
         warmup = options["warmup"]
         rate = 0.003 * (step / warmup if step < warmup else (total_steps - step) / (total_steps - warmup))
         inputs = tokenizer([texts[i] for i in batch], padding=True, return_tensors="pt")
@@ -788,7 +788,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_naming_step_and_examples(review_
     # The first step changes the weights, so that the second is the first to suffer; noted only at step 10.
     assert "step 2: the loss is" in errors and "training examples" in errors and "--learning_rate" in errors
     named = errors.partition("training examples, from 0: ")[2].partition("\n")[0]
-    assert {int(number) for number in named.split(", ")} <= set(batching.plan(200, 16, 42, 2)[1].tolist())
+    assert {int(number) for number in named.split(", ")} <= set(batching.make_plan(200, 16, 42, 2)[1].tolist())
     state = read_state(review_task.parent / "run")
     assert state["status"] == "failed" and state["reason"].startswith("step 2: the loss is")
     assert not (review_task.parent / "run" / "model").exists()
@@ -970,7 +970,7 @@ def test_facts_of_the_data_are_told_and_kept(review_task, vocabulary, train, mon
     assert found["tokens_per_character"] == pytest.approx((sum(lengths) - 120) / sum(len(text) for text, _ in rows))
     assert data["duplicates"]["validation"] == {"rows": 2, "share": 0.1, "position": 18}
     # The plan's first epoch is what these 4 steps are: what was trained on is what was foretold.
-    cut = [sorted(np.minimum(lengths, 14)[batch], reverse=True) for batch in batching.plan(60, 16, 42, 4)]
+    cut = [sorted(np.minimum(lengths, 14)[batch], reverse=True) for batch in batching.make_plan(60, 16, 42, 4)]
     parts = [batch[start : start + 5] for batch in cut for start in range(0, len(batch), 5)]
     padding = 0 if is_row else 1 - np.minimum(lengths, 14).sum() / sum(len(part) * part[0] for part in parts)
     assert data["padding"] == pytest.approx(padding, abs=1e-12) and (padding > 0.01 or is_row)

@@ -19,7 +19,7 @@ ROWS = [
 
 
 def write(path, rows=ROWS):
-    with writer.table(path) as write_row:
+    with writer.open_writer(path) as write_row:
         for row in rows:
             write_row(row)
 
@@ -73,7 +73,7 @@ def test_rows_with_other_columns_are_for_json_lines(tmp_path):
 def test_an_error_leaves_the_file_that_was_there(tmp_path, error):
     (tmp_path / "out.csv").write_text("before")
     raised = pytest.raises(CannotWrite if isinstance(error, OSError) else KeyError)
-    with raised, writer.table(tmp_path / "out.csv") as write_row:
+    with raised, writer.open_writer(tmp_path / "out.csv") as write_row:
         write_row(ROWS[0])
         raise error
     assert [file.read_text() for file in tmp_path.iterdir()] == ["before"]
@@ -85,7 +85,7 @@ def test_an_error_leaves_the_file_that_was_there(tmp_path, error):
 )
 def test_a_name_that_cannot_be_written_is_refused_at_once(tmp_path, name, words):
     with pytest.raises(BadInput, match=words):
-        writer.check_output(tmp_path / name)
+        writer.check_output_file(tmp_path / name)
 
 
 def test_lists_may_have_two_columns_of_one_name_and_an_error_leaves_nothing(tmp_path):

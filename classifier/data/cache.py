@@ -26,7 +26,7 @@ def table_path(key):
     return cache_folder() / f"{key}.arrow"
 
 
-def open_table(key):
+def load_table(key):
     """Return the table named `key` of the cache: a Dataset, memory-mapped."""
     from datasets import Dataset
 
@@ -53,7 +53,7 @@ def cached_table(key, schema, make_columns):
     made = not table_path(key).exists()
     if made:
         write_table(key, schema, make_columns())
-    return open_table(key), made
+    return load_table(key), made
 
 
 def one_process_at_a_time():
@@ -71,7 +71,7 @@ def arrow_column(rows, column):
     return values if rows._indices is None else values.take(rows._indices.column(0).combine_chunks())
 
 
-def array_of(rows, column):
+def column_array(rows, column):
     """Return a column of a Dataset as an array: shape (rows,); the labels in multi-label: (rows, labels)."""
     values = arrow_column(rows, column)
     if hasattr(values, "offsets"):  # lists

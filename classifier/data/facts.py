@@ -5,10 +5,10 @@ Pure functions of tokenised splits and numbers; report.py puts their results int
 
 import numpy as np
 
-from classifier.data.cache import array_of, arrow_column
+from classifier.data.cache import arrow_column, column_array
 from classifier.messages import log
 
-FEW = 16  # rows of a class; below this, few-shot methods are likely better than fine-tuning
+FEW_ROWS = 16  # rows of a class; below this, few-shot methods are likely better than fine-tuning
 
 
 def data_facts(task, splits, examples, special_tokens, padding):
@@ -21,19 +21,19 @@ def data_facts(task, splits, examples, special_tokens, padding):
     facts = {"splits": {}, "label_variants": label_variants(task)}
     facts["duplicates"] = {name: duplicates(splits["train"], splits[name]) for name in splits if name != "train"}
     for name, rows in examples.items():
-        full, length = array_of(rows, "full_length"), array_of(rows, "length")
+        full, length = column_array(rows, "full_length"), column_array(rows, "length")
         text_tokens = max(1, int((full - special_tokens).sum()))
         facts["splits"][name] = {
             "rows": len(rows),
-            "labels": label_counts(task, array_of(rows, "label")),
+            "labels": label_counts(task, column_array(rows, "label")),
             "tokens": {
                 "median": float(np.median(full)),
                 "p95": float(np.percentile(full, 95)),
                 "longest": int(full.max()),
             },
             "truncated": float((full > length).mean()),
-            "unknown": int(array_of(rows, "unknown").sum()) / text_tokens,
-            "tokens_per_character": text_tokens / max(1, int(array_of(rows, "characters").sum())),
+            "unknown": int(column_array(rows, "unknown").sum()) / text_tokens,
+            "tokens_per_character": text_tokens / max(1, int(column_array(rows, "characters").sum())),
             "conflicts": conflicts(splits[name]),
         }
     return facts | {"padding": padding}
@@ -56,7 +56,7 @@ def label_variants(task):
     return [variants for variants in names.values() if len(variants) > 1]
 
 
-def text_numbers(*splits):
+def text_group_ids(*splits):
     """Return an array (rows of all splits, one after the other) in which equal texts have equal numbers.
 
     Compares the 16-byte hashes with NumPy: a hash table of a million texts would take several times the memory.
@@ -74,7 +74,7 @@ def text_numbers(*splits):
 
 def conflicts(rows):
     """Return {"texts": number of texts that occur with different labels, "position": one of them, or None}."""
-    texts, labels = text_numbers(rows), array_of(rows, "label").reshape(len(rows), -1)
+    texts, labels = text_group_ids(rows), column_array(rows, "label").reshape(len(rows), -1)
     order = np.argsort(texts, kind="stable")
     texts, labels = texts[order], labels[order]
     different = (texts[1:] == texts[:-1]) & (labels[1:] != labels[:-1]).any(axis=1)
@@ -84,7 +84,7 @@ def conflicts(rows):
 
 def duplicates(train, rows):
     """Return {"rows": number of rows whose texts are in train too, "share", "position": one of them, or None}."""
-    texts = text_numbers(train, rows)
+    texts = text_group_ids(train, rows)
     found = np.flatnonzero(np.isin(texts[len(train) :], texts[: len(train)]))
     return {"rows": len(found), "share": len(found) / len(rows), "position": int(found[0]) if len(found) else None}
 
@@ -95,12 +95,12 @@ def is_chinese(texts):
     return sum("\u4e00" <= letter <= "\u9fff" for letter in letters) > len(letters) / 2
 
 
-def describe_data(task, splits, examples, tokenizer, padding):
+def log_data_facts(task, splits, examples, tokenizer, padding):
     """Log the facts of the data, and what may be wrong with them; return the facts (see data_facts)."""
     special = tokenizer.num_special_tokens_to_add(pair=len(task.text) == 2)
     data = data_facts(task, splits, examples, special, padding)
     for name, of_split in data["splits"].items():
-        log.info(f"{name}: {_split_words(task, of_split)}")
+        log.info(f"{name}: {_format_split(task, of_split)}")
     if padding:
         log.info(f"padding: {padding:.1%} of what a step computes")
     for warning in _data_warnings(task, splits, data):
@@ -108,7 +108,7 @@ def describe_data(task, splits, examples, tokenizer, padding):
     return data
 
 
-def _split_words(task, of_split):
+def _format_split(task, of_split):
     """Return the facts of one split in words."""
     rows, tokens, labels = of_split["rows"], of_split["tokens"], list(of_split["labels"].items())
     if task.is_regression:
@@ -148,12 +148,12 @@ def _data_warnings(task, splits, data):
             row = example(name, found["position"])
             words = f"{found['rows']} of {len(splits[name])} rows of {name} ({found['share']:.1%}) are in train too"
             yield f"{words}: its scores are too good by that; such as {row}"
-    if words := few_rows(task, of_train["labels"]):
+    if words := small_classes_warning(task, of_train["labels"]):
         yield words
 
 
-def few_rows(task, counts):
+def small_classes_warning(task, counts):
     """Return in words which classes have few rows in train, as facts.label_counts gives them; None where none has."""
-    few = [] if task.is_regression else [f"{name} ({rows})" for name, rows in counts.items() if rows < FEW]
-    words = f"classes with fewer than {FEW} rows in train: {', '.join(few[:10])}"
+    few = [] if task.is_regression else [f"{name} ({rows})" for name, rows in counts.items() if rows < FEW_ROWS]
+    words = f"classes with fewer than {FEW_ROWS} rows in train: {', '.join(few[:10])}"
     return f"{words}; methods made for few examples, such as SetFit, are likely better at them" if few else None

@@ -10,13 +10,13 @@ from classifier.messages import BadInput, log, nearest
 UNLABELLED = -1  # the label id of an example without a label (the Hub's GLUE test sets); NaN in regression
 
 
-def label_words(task, label):
+def label_strings(task, label):
     """Return a label as a string, in multi-label as a list of strings; None where there is none, else ValueError."""
     if task.is_multi_label and isinstance(label, str):
         return [part.strip() for part in label.split(task.separator) if part.strip()]
     if task.is_multi_label and label is not None:
         one_label, several = replace(task, problem=None), label if isinstance(label, list) else [label]
-        words = [label_words(one_label, one) for one in several]
+        words = [label_strings(one_label, one) for one in several]
         if None in words:
             raise ValueError(f"holds {label!r}, a list with an empty label")
         return words

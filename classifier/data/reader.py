@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
-from classifier.messages import BadInput, BadRow, nearest, place, without_skip
+from classifier.messages import BadInput, BadRow, location, nearest, without_skip
 
 # Characters in a field. Python's own limit of 131,072 is too low for documents, and without any limit one unclosed
 # quote makes the rest of a file a single field.
@@ -61,7 +61,7 @@ def read_rows(path, columns=None, quoting=None, encoding="utf-8", delimiter=None
     """
     kind, first_bad, has_good, is_scanned = table_format(path, has_lines=texts), None, False, False
     try:
-        with open_table(path) as raw:
+        with open_bytes(path) as raw:
             try:
                 if kind == "parquet":
                     rows = _parquet_rows(path, raw)
@@ -112,7 +112,7 @@ def count_rows(path):
             from pyarrow import parquet
 
             return parquet.read_metadata(path).num_rows
-        with open_table(path) as raw:
+        with open_bytes(path) as raw:
             ends = sum(block.count(b"\n") for block in iter(lambda: raw.read(2**20), b""))
     except (OSError, EOFError, zlib.error, zipfile.BadZipFile, ValueError):  # told where the rows are read
         return None
@@ -129,7 +129,7 @@ def check_file(path):
 
 
 @contextmanager
-def open_table(path):
+def open_bytes(path):
     """Open a file, a .gz file, or a member of a zip archive (ARCHIVE.zip::MEMBER) for reading bytes."""
     if "\0" in str(path):
         raise FileNotFoundError(path)  # open() would raise ValueError
@@ -198,11 +198,11 @@ def _undecodable(string, text=None):
 
 def _about_encoding(path, line=0):
     """Return (words for the place of the first byte that is not UTF-8, from a line on; advice on the encoding)."""
-    with open_table(path) as raw:
+    with open_bytes(path) as raw:
         utf_16 = _utf_16(raw.peek(1000)[:1000])
         before = io.TextIOWrapper(raw, "utf-8", errors="surrogateescape", newline="").read(100_000)
     offset, after = 0, ""
-    with open_table(path) as raw:
+    with open_bytes(path) as raw:
         stream = io.TextIOWrapper(raw, "utf-8", errors="surrogateescape", newline="")
         pieces = stream if line else iter(lambda: stream.read(1 << 16), "")  # a JSON list may be one long line
         for number, text in enumerate(pieces, start=1):
@@ -358,7 +358,9 @@ def _list_elements(path, stream, characters_at_a_time=1 << 16):
             if more:
                 text, after_last = text[after_last:] + more, 0
                 continue
-            reason = f"{place(path, number)}: is not JSON ({getattr(error, 'msg', error)})"  # without its place in text
+            reason = (
+                f"{location(path, number)}: is not JSON ({getattr(error, 'msg', error)})"  # without its place in text
+            )
             at, advice = _about_encoding(path) if _undecodable(text) else ("", "Mend the file at this place,")
             raise BadInput(reason + (at and f", and the file is not UTF-8{at}"), without_skip(advice)) from None
         yield number, value, text[start:end]
@@ -375,7 +377,7 @@ def _decoded(path, number, decode, *arguments):
     try:
         return decode(*arguments)
     except BadInput as error:  # of _object, which does not know the place
-        raise BadInput(f"{place(path, number)}: {error.reason}", error.advice) from None
+        raise BadInput(f"{location(path, number)}: {error.reason}", error.advice) from None
 
 
 def _object(pairs):

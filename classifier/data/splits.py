@@ -7,12 +7,12 @@ from itertools import islice
 
 import numpy as np
 
-from classifier.data.cache import array_of, cache_folder, cached_table, download, download_file, hub_commit
-from classifier.data.labels import label_words, with_label_ids, with_label_names
+from classifier.data.cache import cache_folder, cached_table, column_array, download, download_file, hub_commit
+from classifier.data.labels import label_strings, with_label_ids, with_label_names
 from classifier.data.reader import check_file, read_rows, table_format
 from classifier.data.tasks import SPLIT_NAMES, is_url
 from classifier.files import digest, write_json
-from classifier.messages import BadInput, BadRow, log, nearest, place
+from classifier.messages import BadInput, BadRow, location, log, nearest
 
 # --------------------------------------------------------------------------------------------------- rows of a split
 
@@ -28,7 +28,7 @@ class Source:
     bad_rows: list  # [row, what is wrong with it]
 
     def place(self, row):
-        return place(self.where, row) if self.is_file else f"{self.where}, row {row}"
+        return location(self.where, row) if self.is_file else f"{self.where}, row {row}"
 
     def check_rows(self, rows):
         """Raise BadInput where no row is left."""
@@ -53,13 +53,13 @@ def load_splits(task, refresh=False):
         if name not in splits:
             raise BadInput(f'--limit names the split "{name}"', f"Splits: {', '.join(splits)}.")
         if number < len(splits[name]):
-            chosen, _ = stratified(array_of(splits[name], "label"), number, seed=0, keep=0)
+            chosen, _ = stratified(column_array(splits[name], "label"), number, seed=0, keep=0)
             splits[name] = splits[name].select(chosen)
     fingerprints = {}
     for name, rows in splits.items():
         key = sources[name if name in sources else "train"].key
         # Which rows they are says it all: made splits, limits, labels that order a draw, bad rows left out.
-        fingerprints[name] = digest(key, name, hashlib.sha256(array_of(rows, "row").tobytes()).hexdigest())
+        fingerprints[name] = digest(key, name, hashlib.sha256(column_array(rows, "row").tobytes()).hexdigest())
     bad_rows = [
         {"split": name, "file": source.where, "row": row, "reason": reason}
         for name, source in sources.items()
@@ -113,7 +113,7 @@ def _file_values(task, split, file, options):
             if absent:
                 what, advice = _missing_column(absent, row, task)
                 if not is_json:
-                    raise BadInput(f"{place(file, line)}: {what}", advice)
+                    raise BadInput(f"{location(file, line)}: {what}", advice)
                 on_bad_row(BadRow(file, line, what, f"{advice} Mend this row,"))
                 continue
             try:
@@ -124,7 +124,7 @@ def _file_values(task, split, file, options):
             if label is not None and not (task.is_multi_label or task.is_regression):
                 value = row[task.label]
                 kind = {bool: "true or false", str: "a string"}.get(type(value), "a number")
-                kinds.setdefault(kind, f"{place(file, line)} holds {value!r}, {kind}")
+                kinds.setdefault(kind, f"{location(file, line)} holds {value!r}, {kind}")
                 if len(kinds) > 1:
                     raise BadInput(f'the column "{task.label}": {"; ".join(kinds.values())}', "Write all labels alike.")
             yield line, texts, label, row.get(group)
@@ -146,7 +146,7 @@ def _texts_and_label(task, row, needs_label):
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f'column "{column}" {"is empty" if text in (None, "") else f"holds {text!r}, not text"}')
     try:
-        label = label_words(task, row.get(task.label))
+        label = label_strings(task, row.get(task.label))
     except ValueError as error:
         raise ValueError(f'column "{task.label}" {error}') from None
     if label is None and needs_label:
@@ -189,7 +189,7 @@ def column_of(task, name, rows, column):
     values = {}
     for line, row in read_rows(path, **options, on_bad_row=lambda bad_row: None):
         if column not in row:
-            words = f'{place(file, line)}: has no column "{column}"{nearest(column, row)}'
+            words = f'{location(file, line)}: has no column "{column}"{nearest(column, row)}'
             raise BadInput(words, f"Columns: {', '.join(row)}.")
         values[line] = str(row[column])
     return [values[line] for line in rows["row"]]
@@ -258,7 +258,7 @@ def _hub_values(task, rows):
             if names:
                 label = [named(one) for one in label] if isinstance(label, list) else named(label)
             try:
-                label = label_words(task, label)
+                label = label_strings(task, label)
             except ValueError as error:
                 words = f'{path}, row {number}: column "{task.label}" {error}'
                 raise BadInput(words, "Name another column of labels with --label_column.") from None
@@ -394,7 +394,7 @@ def _draw(task, train, number):
     """Draw about `number` rows, or whole groups where the task names a column of them; return (drawn, rest)."""
     seed = task.split.get("seed", 42)
     if "group" not in task.split:
-        return stratified(array_of(train, "label"), number, seed)
+        return stratified(column_array(train, "label"), number, seed)
     # Rows without a group stay together: they may belong to any.
-    groups = np.array([value or "" for value in array_of(train, "group").tolist()])
+    groups = np.array([value or "" for value in column_array(train, "group").tolist()])
     return draw_groups(groups, number, seed)

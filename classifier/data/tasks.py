@@ -150,7 +150,7 @@ def task_from_mapping(content, path):
         advice = "Write dataset: {path: ...}, and name: ... where it has parts."
         raise BadInput(f'{path}: "dataset" has no path', advice)
     if "files" in content:
-        content["files"] = {split: _located(folder, file) for split, file in content["files"].items()}
+        content["files"] = {split: _absolute(folder, file) for split, file in content["files"].items()}
     if "files" in content and "splits" in content:
         raise BadInput(f"{path}: `splits` renames those of a data set on the Hub", "Name files in `files` as you wish.")
     if "delimiter" in content:
@@ -211,7 +211,7 @@ def _check_split_names(names, path):
             raise BadInput(f"{path}: {name!r} cannot name a split", "Use letters, digits and _ alone.")
 
 
-def _located(folder, file):
+def _absolute(folder, file):
     """Return a file of a task as an absolute path; a URL stays as it is."""
     return str(file) if is_url(file) else os.path.abspath(folder / str(file))
 
@@ -251,10 +251,10 @@ def _check_split(split, path):
             raise BadInput(f'{path}: "split": {name} {first} and {other} {second} overlap', "A row has one split.")
 
 
-def task_of(args, default=None):
+def task_from_args(args, default=None):
     """Return the Task that --task and the data flags describe; `default` is the name of a task, or a Task."""
     files = {split: getattr(args, f"{split}_file") for split in SPLIT_NAMES}
-    files = {split: _located(Path.cwd(), file) for split, file in files.items() if file}
+    files = {split: _absolute(Path.cwd(), file) for split, file in files.items() if file}
     if args.dataset and (files or args.task):
         raise BadInput("--dataset beside --task or a file: the data are given twice", "Give one of them.")
     if args.dataset:
@@ -274,7 +274,7 @@ def task_of(args, default=None):
         "metrics": args.metrics and args.metrics.split(","),
         "delimiter": args.delimiter and delimiter(args.delimiter),
         "split": args.group_column and {**task.split, "group": args.group_column},
-        "limit": limits_of(args.limit),
+        "limit": parse_limits(args.limit),
         **{name: getattr(args, name) for name in ("max_length", "encoding", "truncate", "on_bad_row")},
     }
     task = replace(task, **{key: value for key, value in given.items() if value})
@@ -313,7 +313,7 @@ def set_defaults(parser, task):
         parser.set_defaults(**{name: value})
 
 
-def limits_of(texts):
+def parse_limits(texts):
     """Return {split: rows} of the values of --limit."""
     limits = {}
     for text in texts or []:
@@ -331,7 +331,7 @@ def save_task(task, fingerprints, path):
     write_json(path, content)
 
 
-def saved_task(folder):
+def read_saved_task(folder):
     """Return (Task, fingerprints by split) of a model folder; (None, {}) where there is no task.json."""
     path = Path(folder) / "task.json"
     if not path.is_file():

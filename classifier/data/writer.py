@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from classifier.data.reader import table_format
-from classifier.files import whole
+from classifier.files import atomic_file
 from classifier.messages import BadInput
 
 KINDS = ("csv", "tsv", "jsonl", "parquet")
 ROWS_OF_A_GROUP = 10_000  # in Parquet
 
 
-def check_output(path):
+def check_output_file(path):
     """Raise BadInput for a name that tells no format, or a folder that is not there."""
     kind = table_format(path)
     if kind not in KINDS or str(path).endswith(".parquet.gz"):
@@ -32,7 +32,7 @@ def csv_row_writer(stream):
 
 def write_csv(path, header, rows):
     """Write lists as a CSV file: unlike the dicts of `table`, they may have two columns of one name."""
-    with whole(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as stream:
+    with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as stream:
         write_row = csv_row_writer(stream)
         for row in (header, *rows):
             write_row(row)
@@ -45,19 +45,19 @@ def write_bad_rows(path, bad_rows):
 
 
 @contextmanager
-def table(path):
+def open_writer(path):
     """Open a table to write; yield a function of a row (a dict). The file appears at the end, where no error came."""
-    with whole(path) as temporary:
+    with atomic_file(path) as temporary:
         if table_format(path) == "parquet":
             with _parquet(temporary) as write:
                 yield write
         else:
             open_file = gzip.open if str(path).endswith(".gz") else open
             with open_file(temporary, "wt", encoding="utf-8", newline="") as stream:
-                yield lines(stream, table_format(path))
+                yield row_writer(stream, table_format(path))
 
 
-def lines(stream, kind):
+def row_writer(stream, kind):
     """Return a function that writes a row: as CSV (quoted), TSV (unquoted), or a line of JSON."""
     header = None
     write_fields = csv_row_writer(stream)

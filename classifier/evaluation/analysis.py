@@ -25,20 +25,20 @@ def analyse(task, evaluation, lengths, columns):
     """
     predictions, labels, names = evaluation["predictions"], evaluation["labels"], task.metrics
     parts = {"length": parts_by_length(lengths)} | {name: parts_by_word(words) for name, words in columns.items()}
-    content = {"slices": {name: list(of_parts(names, predictions, labels, of)) for name, of in parts.items()}}
+    content = {"slices": {name: list(part_scores(names, predictions, labels, of)) for name, of in parts.items()}}
     if task.is_regression:
         return content
-    content["classes"] = of_classes(task, predictions, labels)
+    content["classes"] = class_scores(task, predictions, labels)
     content["never_predicted"] = [row["label"] for row in content["classes"] if row["support"] and not row["predicted"]]
     content["calibration"] = calibration(probabilities(task, evaluation["logits"]), predictions, labels)
     if not task.is_multi_label:
         content["confusion"] = confusion(len(task.labels), predictions, labels)
     if "matthews_correlation" in names:
-        content["batches"] = of_batches("matthews_correlation", predictions, labels)
+        content["batches"] = batch_scores("matthews_correlation", predictions, labels)
     return content
 
 
-def of_classes(task, predictions, labels):
+def class_scores(task, predictions, labels):
     """Return precision, recall, F1 and number of rows of each class; None where a rate is 0/0."""
     if not task.is_multi_label:
         classes = np.arange(len(task.labels))
@@ -101,7 +101,7 @@ def parts_by_length(lengths):
     return list(zip(words, parts, strict=True))
 
 
-def of_parts(names, predictions, labels, parts):
+def part_scores(names, predictions, labels, parts):
     """Yield the scores of each part of the examples, with their intervals."""
     for word, numbers in parts:
         given = names, predictions[numbers], labels[numbers]
@@ -109,7 +109,7 @@ def of_parts(names, predictions, labels, parts):
         yield {"slice": word, "examples": len(numbers), **scores}
 
 
-def of_batches(name, predictions, labels):
+def batch_scores(name, predictions, labels):
     """Return a metric of each 32 examples in their order: how much a score of few examples wanders."""
     starts = range(0, len(labels), EXAMPLES_OF_A_BAR)
     parts = [slice(start, start + EXAMPLES_OF_A_BAR) for start in starts]
@@ -125,7 +125,7 @@ def mistakes(evaluation):
     return numbers, losses[numbers]
 
 
-def words(content):
+def format_evaluation(content):
     """Return what evaluation.json says, as lines for the terminal."""
     scores, of_majority = content["scores"], content["majority_baseline"]
     examples, left_out = content["examples"], content["bad_rows"]
@@ -152,7 +152,7 @@ def words(content):
         error = content["calibration"]["expected_calibration_error"]
         lines.append(f"calibration: how sure the model is and how often it is right differ by {error:.4f} on average")
     for column, parts in content["slices"].items():
-        lines += [f"by {column}", *(f"  {part['slice']}: {_of_part(part)}" for part in parts)]
+        lines += [f"by {column}", *(f"  {part['slice']}: {_format_part(part)}" for part in parts)]
     if "comparison" in content:
         lines.append(content["comparison"]["conclusion"])
         if of_errors := content["comparison"].get("mcnemar"):
@@ -163,7 +163,7 @@ def words(content):
     return "\n".join(lines)
 
 
-def _of_part(part):
+def _format_part(part):
     name, score = next(iter(part["scores"].items()))
     interval = part["intervals"][name]
     words = f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
@@ -184,7 +184,9 @@ def predictions_in(path, task, rows):
             if name not in row:
                 words = f'{path}, line {line}: has no column "{name}"{nearest(name, row)}'
                 raise BadInput(words, "Give a table that evaluate.py or predict.py wrote of these examples.")
-        found.setdefault(tuple(row[name] for name in task.text), []).append(_prediction(task, row[column], path, line))
+        found.setdefault(tuple(row[name] for name in task.text), []).append(
+            _parse_prediction(task, row[column], path, line)
+        )
     predictions = []
     for number, texts in enumerate(zip(*(rows[name] for name in task.text), strict=True)):
         if not found.get(texts):
@@ -194,7 +196,7 @@ def predictions_in(path, task, rows):
     return np.array(predictions)
 
 
-def _prediction(task, word, path, line):
+def _parse_prediction(task, word, path, line):
     try:
         if task.is_regression:
             return float(word)

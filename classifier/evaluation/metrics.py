@@ -182,19 +182,19 @@ def count_classes(predictions, references, times=None):
     return Counts(times.sum(axis=-1), times @ right, hits, predicted, actual, number)
 
 
-def share(part, whole):
+def safe_divide(part, whole):
     """Return part / whole, and 0 where the whole is 0."""
     return part / np.where(whole == 0, 1, whole)
 
 
 def accuracy(counts):
     """Rows predicted right / rows; in multi-label a row is right where all of its labels are."""
-    return share(counts.right, counts.rows)
+    return safe_divide(counts.right, counts.rows)
 
 
 def f1_of_classes(counts):
     """2 tp / (2 tp + fp + fn) of each class (van Rijsbergen 1979), shape (..., classes)."""
-    return share(2 * counts.hits, counts.predicted + counts.actual)
+    return safe_divide(2 * counts.hits, counts.predicted + counts.actual)
 
 
 def f1(counts):
@@ -204,22 +204,22 @@ def f1(counts):
 
 def f1_micro(counts):
     """F1 of all labels of all rows together."""
-    return share(2 * counts.hits.sum(axis=-1), (counts.predicted + counts.actual).sum(axis=-1))
+    return safe_divide(2 * counts.hits.sum(axis=-1), (counts.predicted + counts.actual).sum(axis=-1))
 
 
 def f1_macro(counts):
     """Plain mean of each class's F1, of the classes that occur; in multi-label of all, 0 for one that does not."""
-    return share(f1_of_classes(counts).sum(axis=-1), counts.classes)
+    return safe_divide(f1_of_classes(counts).sum(axis=-1), counts.classes)
 
 
 def f1_weighted(counts):
     """Mean of each class's F1, weighted by its rows in the references."""
-    return share((f1_of_classes(counts) * counts.actual).sum(axis=-1), counts.rows)
+    return safe_divide((f1_of_classes(counts) * counts.actual).sum(axis=-1), counts.rows)
 
 
 def precision_weighted(counts):
     """Mean of each class's precision, weighted by its rows in the references; 0 for a class never predicted."""
-    return share((share(counts.hits, counts.predicted) * counts.actual).sum(axis=-1), counts.rows)
+    return safe_divide((safe_divide(counts.hits, counts.predicted) * counts.actual).sum(axis=-1), counts.rows)
 
 
 def matthews_correlation(counts):
@@ -227,7 +227,7 @@ def matthews_correlation(counts):
     rows, predicted, actual = counts.rows, counts.predicted, counts.actual
     covariance = counts.right * rows - (predicted * actual).sum(axis=-1)
     variances = (rows**2 - (predicted**2).sum(axis=-1)) * (rows**2 - (actual**2).sum(axis=-1))
-    return share(covariance, np.sqrt(variances))  # 0/0 is 0, as in scikit-learn
+    return safe_divide(covariance, np.sqrt(variances))  # 0/0 is 0, as in scikit-learn
 
 
 def pearson(predictions, references):

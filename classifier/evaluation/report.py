@@ -7,12 +7,12 @@ from importlib.metadata import version
 import torch
 import yaml
 
-from classifier.data.cache import array_of
+from classifier.data.cache import column_array
 from classifier.evaluation import analysis, metrics
 from classifier.messages import RunFailed, format_duration, format_score, format_scores, in_red, log
 
 
-def results(args, task, facts, progress, evaluations, data, accelerator):
+def collect_results(args, task, facts, progress, evaluations, data, accelerator):
     """Return the content of results.json; evaluations: of the best model, by split."""
     return {
         "task": task.name,
@@ -33,7 +33,7 @@ def results(args, task, facts, progress, evaluations, data, accelerator):
     }
 
 
-def summary(results):
+def format_results(results):
     """Return the scores of a finished run as lines: each split's, the majority's, and 95 % intervals."""
     lines = [
         f"{results['steps']} steps in {format_duration(results['train_seconds'])}, "
@@ -64,7 +64,7 @@ def epoch_table(lines):
     return "\n".join("  ".join(word.rjust(width) for word, width in zip(row, widths, strict=True)) for row in rows)
 
 
-def overfitting(lines):
+def overfitting_warning(lines):
     """Return a hint where the validation loss has risen since its lowest while the training loss fell, else None."""
     lines = [line for line in lines if line["type"] == "eval" and line["split"] != "train"]
     lines = [line for line in lines if line["split"] == lines[0]["split"]]
@@ -78,21 +78,23 @@ def overfitting(lines):
     )
 
 
-def say_results(folder, task, results, evaluations, progress):
+def log_results(folder, task, results, evaluations, progress):
     """Log what a run has come to: first what is wrong with it, then the table of its epochs, and its scores."""
     if progress.state.step < progress.total_steps:
         since = progress.state.evaluations_since_best
         log.info(f"no better {task.metrics[0]} in {since} evaluations: stopped early")
     for name, evaluation in evaluations.items():
-        if warning := collapse(task, name, evaluation):
+        if warning := collapse_warning(task, name, evaluation):
             log.warning(in_red(f"WARNING: {warning}"))
-    lines = lines_of(folder)
-    if hint := overfitting(lines):
+    lines = read_metric_lines(folder)
+    if hint := overfitting_warning(lines):
         log.warning(f"WARNING: {hint}")
-    log.info(f"{epoch_table(lines)}\n{summary(results)}\nmodel: {folder / 'model'}, report: {folder / 'report.html'}")
+    log.info(
+        f"{epoch_table(lines)}\n{format_results(results)}\nmodel: {folder / 'model'}, report: {folder / 'report.html'}"
+    )
 
 
-def lines_of(folder):
+def read_metric_lines(folder):
     """Return the lines of a run's metrics.jsonl; none where there is no such file."""
     file = folder / "metrics.jsonl"
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
@@ -112,18 +114,18 @@ def write_page(folder, task, results, evaluations, splits, examples):
                 "scores": evaluation["scores"],
                 "majority_baseline": evaluation["majority"],
                 "intervals": results["intervals"][split],
-                "warning": collapse(task, split, evaluation),
-                **analysis.analyse(task, evaluation, array_of(examples[split], "length"), {}),
+                "warning": collapse_warning(task, split, evaluation),
+                **analysis.analyse(task, evaluation, column_array(examples[split], "length"), {}),
                 "mistakes": page.mistakes_of(task, splits[split], evaluation["logits"], *analysis.mistakes(evaluation)),
             }
         )
-    lines = lines_of(folder)
+    lines = read_metric_lines(folder)
     headline = {
         "title": task.name,
-        "model": model_words(results),
+        "model": format_origin(results),
         "text": f"{results['steps']} steps in {format_duration(results['train_seconds'])}, "
         f"{results['train_examples_per_second']:.0f} examples/s; the best at step {results['best_step']}",
-        "hint": overfitting(lines),
+        "hint": overfitting_warning(lines),
     }
     tables = {
         "Settings": results["settings"],
@@ -137,14 +139,14 @@ def write_page(folder, task, results, evaluations, splits, examples):
         raise RunFailed(words) from error
 
 
-def already_complete(folder, results, final_test):
+def log_finished(folder, results, final_test):
     """Log the scores of a run that is finished."""
-    log.info(f"{folder}: already complete (--overwrite trains again)\n{summary(results)}")
+    log.info(f"{folder}: already complete (--overwrite trains again)\n{format_results(results)}")
     if final_test and not any(name.startswith("test") for name in results["scores"]):
         log.info(f"its test split was not scored: evaluate.py --model {folder} --split test")
 
 
-def collapse(task, split, evaluation):
+def collapse_warning(task, split, evaluation):
     """Return None, or in words that a model has learnt nothing: one prediction for all, no better than the majority."""
     metric, constant = task.metrics[0], evaluation["constant"]
     score, limit = evaluation["scores"][metric], evaluation["majority"][metric]
@@ -203,10 +205,10 @@ def model_card(task, results):
 
 # {task.name}
 
-A text classifier, {model_words(results)}.
+A text classifier, {format_origin(results)}.
 
 - Input: {" and ".join(task.text)}, up to {task.max_length} tokens.
-- Output: {_output_words(task)}.
+- Output: {_format_output(task)}.
 - Data: {task.source or task.dataset or ", ".join(task.files)}{f" ({task.licence})" if task.licence else ""}.
 - Recipe: {", ".join(settings)}, seed {results["seed"]}; {results["train_examples"]:,} examples seen in
   {results["steps"]:,} steps, {results["mixed_precision"] if results["mixed_precision"] != "no" else "fp32"}.
@@ -215,11 +217,11 @@ A text classifier, {model_words(results)}.
 
 | split | metric | score | 95 % interval | majority class |
 |---|---|---|---|---|
-{_score_rows(results)}
+{_format_score_rows(results)}
 
 ## Limits
 
-{_limits(task, results["data"]["splits"])}
+{_format_limits(task, results["data"]["splits"])}
 
 ## Use
 
@@ -231,7 +233,7 @@ print(classify({'"..."' if len(task.text) == 1 else '{"text": "...", "text_pair"
 """
 
 
-def model_words(results):
+def format_origin(results):
     """Return in words what a run started from."""
     if not isinstance(results["model"], str):
         return "trained from new weights"
@@ -239,13 +241,13 @@ def model_words(results):
     return f"fine-tuned from {results['model']}{commit}"
 
 
-def _output_words(task):
+def _format_output(task):
     if task.is_regression:
         return "a number"
     return ("any number of " if task.is_multi_label else "one of ") + ", ".join(task.labels)
 
 
-def _score_rows(results):
+def _format_score_rows(results):
     rows = []
     for split, scores in results["scores"].items():
         for name, score in scores.items():
@@ -255,7 +257,7 @@ def _score_rows(results):
     return "\n".join(rows)
 
 
-def _limits(task, data):
+def _format_limits(task, data):
     """Return what the facts of the data say that the model cannot be trusted with, as a list in Markdown."""
     train, lines = data["train"], []
     if task.is_regression:

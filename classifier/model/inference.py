@@ -18,7 +18,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from classifier.data.cache import array_of, open_table, table_path, write_table
+from classifier.data.cache import column_array, load_table, table_path, write_table
 from classifier.files import digest
 from classifier.messages import BadInput, RunFailed, log
 
@@ -58,7 +58,7 @@ def head_input(encoder, accelerator, inputs):
 @torch.no_grad()
 def probe_head(model, layout, examples, accelerator):
     """Return the features (2, size) of the longest example and the shortest, or None where the head needs more."""
-    encoder, lengths, was_training = model.base_model, array_of(examples, "length"), model.training
+    encoder, lengths, was_training = model.base_model, column_array(examples, "length"), model.training
     if encoder is model:
         return None
     ids = np.array([lengths.argmax(), lengths.argmin()])
@@ -113,7 +113,7 @@ def features_table(key, schema, tokens, encoder, layout, accelerator, batch_size
         for _ in columns():  # this machine's first process writes
             pass
     accelerator.wait_for_everyone()
-    return open_table(key), made
+    return load_table(key), made
 
 
 def features_of_splits(model, layout, examples, accelerator, args, state):
@@ -156,7 +156,7 @@ def largest_micro_batch(accelerator, model, layout, examples, share):
     Tried in a forward and a backward pass, with room for AdamW's two moments set aside; the same for all processes.
     Raises BadInput where not even one fits.
     """
-    lengths = array_of(examples, "length")
+    lengths = column_array(examples, "length")
     longest, size = np.argsort(-lengths, kind="stable"), share
     moments = []
     while True:
@@ -201,7 +201,7 @@ def compute_outputs(compute, examples, accelerator, batch_size, layout, watch=No
     Each process takes every n-th batch; each example is counted once, by its id. Raises RuntimeError where one is not.
     watch: a preemption.Watch, which raises where a signal asks the run to end.
     """
-    lengths = array_of(examples, "length")
+    lengths = column_array(examples, "length")
     order = np.argsort(-lengths, kind="stable")
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     mine = []

@@ -64,7 +64,7 @@ def _new_model(mapping, head, where):
         model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
     except Exception as error:  # of a library, about any of the values
         raise BadInput(
-            f"{where}`model` cannot be built ({_words(error)})",
+            f"{where}`model` cannot be built ({_format_error(error)})",
             "Mend its keys: model_type, vocab, and values of that model's config.json.",
         ) from None
     # transformers takes any key, and does nothing with one that it does not know.
@@ -99,7 +99,7 @@ def _pretrained_model(name, head, task, refresh):
         if _is_unreachable(error):
             raise unreachable_hub(name, error) from None
         raise BadInput(
-            f"{name}: cannot be loaded as a text classifier ({_words(error)})",
+            f"{name}: cannot be loaded as a text classifier ({_format_error(error)})",
             "Check --model: it needs config.json, the tokenizer and whole weights; copy or download them again.",
         ) from None
     if is_of_hub:
@@ -127,7 +127,7 @@ def _check_hub_name(name):
         raise BadInput(f"{name}: no such folder{nearest(path.name, siblings)}", "Check --model.")
 
 
-def _words(error):
+def _format_error(error):
     """Return what an exception of a library says, in one short line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300].rstrip(": ")
 
@@ -155,7 +155,7 @@ def _check_encoder(name, model, info):
     raise BadInput(reason, "Take config.json and the weights from the same checkpoint.")
 
 
-def with_labels_of(model, facts, task):
+def with_head_labels(model, facts, task):
     """Return the task with its labels in the order of the model's head; matched by name, never by position."""
     name, names = facts["model"], list(model.config.id2label.values())
     head_is_multi_label = model.config.problem_type == "multi_label_classification"
@@ -197,7 +197,7 @@ def freeze(model, part):
         module.eval().train = lambda mode=True, module=module: module  # model.train() calls this, and changes nothing
 
 
-def trained(folder):
+def saved_metrics(folder):
     """Return (mixed precision that the scores of a saved model were computed in, what its majority baseline predicts).
 
     ("auto", None) where they are not known.
@@ -210,7 +210,7 @@ def trained(folder):
         raise BadInput(f"{path}: is damaged", "Copy the model folder again, or train again.") from None
 
 
-def pretrained(folder, task):
+def base_model(folder, task):
     """Return the name of the pretrained model that a saved one was trained from; None where its weights were new."""
     results = Path(folder).parent / "results.json"
     model = json.loads(results.read_text(encoding="utf-8"))["model"] if results.is_file() else task.model

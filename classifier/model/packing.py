@@ -23,7 +23,7 @@ GROUP_LIMIT = 2**19  # attention weights in a group, where it has more than one 
 LONG = 96  # tokens from which on torch's own attention is faster on a CPU, where nothing is dropped
 
 
-class Group:
+class LengthGroup:
     """Examples of like length that lie side by side in the row; in attention, a rectangle (examples, width)."""
 
     def __init__(self, examples, lengths, first_slot, device):
@@ -52,7 +52,7 @@ class Group:
         return self._forbidden[name]
 
 
-class Row:
+class PackedBatch:
     """How the examples of a micro-batch lie end to end: `example` and `position` of each token, groups of examples.
 
     lengths: (examples,), longest first; heads: of the model's attention.
@@ -61,7 +61,7 @@ class Row:
     def __init__(self, lengths, heads, device):
         lengths = np.asarray(lengths)
         self.starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-        self.tokens = rounded(int(lengths.sum()))
+        self.tokens = round_up(int(lengths.sum()))
         filling = np.zeros(self.tokens - lengths.sum(), dtype=np.int64)
         example = np.repeat(np.arange(len(lengths)), lengths)
         position = np.arange(lengths.sum()) - self.starts[example]
@@ -75,7 +75,7 @@ class Row:
             # A power of two, for the same reason as `rounded`.
             number = min(len(lengths) - first, max(1, GROUP_LIMIT // (int(lengths[first]) ** 2 * heads)))
             last = first + 2 ** (number.bit_length() - 1)
-            self.groups.append(Group(slice(first, last), lengths[first:last], slot, device))
+            self.groups.append(LengthGroup(slice(first, last), lengths[first:last], slot, device))
             first, slot = last, slot + self.groups[-1].slots
         self.width = self.groups[0].width  # the largest
         self._indices = {}
@@ -100,7 +100,7 @@ class Row:
         return self._indices[heads]
 
 
-class Take(torch.autograd.Function):
+class GatherRows(torch.autograd.Function):
     """rows[index]. What is taken more than once, or as filling, has no gradient there: so the gradient is a look-up,
     too (`back`), with 0 in the rows `filling`."""
 
@@ -114,7 +114,7 @@ class Take(torch.autograd.Function):
         return gradient.index_select(0, ctx.back).index_fill_(0, ctx.filling, 0), None, None, None
 
 
-class Weigh(torch.autograd.Function):
+class ExplicitAttention(torch.autograd.Function):
     """softmax(query @ key.T * scaling + added) * mask * scale @ value, without steps that autograd would keep.
 
     query, key, value: (examples x heads, width, size); added: broadcast to the weights (examples x heads, width,
@@ -150,7 +150,7 @@ def _product(one, other, factor):
     return torch.baddbmm(one.new_zeros(()), one, other, beta=0, alpha=factor)
 
 
-def attend(row, query, key, value, scaling, window=None, bias=None, keep=None, scale=1.0):
+def packed_attention(row, query, key, value, scaling, window=None, bias=None, keep=None, scale=1.0):
     """Attention of each example to itself: (tokens, heads, size) three times to the same shape.
 
     window: how far a query sees, exclusive, or None; bias: (1, heads, width, width) of the longest example, added to
@@ -161,7 +161,7 @@ def attend(row, query, key, value, scaling, window=None, bias=None, keep=None, s
     taken, empty, back, beyond = row.indices(heads)
     parts = [group.number * heads * group.width for group in row.groups]
     query, key, value = (
-        Take.apply(values.reshape(-1, size), taken, back, beyond).split(parts) for values in (query, key, value)
+        GatherRows.apply(values.reshape(-1, size), taken, back, beyond).split(parts) for values in (query, key, value)
     )
     masks = keep(heads, value[0].dtype) if keep else [None] * len(parts)
     outputs = []
@@ -178,9 +178,9 @@ def attend(row, query, key, value, scaling, window=None, bias=None, keep=None, s
                 added = part if added is None else added + part
             inputs = [values.view(-1, group.width, size) for values in inputs]
             mask = None if mask is None else mask.flatten(0, 1)
-            output = Weigh.apply(*inputs, added, mask, scaling, scale)
+            output = ExplicitAttention.apply(*inputs, added, mask, scaling, scale)
         outputs.append(output.view(-1, size))
-    return Take.apply(torch.cat(outputs), back, taken, empty).view(-1, heads, size)
+    return GatherRows.apply(torch.cat(outputs), back, taken, empty).view(-1, heads, size)
 
 
 def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **options):
@@ -199,7 +199,9 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
 
         dropping = (keep, scale(dropout)) if dropout else ()
         window = options.get("sliding_window")
-        return attend(masks.row, query, key, value, scaling, window, attention_mask, *dropping).unsqueeze(0), None
+        return packed_attention(masks.row, query, key, value, scaling, window, attention_mask, *dropping).unsqueeze(
+            0
+        ), None
     if not dropout:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     if (groups := getattr(module, "num_key_value_groups", 1)) > 1:
@@ -256,7 +258,7 @@ def _mpnet_attention(module, hidden, attention_mask=None, position_bias=None, ou
     return (module.o(attention(module, query, key, value, bias, dropout=rate)[0].flatten(2)),)
 
 
-class Layout:
+class Packer:
     """How a micro-batch becomes a model's inputs: as one row where `is_row`, else as rows padded to the longest."""
 
     def __init__(self, model, masks, pad_token_id):
@@ -277,11 +279,11 @@ class Layout:
 
     def lay_out(self, examples):
         """Return the inputs of examples, given as a dict of lists: tensors on the CPU."""
-        return end_to_end(examples, self.first_position) if self.is_row else pad(examples, self.pad_token_id)
+        return pack(examples, self.first_position) if self.is_row else pad(examples, self.pad_token_id)
 
     def begin(self, step, ids, lengths, device):
         """Say which examples come next, in the order of the micro-batch."""
-        self.masks.begin(step, ids, device, Row(lengths, self.heads, device) if self.is_row else None)
+        self.masks.begin(step, ids, device, PackedBatch(lengths, self.heads, device) if self.is_row else None)
 
     def _short_numbers(self, module, given, output):
         """Under autocast to bf16 on a CPU: hand bf16 on from the embeddings; sums of layers then need no casts."""
@@ -300,7 +302,7 @@ class Layout:
         return output
 
 
-def rounded(tokens):
+def round_up(tokens):
     """Return how many tokens a row of at least so many has: one of few numbers, at most a 32nd (or 31) more.
 
     On a CPU torch compiles a matrix product for each new shape (oneDNN), which takes longer than to compute it.
@@ -309,7 +311,7 @@ def rounded(tokens):
     return -(-tokens // step) * step
 
 
-def end_to_end(examples, first_position):
+def pack(examples, first_position):
     """Lay the columns of examples out as one row: a dict of tensors (1, tokens), with the positions.
 
     The row is filled up (see rounded) with tokens that nothing reads.
@@ -317,7 +319,7 @@ def end_to_end(examples, first_position):
     lengths = [len(ids) for ids in examples["input_ids"]]
     positions = [_positions(ids, first_position) for ids in examples["input_ids"]]
     columns = {name: examples[name] for name in ("input_ids", "token_type_ids") if name in examples}
-    row = np.zeros((len(columns) + 1, 1, rounded(sum(lengths))), dtype=np.int64)
+    row = np.zeros((len(columns) + 1, 1, round_up(sum(lengths))), dtype=np.int64)
     for values, column in zip(row, [*columns.values(), positions], strict=True):
         values[0, : sum(lengths)] = np.concatenate(column)
     return {name: torch.from_numpy(values) for name, values in zip([*columns, "position_ids"], row, strict=True)}
@@ -338,7 +340,7 @@ def pad(examples, pad_token_id):
 
 
 @torch.no_grad()
-def agrees(model, layout, examples):
+def matches_padded(model, layout, examples):
     """Return whether a model gives the same logits for examples in a row as for padded ones, longest first.
 
     And whether each of its layers has asked for attention: one that does not sees the other examples, too.
@@ -369,14 +371,14 @@ def prepare_model(model, tokenizer, seed=0):
     from classifier.model import dropout
 
     masks = dropout.install(model, seed)
-    layout = Layout(model, masks, tokenizer.pad_token_id)
+    layout = Packer(model, masks, tokenizer.pad_token_id)
     if dropout.draws_from_torch(model, masks):
         log.warning(
             "WARNING: some of this model's dropout is torch's own: its masks change with the number of processes"
         )
     encoded = tokenizer(["one two three, four; five. Six?", "seven"])
     columns = {name: encoded[name] for name in ("input_ids", "token_type_ids") if name in encoded}
-    layout.is_row = agrees(model, layout, columns)
+    layout.is_row = matches_padded(model, layout, columns)
     if not layout.is_row:
         log.info("this model needs padding: its examples run padded, those of like length together")
     return layout

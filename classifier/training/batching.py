@@ -13,20 +13,20 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from classifier.data.cache import array_of
+from classifier.data.cache import column_array
 from classifier.data.splits import stratified
 from classifier.training.preemption import SIGNALS
 
-TOKENS_OF_A_PASS = {"cpu": 256}  # of padding, from which on it is faster to compute them in a pass of their own
+TOKENS_WORTH_A_PASS = {"cpu": 256}  # of padding, from which on it is faster to compute them in a pass of their own
 
 
-def sample(examples, number):
+def stratified_sample(examples, number):
     """Return `number` of the examples, always the same ones, in which each class keeps its share."""
-    drawn, _ = stratified(array_of(examples, "label"), min(number, len(examples)), seed=0, keep=0)
+    drawn, _ = stratified(column_array(examples, "label"), min(number, len(examples)), seed=0, keep=0)
     return examples.select(drawn)
 
 
-def plan(number_of_examples, batch_size, seed, steps):
+def make_plan(number_of_examples, batch_size, seed, steps):
     """Return the global batches of a run, one for each step.
 
     An epoch is every example id once, shuffled by (seed, epoch); its last batch may be smaller.
@@ -39,7 +39,7 @@ def plan(number_of_examples, batch_size, seed, steps):
         batches += [order[start : start + batch_size] for start in range(0, number_of_examples, batch_size)]
 
 
-def share(batch, rank, number_of_processes, micro_batch_size):
+def micro_batches_of_rank(batch, rank, number_of_processes, micro_batch_size):
     """Return the micro-batches of one process: lists of (ids, weight), one at least.
 
     Every n-th example goes to the same process. A process that gets none computes the batch's first example with
@@ -51,7 +51,7 @@ def share(batch, rank, number_of_processes, micro_batch_size):
     return [(ids[start : start + micro_batch_size], 1.0) for start in range(0, len(ids), micro_batch_size)]
 
 
-def of_like_lengths(ids, lengths, worth):
+def split_by_length(ids, lengths, worth):
     """Return the ids, longest first, cut into halves, and these again, where that saves more than `worth` tokens of
     padding.
 
@@ -61,12 +61,12 @@ def of_like_lengths(ids, lengths, worth):
     if half * (lengths[0] - lengths[-half]) <= worth:
         return [ids]
     halves = slice(-half), slice(-half, None)
-    return [part for some in halves for part in of_like_lengths(ids[some], lengths[some], worth)]
+    return [part for some in halves for part in split_by_length(ids[some], lengths[some], worth)]
 
 
-def worth_of_a_pass(layout, device):
+def min_saving(layout, device):
     """Return `worth` of of_like_lengths on a device; None where examples lie end to end, and nothing is padded."""
-    return None if layout.is_row else TOKENS_OF_A_PASS.get(device.type, 8192)
+    return None if layout.is_row else TOKENS_WORTH_A_PASS.get(device.type, 8192)
 
 
 def divide(batch, lengths, rank, number_of_processes, micro_batch_size, worth):
@@ -76,13 +76,13 @@ def divide(batch, lengths, rank, number_of_processes, micro_batch_size, worth):
     """
     # Longest first: micro-batches of like lengths, and as much work for each process.
     ordered = batch[np.argsort(-lengths[batch], kind="stable")]
-    mine = share(ordered, rank, number_of_processes, micro_batch_size)
+    mine = micro_batches_of_rank(ordered, rank, number_of_processes, micro_batch_size)
     if worth is None:
         return mine
-    return [(part, weight) for ids, weight in mine for part in of_like_lengths(ids, lengths[ids], worth)]
+    return [(part, weight) for ids, weight in mine for part in split_by_length(ids, lengths[ids], worth)]
 
 
-def tokens_with_padding(lengths, batches, number_of_processes, micro_batch_size, worth):
+def padded_tokens(lengths, batches, number_of_processes, micro_batch_size, worth):
     """Return the number of tokens, padding among them, that all processes compute for these batches.
 
     Parameters as in divide. Examples of weight 0 are not counted.
@@ -99,8 +99,8 @@ def tokens_with_padding(lengths, batches, number_of_processes, micro_batch_size,
 
 def padding_fraction(examples, batches, accelerator, micro_batch_size, layout):
     """Return the fraction of padding in what the processes compute for these batches: 0 where nothing is padded."""
-    lengths, worth = array_of(examples, "length"), worth_of_a_pass(layout, accelerator.device)
-    computed = tokens_with_padding(lengths, batches, accelerator.num_processes, micro_batch_size, worth)
+    lengths, worth = column_array(examples, "length"), min_saving(layout, accelerator.device)
+    computed = padded_tokens(lengths, batches, accelerator.num_processes, micro_batch_size, worth)
     return 1 - sum(int(lengths[batch].sum()) for batch in batches) / computed
 
 
@@ -111,27 +111,27 @@ def step_loader(examples, batches, accelerator, micro_batch_size, layout, num_wo
     of it still on the CPU. The loader is not for accelerator.prepare(): it is divided among the processes already.
     """
     rank, number_of_processes = accelerator.process_index, accelerator.num_processes
-    lengths, worth = array_of(examples, "length"), worth_of_a_pass(layout, accelerator.device)
+    lengths, worth = column_array(examples, "length"), min_saving(layout, accelerator.device)
     divided = [divide(batch, lengths, rank, number_of_processes, micro_batch_size, worth) for batch in batches]
     return DataLoader(
         divided,
         batch_size=None,
-        collate_fn=partial(_laid_out, examples, layout),  # no closure: worker processes must receive it
+        collate_fn=partial(collate_step, examples, layout),  # no closure: worker processes must receive it
         num_workers=num_workers,
-        worker_init_fn=leave_signals_to_the_parent,
+        worker_init_fn=ignore_signals,
         pin_memory=accelerator.device.type == "cuda",
         # Without a generator of its own the loader draws from torch's, and the model's dropout would depend on it.
         generator=torch.Generator(),
     )
 
 
-def leave_signals_to_the_parent(_):
+def ignore_signals(_):
     """A terminal or a cluster signals all processes: a worker that dies of it ends the training before it is saved."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _laid_out(examples, layout, micro_batches):
+def collate_step(examples, layout, micro_batches):
     """Return the micro-batches of one step, given as (ids, weight), as the dicts of step_loader."""
     step = []
     for ids, weight in micro_batches:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 
 from classifier.data.tasks import save_task
-from classifier.files import check_output, put_back, put_in_place, sha256, sync, write_json, write_text
+from classifier.files import check_output_folder, recover_folder, replace_folder, sha256, sync, write_json, write_text
 from classifier.messages import BadInput, Preempted, RunFailed, log
 from classifier.processes import on_main_process
 from classifier.training.lock import locked
@@ -56,13 +56,13 @@ class State:
 # -------------------------------------------------------------------------------------------------- the run's folder
 
 
-def look_at(folder, settings, fingerprints, resume="auto", overwrite=False):
+def finished_results(folder, settings, fingerprints, resume="auto", overwrite=False):
     """Return the results of a run that is complete in this folder, or None where a run may start or go on.
 
     Raises BadInput where the folder holds something else: a run with other settings or other data (the differences are
     named), or files that are no run's.
     """
-    check_output(folder)
+    check_output_folder(folder)
     if is_empty(folder):
         return None
     try:
@@ -103,7 +103,7 @@ def is_empty(folder):
 
 
 @contextmanager
-def claimed(folder, accelerator):
+def hold(folder, accelerator):
     """Hold a run's folder under `with`, alone; note in state.json why the run ended. Yields a State that begins.
 
     Raises BadInput on all processes where another run is there, or nothing can be written. An error goes on; any
@@ -117,7 +117,7 @@ def claimed(folder, accelerator):
         except Preempted as error:
             if accelerator.is_main_process:
                 with suppress(OSError):
-                    note_end(folder, "preempted", f"{error}")
+                    record_end(folder, "preempted", f"{error}")
             raise
         except BaseException as error:
             size, half = state.micro_batch_size, -(-state.micro_batch_size // 2)
@@ -130,7 +130,7 @@ def claimed(folder, accelerator):
             if no_room := getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 reason = f"{error.filename or folder}: {error.strerror}\nMake room; the same command goes on."
             with suppress(OSError):  # on a full disk not even this may be possible
-                note_end(
+                record_end(
                     folder, "failed", reason.partition("\n")[0], **({"micro_batch_size": half} if no_memory else {})
                 )
             if no_memory or no_room:
@@ -138,7 +138,7 @@ def claimed(folder, accelerator):
             raise
 
 
-def begin(folder, settings, fingerprints, resume="auto", overwrite=False):
+def begin_or_resume(folder, settings, fingerprints, resume="auto", overwrite=False):
     """Note that this run trains here, and clean up after one that was killed. Only the main process calls this.
 
     Returns (the checkpoint to go on from, half the micro-batch that was too large for memory), each perhaps None.
@@ -149,7 +149,7 @@ def begin(folder, settings, fingerprints, resume="auto", overwrite=False):
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     for path in [folder / "model", *(old.with_suffix("") for old in folder.glob("checkpoints/*.old"))]:
-        put_back(path)
+        recover_folder(path)
     for path in [*folder.glob("*.json*.tmp"), *folder.glob("checkpoints/*.tmp")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     code = code_digests()
@@ -158,7 +158,7 @@ def begin(folder, settings, fingerprints, resume="auto", overwrite=False):
         log.info(f"other code than when this run began: {', '.join(other)}")
     # The same command typed again goes on where it was, and not a second time from the checkpoint that it names.
     is_known = resume in ("auto", "never", before.get("resumed"))
-    path = newest(folder) if is_known else adopt(folder, Path(resume), settings, fingerprints)
+    path = newest_valid(folder) if is_known else import_checkpoint(folder, Path(resume), settings, fingerprints)
     try:
         write_state(folder, "running", settings=settings, data=fingerprints, code=code, resumed=resume)
     except OSError as error:
@@ -189,7 +189,7 @@ def write_state(folder, status, reason="", **more):
     write_json(folder / "state.json", {**read_state(folder), "status": status, "reason": reason, **more})
 
 
-def note_end(folder, status, reason, **more):
+def record_end(folder, status, reason, **more):
     """Note in state.json why a run ended, unless it had not begun, or another process failed first.
 
     What the others say after that one ("connection closed by peer") explains nothing.
@@ -201,7 +201,7 @@ def note_end(folder, status, reason, **more):
 # ------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def note_best(state, score, evaluations):
+def record_best(state, score, evaluations):
     """Note that the model of this step is the best so far."""
     kept = ("scores", "majority", "constant")
     evaluations = {name: {key: evaluation[key] for key in kept} for name, evaluation in evaluations.items()}
@@ -230,11 +230,11 @@ def save(folder, accelerator, state, model, optimizer, scheduler, keep):
         run = read_state(folder)
         run = {"settings": run["settings"], "data": run["data"]}
         progress = {"state": asdict(state), "schedule": scheduler.state_dict(), "scaler": scaler, "run": run}
-        path = step_path(folder, state.step)
+        path = checkpoint_path(folder, state.step)
         try:
             if (folder / "metrics.jsonl").exists():
                 sync(folder / "metrics.jsonl")
-            _write(path, model, tensors, progress)
+            write_checkpoint(path, model, tensors, progress)
             prune(folder, state.best, keep)
         except (OSError, SafetensorError) as error:
             is_saved = [False]
@@ -254,7 +254,7 @@ def optimizer_tensors(model, optimizer):
     }
 
 
-def _write(path, model, tensors, progress):
+def write_checkpoint(path, model, tensors, progress):
     needed = sum(value.nbytes for value in [*model.state_dict().values(), *tensors["optimizer"].values()]) + 2**20
     path.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(path.parent).free
@@ -269,40 +269,40 @@ def _write(path, model, tensors, progress):
         write_json(temporary / "progress.json", progress)
         manifest = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in temporary.iterdir()}
         write_json(temporary / "manifest.json", manifest)
-        put_in_place(temporary, path)
+        replace_folder(temporary, path)
         sync(path.parent.parent)
     finally:
-        put_back(path)
+        recover_folder(path)
 
 
-def steps_on_disk(folder):
+def checkpoint_paths(folder):
     """Return the paths of a run's checkpoints, oldest first, whole or not."""
     return sorted(path for path in (folder / "checkpoints").glob("step-*") if path.suffix == "" and path.is_dir())
 
 
-def step_path(folder, step):
+def checkpoint_path(folder, step):
     return folder / "checkpoints" / f"step-{step:08d}"
 
 
-def best_of(path):
+def best_known_to(path):
     """Return the path of the best checkpoint when this one was saved; None where there was none or it is not known."""
     try:
         best = json.loads((path / "progress.json").read_text(encoding="utf-8"))["state"]["best"]
-        return best and step_path(path.parent.parent, best["step"])
+        return best and checkpoint_path(path.parent.parent, best["step"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def prune(folder, best, keep):
     """Remove all checkpoints but the newest `keep`, the best one, and the best ones that those rely on."""
-    paths = steps_on_disk(folder)
-    best_path = best and step_path(folder, best["step"])
+    paths = checkpoint_paths(folder)
+    best_path = best and checkpoint_path(folder, best["step"])
     newest_paths = [path for path in paths if path != best_path][-keep:]
-    for path in set(paths) - {best_path, *newest_paths, *map(best_of, newest_paths)}:
+    for path in set(paths) - {best_path, *newest_paths, *map(best_known_to, newest_paths)}:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def flaw(path):
+def find_damage(path):
     """Return in words what is wrong with a checkpoint, or None where it is whole."""
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
@@ -321,23 +321,23 @@ def flaw(path):
     return None
 
 
-def flaw_of_two(path):
+def why_unusable(path):
     """Return in words what is wrong with a checkpoint, or with the best one that it relies on; else None."""
-    words, best = flaw(path), best_of(path)
+    words, best = find_damage(path), best_known_to(path)
     if words or not best:
         return words
-    words = flaw(best)
+    words = find_damage(best)
     return words and f"its best model, {best.name}: {words}"
 
 
-def newest(folder):
+def newest_valid(folder):
     """Return the newest checkpoint that is whole, and whose best one is; None where there is none.
 
     Tells of each that is passed over. Since a run repeats exactly, going on earlier costs time and nothing else.
     """
-    paths = steps_on_disk(folder)
+    paths = checkpoint_paths(folder)
     for path in reversed(paths):
-        words = flaw_of_two(path)
+        words = why_unusable(path)
         if not words:
             return path
         log.warning(f"WARNING: {path} is passed over: {words}")
@@ -346,23 +346,23 @@ def newest(folder):
     return None
 
 
-def adopt(folder, source, settings, fingerprints):
+def import_checkpoint(folder, source, settings, fingerprints):
     """Bring the checkpoint that --resume DIR names into the folder of this run, with its best one; return its path.
 
     Later ones of this run are dropped. source: a checkpoint, or a run's folder: its newest one.
     """
-    path = newest(source) if (source / "checkpoints").is_dir() else source
-    if words := flaw_of_two(path) if path else "no checkpoint in it is whole":
+    path = newest_valid(source) if (source / "checkpoints").is_dir() else source
+    if words := why_unusable(path) if path else "no checkpoint in it is whole":
         raise BadInput(f"--resume {source}: {words}", "Give a run's folder, or one of its checkpoints/step-N.")
     progress = json.loads((path / "progress.json").read_text(encoding="utf-8"))
     if words := differences(progress["run"], settings, fingerprints):
         raise BadInput(f"--resume {source}: of a run with other settings ({words})", "Give the same settings.")
-    for source_path in {path, best_of(path) or path}:
+    for source_path in {path, best_known_to(path) or path}:
         target = folder / "checkpoints" / source_path.name
         if target.resolve() != source_path.resolve():
             shutil.copytree(source_path, target.with_name(f"{target.name}.tmp"))
-            put_in_place(target.with_name(f"{target.name}.tmp"), target)
-    for other in steps_on_disk(folder):
+            replace_folder(target.with_name(f"{target.name}.tmp"), target)
+    for other in checkpoint_paths(folder):
         if other.name > path.name:
             shutil.rmtree(other)
     return folder / "checkpoints" / path.name
@@ -403,7 +403,7 @@ def load_best(folder, best, model):
         raise RunFailed(
             "no model could be saved, see the warnings above\nMake room on the disk; then the same command."
         )
-    load_model(model, step_path(folder, best["step"]) / "model.safetensors")
+    load_model(model, checkpoint_path(folder, best["step"]) / "model.safetensors")
 
 
 # ---------------------------------------------------------------------------------------------------------- the model
@@ -424,11 +424,11 @@ def write_model(folder, model, tokenizer, task, fingerprints, majority, results,
         write_json(temporary / "metrics.json", {**scores, "majority": majority})
         write_text(temporary / "README.md", card)
         write_json(folder / "results.json", results)
-        put_in_place(temporary, folder / "model")
+        replace_folder(temporary, folder / "model")
         write_state(folder, "done")
         sync(folder)
     except Exception as error:  # tokenizers raises nothing more special where the disk is full
         raise RunFailed(f"{folder}/model could not be written: {error}\nMend this; then the same command.") from error
     finally:
-        put_back(folder / "model")
+        recover_folder(folder / "model")
     shutil.rmtree(folder / "checkpoints")

@@ -28,12 +28,12 @@ def locked(folder):
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _claim(path, mine)
+        _take(path, mine)
     except OSError as error:
         _remove_empty(new)
         raise BadInput(f"{folder}: cannot be written ({error.strerror})", "Choose another --output_dir.") from None
     ended = threading.Event()
-    beating = threading.Thread(target=_beat, args=(path, mine, ended), daemon=True)
+    beating = threading.Thread(target=_keep_heartbeat, args=(path, mine, ended), daemon=True)
     beating.start()
     try:
         yield
@@ -51,7 +51,7 @@ def _remove_empty(folders):
             folder.rmdir()
 
 
-def _claim(path, mine):
+def _take(path, mine):
     try:
         with open(path, "x", encoding="utf-8") as file:
             json.dump(mine, file)
@@ -102,7 +102,7 @@ def _read(path):
         return None
 
 
-def _beat(path, mine, ended):
+def _keep_heartbeat(path, mine, ended):
     """Touch the lock every few seconds; leave at once where another run has taken it over."""
     while not ended.wait(HEARTBEAT):
         holder = _read(path)

@@ -25,7 +25,7 @@ def save_interval(words, steps_per_epoch):
     return (None, amount) if number != words else (amount, None)
 
 
-class Watch:
+class SignalWatch:
     """Looks out for signals. Outside the loop one ends the process there and then; in it, at the next look."""
 
     def __init__(self, accelerator):

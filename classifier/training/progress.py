@@ -221,7 +221,7 @@ def start_trackers(accelerator, folder, project, settings, step):
             tracker.store_init_configuration(settings)
 
 
-def describe_run(
+def log_dry_run(
     task, args, accelerator, model, layout, plan, examples, validation_splits, progress, micro_batch, loss_of
 ):
     """Log what the whole run will take, after a few steps of it; on a GPU also how its numbers differ from a CPU's.
@@ -235,12 +235,12 @@ def describe_run(
     micro_batch_size = min(progress.state.micro_batch_size, of_process)
     seconds, filled = np.sum(progress.intervals[len(progress.intervals) // 2 :], axis=0)  # the first steps warm up
     rate = filled / seconds
-    lengths = cache.array_of(examples["train"], "length")
-    worth = batching.worth_of_a_pass(layout, accelerator.device)
-    training = batching.tokens_with_padding(lengths, plan, processes, micro_batch_size, worth) / rate
+    lengths = cache.column_array(examples["train"], "length")
+    worth = batching.min_saving(layout, accelerator.device)
+    training = batching.padded_tokens(lengths, plan, processes, micro_batch_size, worth) / rate
     every = progress.steps_per_epoch if args.eval_every == "epoch" else int(args.eval_every)
     evaluations = math.ceil(steps / every)
-    tokens = sum(int(cache.array_of(examples[name], "length").sum()) for name in validation_splits)
+    tokens = sum(int(cache.column_array(examples[name], "length").sum()) for name in validation_splits)
     tokens += lengths.mean() * min(args.eval_train_rows or 0, len(lengths))
     # A forward pass alone takes a third of a training step; with a frozen encoder, whose features are computed once
     # for all epochs but not here, most of it. Once, the metrics are loaded.
