@@ -8,7 +8,7 @@ import numpy as np
 
 from classifier.data import tasks
 from classifier.data.cache import column_array, one_process_at_a_time
-from classifier.data.labels import UNLABELLED, predictions_from_logits
+from classifier.data.labels import UNLABELLED, predictions_from_logits, with_thresholds
 from classifier.data.splits import check_files, load_splits
 from classifier.data.tasks import CHOICES, SPLIT_NAMES
 from classifier.evaluation import metrics
@@ -111,12 +111,18 @@ def example_losses(task, logits, labels, label_smoothing=0.0, class_weights=None
     return losses if class_weights is None else losses * class_weights[labels]
 
 
-def balanced_weights(task, labels):
-    """Return the weight of each class, shape (labels,): inverse to its frequency, of mean 1 over the examples."""
+def class_weights(kind, task, labels, device=None):
+    """Return the weight of each class, shape (labels,): inverse to its frequency, of mean 1 over the examples.
+
+    kind: "balanced", or "none": then None, and all examples count alike.
+    """
     import torch
 
+    if kind == "none":
+        return None
     counts = np.bincount(labels, minlength=len(task.labels))
-    return torch.tensor(len(labels) / ((counts > 0).sum() * np.maximum(counts, 1)), dtype=torch.float32)
+    weights = len(labels) / ((counts > 0).sum() * np.maximum(counts, 1))
+    return torch.tensor(weights, dtype=torch.float32, device=device)
 
 
 def score_logits(task, logits, labels, majority):
@@ -165,10 +171,18 @@ def _flag_type(name, convert, is_allowed, words):
     return checked
 
 
-positive_int = _flag_type("positive", int, lambda text: text.isdecimal() and int(text) > 0, "a whole number above 0")
-non_negative_int = _flag_type("count", int, lambda text: text.isdecimal(), "a whole number from 0")
-non_negative_float = _flag_type("amount", float, lambda text: 0 <= float(text) < math.inf, "a number from 0")
-fraction = _flag_type("share", float, lambda text: 0 <= float(text) < 1, "from 0 to below 1")
+positive_int = _flag_type(
+    "positive_int", int, lambda text: text.isdecimal() and int(text) > 0, "a whole number above 0"
+)
+non_negative_int = _flag_type("non_negative_int", int, lambda text: text.isdecimal(), "a whole number from 0")
+non_negative_float = _flag_type(
+    "non_negative_float", float, lambda text: 0 <= float(text) < math.inf, "a number from 0"
+)
+fraction = _flag_type("fraction", float, lambda text: 0 <= float(text) < 1, "from 0 to below 1")
+
+
+def positive_int_or_auto(text):
+    return text if text == "auto" else positive_int(text)
 
 
 def add_data_arguments(parser):
@@ -192,9 +206,6 @@ def add_data_arguments(parser):
     add("--refresh", action="store_true", help="ask the Hub for newer commits of the data and the model")
 
 
-# ------------------------------------------------------------------------------------------- task.json
-
-
 def with_metrics(task):
     """Return the task with its metrics, the usual ones where it names none. Its labels must be known (load_splits).
 
@@ -208,3 +219,10 @@ def with_metrics(task):
         reason, *advice = str(error).splitlines()
         raise BadInput(f"task {task.name}: {reason}", " ".join(advice) or "Choose others with --metrics.") from None
     return task
+
+
+def fit_thresholds(task, evaluations, split, majority):
+    """Return (task, evaluations): of several labels, with the thresholds that are best on a split."""
+    task = with_thresholds(task, evaluations[split]["logits"], evaluations[split]["labels"])
+    scored = {name: (evaluation["logits"], evaluation["labels"]) for name, evaluation in evaluations.items()}
+    return task, {name: score_logits(task, *of_split, majority) for name, of_split in scored.items()}

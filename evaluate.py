@@ -117,11 +117,11 @@ def other_predictions(path, task, splits, fingerprints, args, accelerator):
     reads = {key: getattr(its_own, key) for key in ("max_length", "truncate", "thresholds")}
     its_task = with_head_labels(model, facts, replace(task, **reads))
     its_task, examples = tokenization.tokenize_splits(its_task, splits, fingerprints, model, tokenizer)
-    layout = prepare_model(model, tokenizer)
+    packer = prepare_model(model, tokenizer)
     model = accelerator.prepare_model(model, evaluation_mode=True)
     predictions = {}
     for name in splits:
-        logits = inference.compute_logits(model, examples[name], accelerator, args.eval_batch_size, layout)
+        logits = inference.compute_logits(model, examples[name], accelerator, args.eval_batch_size, packer)
         of_split = predictions_from_logits(its_task, logits)
         if not task.is_regression and its_task.labels != task.labels:  # the same labels, with other ids
             ids = np.array([task.labels.index(label) for label in its_task.labels])
@@ -183,7 +183,7 @@ def main():
     if args.compare:
         others = other_predictions(args.compare, task, scored, now, args, accelerator)
     task, examples = tokenization.tokenize_splits(task, scored, now, model, tokenizer)
-    layout = prepare_model(model, tokenizer)
+    packer = prepare_model(model, tokenizer)
     model = accelerator.prepare_model(model, evaluation_mode=True)
     for name, rows in scored.items():
         shown = Path(args.file).name.split(".")[0] if args.file else name
@@ -191,7 +191,7 @@ def main():
             args.output_dir or beside / f"evaluation-{shown}", *([name] if len(names) > 1 and args.output_dir else [])
         )
         check_output_folder(output)
-        logits = inference.compute_logits(model, examples[name], accelerator, args.eval_batch_size, layout)
+        logits = inference.compute_logits(model, examples[name], accelerator, args.eval_batch_size, packer)
         labels = column_array(rows, "label")
         # Without the training's majority at hand, that of these very labels: no baseline is higher.
         result = common.score_logits(
@@ -226,7 +226,7 @@ def main():
         except OSError as error:
             raise CannotWrite(output, error) from None
         log.info(f"written: {output}/{', '.join(written)}")
-    processes.finish(accelerator, model)
+    return accelerator
 
 
 if __name__ == "__main__":
@@ -293,8 +293,8 @@ def encoder_features(task, names, splits, fingerprints, encoder, accelerator, ba
     model, tokenizer, _ = load_model(encoder, task)
     named = {name: splits[name] for name in names}
     _, examples = tokenization.tokenize_splits(task, named, fingerprints, model, tokenizer)
-    layout = prepare_model(model, tokenizer)
-    layout.is_row = False  # a mean over tokens needs to know whose they are
+    packer = prepare_model(model, tokenizer)
+    packer.is_packed = False  # a mean over tokens needs to know whose they are
     base = model.base_model.to(accelerator.device).eval()
 
     def compute(inputs):
@@ -304,6 +304,6 @@ def encoder_features(task, names, splits, fingerprints, encoder, accelerator, ba
         return (hidden * is_token).sum(1) / is_token.sum(1)
 
     return {
-        name: inference.compute_outputs(compute, of_split, accelerator, batch_size, layout)
+        name: inference.compute_outputs(compute, of_split, accelerator, batch_size, packer)
         for name, of_split in examples.items()
     }

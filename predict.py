@@ -374,7 +374,7 @@ def main():
         predict_files(predictor, args, columns, accelerator)
     else:
         predict_file(predictor, args.input, args.output, args, columns, accelerator)
-    processes.finish(accelerator)
+    return accelerator
 
 
 if __name__ == "__main__":

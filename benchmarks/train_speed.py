@@ -246,9 +246,9 @@ def padded():
     lay_out = prepare_model
 
     def lay_out_padded(*given):
-        layout = lay_out(*given)
-        layout.is_row = False
-        return layout
+        packer = lay_out(*given)
+        packer.is_packed = False
+        return packer
 
     prepare_model = lay_out_padded
 
@@ -316,9 +316,9 @@ def nothing_of_ours():
     lay_out = prepare_model
 
     def lay_out_with_sdpa(model, *given):
-        layout = lay_out(model, *given)
+        packer = lay_out(model, *given)
         model.set_attn_implementation("sdpa")
-        return layout
+        return packer
 
     prepare_model = lay_out_with_sdpa
 

@@ -99,15 +99,15 @@ def load(path, accelerator=None, batch_size=64, threads=None):
     )
     task = with_head_labels(model, facts, task)
     task = replace(task, max_length=task.max_length or longest_input(model, tokenizer))
-    layout = prepare_model(model, tokenizer)
+    packer = prepare_model(model, tokenizer)
     accelerator = accelerator or Accelerator()
     model = accelerator.prepare_model(model, evaluation_mode=True).eval()
 
     def forward(batch):
         lengths = [len(ids) for ids in batch["input_ids"]]
         try:
-            inputs = send_to_device(layout.lay_out(batch), accelerator.device)
-            layout.begin(0, range(len(lengths)), lengths, accelerator.device)
+            inputs = send_to_device(packer.collate(batch), accelerator.device)
+            packer.set_batch(0, range(len(lengths)), lengths, accelerator.device)
             with torch.inference_mode():
                 return model(**inputs).logits.float().cpu().numpy()
         except RuntimeError as error:

@@ -164,7 +164,10 @@ def _count(number, noun):
 
 
 def run(main):
-    """Call main() and turn what it raises into an exit code: 2 with a reason and an advice for bad input, 1 else."""
+    """Call main() and turn what it raises into an exit code: 2 with a reason and an advice for bad input, 1 else.
+
+    main returns its accelerator, whose processes end here: once nothing in main refers to the model any more.
+    """
     script = Path(sys.argv[0]).name
     # The libraries' imports make millions of objects that stay: to look for garbage among them, again and again, takes
     # 0.6 s. load_model, after the last of them, turns it on again.
@@ -173,7 +176,8 @@ def run(main):
         empty = next((word for word in sys.argv[1:] if word == "" or (word[:2] == "--" and word[-1] == "=")), None)
         if empty is not None:
             raise BadInput(f"an argument is empty: {' '.join(map(repr, sys.argv[1:]))}", "Is a shell variable not set?")
-        return main()
+        finish(main())
+        return
     except BadInput as error:
         code, words = 2, f"{script}: error: {error.reason}\n{script}: {error.advice}"
     except (FloatingPointError, RunFailed) as error:  # a run that diverged: which step and examples, and what to try
@@ -326,9 +330,9 @@ def on_main_process(accelerator, function, *arguments):
     return answer[0]
 
 
-def finish(accelerator, *prepared):
+def finish(accelerator):
     """End the processes. Without this order of calls, a third of 2-process runs on gloo abort at their very end."""
     accelerator.wait_for_everyone()
-    accelerator.free_memory(*prepared)
+    accelerator.free_memory()
     gc.collect()
     accelerator.end_training()

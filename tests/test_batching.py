@@ -40,11 +40,11 @@ def model_and_tokenizer(tiny_bert):
 
 
 @pytest.fixture
-def layout(model_and_tokenizer):
-    """The layout of this model: one row."""
-    layout = prepare_model(*model_and_tokenizer, seed=1)
-    assert layout.is_row
-    return layout
+def packer(model_and_tokenizer):
+    """The packer of this model: one row."""
+    packer = prepare_model(*model_and_tokenizer, seed=1)
+    assert packer.is_packed
+    return packer
 
 
 # ---------------------------------------------------------------------------------------------------------- the plan
@@ -121,19 +121,19 @@ def lengths_like_those_of_mrpc(number):
     return np.random.default_rng(0).normal(53, 15, number).clip(15, 100).astype(int)
 
 
-@pytest.mark.parametrize("is_row", [False, True])
+@pytest.mark.parametrize("is_packed", [False, True])
 @pytest.mark.parametrize(
     ("batch_size", "micro_batch_size", "processes"),
     [(32, 32, 1), (32, 16, 2), (32, 8, 1), (32, 5, 2), (5, 2, 1), (5, 5, 3), (5, 100, 7)],
 )
 def test_tokens_with_padding_are_those_that_the_loader_lays_out(
-    vocabulary, batch_size, micro_batch_size, processes, is_row
+    vocabulary, batch_size, micro_batch_size, processes, is_packed
 ):
     """Also where a process has none of the last batch's examples: it computes one, that is not counted."""
     task = Task(name="", text=["text"], labels=["no", "yes"])
     model, _, _ = load_model(bert_config(vocabulary), task)
-    layout = packing.Packer(model, masks=None, pad_token_id=0)
-    layout.is_row = is_row
+    packer = packing.Packer(model, masks=None, pad_token_id=0)
+    packer.is_packed = is_packed
     number = 4 * batch_size + 1
     lengths = lengths_like_those_of_mrpc(number)
     rows = {"input_ids": [[1] * n for n in lengths], "length": lengths, "label": [0] * number}
@@ -141,16 +141,16 @@ def test_tokens_with_padding_are_those_that_the_loader_lays_out(
     device, said, counted, passes = torch.device("cpu"), 0, 0, 0
     for rank in range(processes):
         process = SimpleNamespace(process_index=rank, num_processes=processes, device=device)
-        for micro_batches in batching.step_loader(examples, batches, process, micro_batch_size, layout):
+        for micro_batches in batching.step_loader(examples, batches, process, micro_batch_size, packer):
             said += sum(part["positions"] for part in micro_batches)
             counted += sum(part["inputs"]["input_ids"].numel() for part in micro_batches if part["weight"])
             passes += sum(part["weight"] for part in micro_batches)
-    worth = batching.min_saving(layout, device)
+    worth = batching.min_saving(packer, device)
     found = batching.padded_tokens(lengths, batches, processes, micro_batch_size, worth)
-    assert found == said and (is_row or found == counted)
+    assert found == said and (is_packed or found == counted)
     shares = [batch[rank::processes] for batch in batches for rank in range(processes)]
     uncut = sum(-(-len(share) // micro_batch_size) for share in shares)
-    assert (passes > uncut) == (not is_row and min(batch_size // processes, micro_batch_size) > 8)  # some are halved
+    assert (passes > uncut) == (not is_packed and min(batch_size // processes, micro_batch_size) > 8)  # some are halved
 
 
 def test_halves_leave_three_fifths_of_the_padding():
@@ -179,15 +179,15 @@ def test_like_lengths_leave_no_half_that_is_worth_a_cut(number):
         assert len(part) * of_part[0] - in_two <= 100
 
 
-def test_steps_of_a_padded_model_are_cut_by_length(accelerator, layout):
+def test_steps_of_a_padded_model_are_cut_by_length(accelerator, packer):
     """The cuts make no difference to what a step is: the same examples, and fewer positions that hold padding."""
     from datasets import Dataset
 
     lengths = [60, 8, 8, 60] * 16
     examples = Dataset.from_dict({"input_ids": [[5] * n for n in lengths], "length": lengths, "label": [0] * 64})
     plan = batching.make_plan(64, 32, seed=0, steps=2)
-    layout.is_row = False
-    for batch, parts in zip(plan, batching.step_loader(examples, plan, accelerator, 32, layout), strict=True):
+    packer.is_packed = False
+    for batch, parts in zip(plan, batching.step_loader(examples, plan, accelerator, 32, packer), strict=True):
         assert [set(part["lengths"]) for part in parts] == [{60}, {8}]
         assert sorted(np.concatenate([part["ids"] for part in parts])) == sorted(batch)
         assert sum(part["positions"] for part in parts) == sum(lengths[i] for i in batch.tolist())
@@ -208,14 +208,14 @@ def test_pad_is_what_the_tokenizer_would_make(model_and_tokenizer):
         assert torch.equal(tensor, expected[name]), name
 
 
-@pytest.mark.parametrize("is_row", [False, True])
-def test_step_loader_yields_the_plan_with_its_labels(rows, model_and_tokenizer, layout, accelerator, is_row):
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_step_loader_yields_the_plan_with_its_labels(rows, model_and_tokenizer, packer, accelerator, is_packed):
     """The examples of a step come longest first."""
     model, tokenizer = model_and_tokenizer
-    layout.is_row = is_row
+    packer.is_packed = is_packed
     examples, _ = tokenization.tokenize(TASK, rows, "loader", model, tokenizer)
     plan = batching.make_plan(len(rows), 16, seed=3, steps=5)
-    loader = batching.step_loader(examples, plan, accelerator, micro_batch_size=5, layout=layout)
+    loader = batching.step_loader(examples, plan, accelerator, micro_batch_size=5, packer=packer)
     state = torch.random.get_rng_state()
     for batch, micro_batches in zip(plan, loader, strict=True):
         lengths = {example: len(tokenizer(rows[example]["text"])["input_ids"]) for example in batch.tolist()}
@@ -228,7 +228,7 @@ def test_step_loader_yields_the_plan_with_its_labels(rows, model_and_tokenizer, 
             is_token = expected["attention_mask"].bool()
             assert part["lengths"] == is_token.sum(dim=1).tolist()
             assert part["tokens"] == is_token.sum()
-            if is_row:
+            if is_packed:
                 positions = torch.arange(is_token.shape[1]).expand_as(is_token)
                 tokens = int(is_token.sum())
                 row = {name: values[0, :tokens] for name, values in part["inputs"].items()}
@@ -243,10 +243,10 @@ def test_step_loader_yields_the_plan_with_its_labels(rows, model_and_tokenizer, 
     assert torch.equal(state, torch.random.get_rng_state())  # dropout must not depend on the loader
 
 
-def test_workers_yield_what_the_process_itself_would(rows, model_and_tokenizer, layout, accelerator):
+def test_workers_yield_what_the_process_itself_would(rows, model_and_tokenizer, packer, accelerator):
     examples, _ = tokenization.tokenize(TASK, rows, "workers", *model_and_tokenizer)
     plan = batching.make_plan(len(rows), 16, seed=3, steps=5)
-    here, there = (batching.step_loader(examples, plan, accelerator, 5, layout, num_workers) for num_workers in (0, 2))
+    here, there = (batching.step_loader(examples, plan, accelerator, 5, packer, num_workers) for num_workers in (0, 2))
     for ours, theirs in zip(here, there, strict=True):
         assert [part["ids"].tolist() for part in ours] == [part["ids"].tolist() for part in theirs]
         for one, other in zip(ours, theirs, strict=True):
@@ -255,18 +255,18 @@ def test_workers_yield_what_the_process_itself_would(rows, model_and_tokenizer, 
 
 
 def test_a_loader_of_the_rest_of_a_plan_goes_on_where_the_whole_one_would(
-    rows, model_and_tokenizer, layout, accelerator
+    rows, model_and_tokenizer, packer, accelerator
 ):
     examples, _ = tokenization.tokenize(TASK, rows, "rest", *model_and_tokenizer)
     plan = batching.make_plan(len(rows), 16, seed=3, steps=7)
-    whole, rest = (list(batching.step_loader(examples, part, accelerator, 16, layout)) for part in (plan, plan[4:]))
+    whole, rest = (list(batching.step_loader(examples, part, accelerator, 16, packer)) for part in (plan, plan[4:]))
     for ours, theirs in zip(whole[4:], rest, strict=True):
         assert torch.equal(ours[0]["inputs"]["input_ids"], theirs[0]["inputs"]["input_ids"])
 
 
 @pytest.mark.parametrize(("fits", "found"), [(16, 16), (15, 8), (8, 8), (3, 2), (1, 1), (0, None)])
 def test_the_largest_micro_batch_is_found_by_halving(
-    rows, model_and_tokenizer, layout, accelerator, monkeypatch, fits, found
+    rows, model_and_tokenizer, packer, accelerator, monkeypatch, fits, found
 ):
     """A model of which so many examples fit into memory; the longest ones are tried, and nothing is left behind."""
     model, tokenizer = model_and_tokenizer
@@ -286,22 +286,22 @@ def test_the_largest_micro_batch_is_found_by_halving(
     state = torch.random.get_rng_state()
     if found is None:
         with pytest.raises(BadInput, match="not even one example"):
-            inference.largest_micro_batch(accelerator, model, layout, examples, 16)
+            inference.largest_micro_batch(accelerator, model, packer, examples, 16)
     else:
-        assert inference.largest_micro_batch(accelerator, model, layout, examples, 16) == found
+        assert inference.largest_micro_batch(accelerator, model, packer, examples, 16) == found
     assert all(lengths == longest[: len(lengths)] for lengths in tried)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.equal(state, torch.random.get_rng_state())
 
 
 def test_an_error_that_is_not_about_memory_is_not_taken_for_it(
-    rows, model_and_tokenizer, layout, accelerator, monkeypatch
+    rows, model_and_tokenizer, packer, accelerator, monkeypatch
 ):
     model, tokenizer = model_and_tokenizer
     examples, _ = tokenization.tokenize(TASK, rows, "memory", model, tokenizer)
     monkeypatch.setattr(model, "forward", lambda **inputs: (_ for _ in ()).throw(RuntimeError("shapes do not fit")))
     with pytest.raises(RuntimeError, match="shapes do not fit"):
-        inference.largest_micro_batch(accelerator, model, layout, examples, 16)
+        inference.largest_micro_batch(accelerator, model, packer, examples, 16)
 
 
 # --------------------------------------------------------------------------------------------------------- tokenising
@@ -385,29 +385,29 @@ def test_a_sample_is_the_same_one_and_keeps_the_shares(rows, model_and_tokenizer
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
-@pytest.mark.parametrize("is_row", [False, True])
+@pytest.mark.parametrize("is_packed", [False, True])
 def test_logits_come_by_example_id_and_equal_the_model_on_each_alone(
-    rows, model_and_tokenizer, accelerator, batch_size, is_row
+    rows, model_and_tokenizer, accelerator, batch_size, is_packed
 ):
     model, tokenizer = model_and_tokenizer
     plain = copy.deepcopy(model)
-    layout = prepare_model(model, tokenizer)
-    layout.is_row = is_row
+    packer = prepare_model(model, tokenizer)
+    packer.is_packed = is_packed
     examples, _ = tokenization.tokenize(TASK, rows, "logits", model, tokenizer)
     model.train()
-    logits = inference.compute_logits(model, examples, accelerator, batch_size, layout)
+    logits = inference.compute_logits(model, examples, accelerator, batch_size, packer)
     assert model.training  # as it was
     with torch.no_grad():
         alone = [plain(**tokenizer(text, return_tensors="pt")).logits[0].numpy() for text in rows["text"]]
     np.testing.assert_allclose(logits, np.stack(alone), atol=1e-5)
 
 
-def test_an_example_evaluated_twice_is_an_error(rows, model_and_tokenizer, layout, accelerator, monkeypatch):
+def test_an_example_evaluated_twice_is_an_error(rows, model_and_tokenizer, packer, accelerator, monkeypatch):
     model, tokenizer = model_and_tokenizer
     examples, _ = tokenization.tokenize(TASK, rows, "twice", model, tokenizer)
     monkeypatch.setattr(batching, "gather_object", lambda parts: parts + parts[:1])
     with pytest.raises(RuntimeError, match="exactly once"):
-        inference.compute_logits(model, examples, accelerator, 8, layout)
+        inference.compute_logits(model, examples, accelerator, 8, packer)
 
 
 class Watch:
@@ -425,18 +425,18 @@ class Watch:
         self.resets += 1
 
 
-def test_an_evaluation_looks_for_signals_before_every_batch(rows, model_and_tokenizer, layout, accelerator):
+def test_an_evaluation_looks_for_signals_before_every_batch(rows, model_and_tokenizer, packer, accelerator):
     model, tokenizer = model_and_tokenizer
     examples, _ = tokenization.tokenize(TASK, rows, "logits", model, tokenizer)
-    watch = Watch()
-    inference.compute_logits(model, examples, accelerator, 8, layout, watch)
-    assert (watch.looks, watch.resets) == (5, 2)  # 40 rows; before the first and after the last
+    signals = Watch()
+    inference.compute_logits(model, examples, accelerator, 8, packer, signals)
+    assert (signals.looks, signals.resets) == (5, 2)  # 40 rows; before the first and after the last
     with pytest.raises(Preempted):
-        inference.compute_logits(model, examples, accelerator, 8, layout, Watch(ends_at=3))
+        inference.compute_logits(model, examples, accelerator, 8, packer, Watch(ends_at=3))
 
 
 @pytest.mark.parametrize(("ranks", "expected"), [(2, 3), (4, 2), (7, 1)])
-def test_all_processes_look_equally_often(rows, model_and_tokenizer, layout, monkeypatch, ranks, expected):
+def test_all_processes_look_equally_often(rows, model_and_tokenizer, packer, monkeypatch, ranks, expected):
     """40 rows are five batches of 8, and no process may wait for the look of one that has had its last batch."""
     model, tokenizer = model_and_tokenizer
     examples, _ = tokenization.tokenize(TASK, rows, "logits", model, tokenizer)
@@ -444,22 +444,22 @@ def test_all_processes_look_equally_often(rows, model_and_tokenizer, layout, mon
     for rank in range(ranks):
         process = SimpleNamespace(num_processes=ranks, process_index=rank, device=torch.device("cpu"))
         monkeypatch.setattr(batching, "gather_object", lambda parts: gathered.extend(parts) or [])
-        watch = Watch()
+        signals = Watch()
         with pytest.raises(RuntimeError, match="exactly once"):  # nothing was gathered from the others
-            inference.compute_logits(model, examples, process, 8, layout, watch)
-        assert watch.looks == expected
+            inference.compute_logits(model, examples, process, 8, packer, signals)
+        assert signals.looks == expected
     assert sorted(example for batch, _ in gathered for example in batch.tolist()) == list(range(40))
 
 
 def test_an_evaluation_that_does_not_fit_into_memory_says_what_to_do(
-    rows, model_and_tokenizer, layout, accelerator, monkeypatch
+    rows, model_and_tokenizer, packer, accelerator, monkeypatch
 ):
     model, tokenizer = model_and_tokenizer
     examples, _ = tokenization.tokenize(TASK, rows, "logits", model, tokenizer)
     words = "CUDA out of memory. Tried to allocate 2.00 GiB"
     monkeypatch.setattr(model, "forward", lambda **inputs: (_ for _ in ()).throw(RuntimeError(words)))
     with pytest.raises(RunFailed, match=r"with 7 examples in an evaluation\nTry --eval_batch_size 4"):
-        inference.compute_logits(model, examples, accelerator, 7, layout)
+        inference.compute_logits(model, examples, accelerator, 7, packer)
 
 
 def test_a_model_without_a_limit_of_its_own_takes_the_tokenizers():

@@ -1,4 +1,4 @@
-"""dropout.py: the masks' rates and independence, their indifference to the layout, and what they leave as it was."""
+"""dropout.py: the masks' rates and independence, their indifference to the packer, and what they leave as it was."""
 
 import copy
 import json
@@ -21,7 +21,7 @@ SHAPE = (32, 40, 384)  # examples, positions, columns
 
 def masks_of(seed=42, step=1, ids=range(32)):
     masks = Masks(seed, places=9)
-    masks.begin(step, list(ids), "cpu")
+    masks.set_batch(step, list(ids), "cpu")
     return masks
 
 
@@ -125,7 +125,7 @@ def test_places_are_not_correlated():
     """All pairs of 30 places; of each four columns, the first has the fewest random bits to its name."""
     masks = Masks(seed=7, places=30)
     for step in (1, 2, 3):
-        masks.begin(step, list(range(64)), "cpu")
+        masks.set_batch(step, list(range(64)), "cpu")
         dropped = torch.stack([0.9 - masks.keep((64, 30, 96), place, 0.1, torch.float64) for place in range(30)])
         for columns in (dropped, dropped[..., ::4]):
             rows = columns.flatten(1)
@@ -133,7 +133,7 @@ def test_places_are_not_correlated():
             assert scores.abs().max() < 4.5 and scores.std() == pytest.approx(1, abs=0.15)
 
 
-# ------------------------------------------------------------------------------------------------------ the layout
+# ------------------------------------------------------------------------------------------------------ the packer
 
 
 def test_a_mask_is_a_matter_of_the_example_not_of_the_batch():
@@ -158,7 +158,7 @@ def test_a_family_drops_alike_in_every_layout(family):
     ids[1, 6:] = mask[1, 6:] = 0
 
     def logits(rows, width, step=4):
-        masks.begin(step, [10 + row for row in rows], "cpu")
+        masks.set_batch(step, [10 + row for row in rows], "cpu")
         return model(input_ids=ids[rows, :width], attention_mask=mask[rows, :width]).logits
 
     whole = logits([0, 1, 2], 10)
@@ -183,7 +183,7 @@ def test_attention_computes_what_transformers_computes(family, monkeypatch):
     calls = []
     monkeypatch.setattr(Masks, "drop", lambda self, values, place, p: calls.append(values.ndim) or values)
     model.train()
-    masks.begin(1, [0, 1, 2], "cpu")
+    masks.set_batch(1, [0, 1, 2], "cpu")
     torch.testing.assert_close(model(input_ids=ids, attention_mask=mask).logits, expected, rtol=0, atol=1e-6)
     assert calls.count(4) == 2  # the attention weights of two layers
 

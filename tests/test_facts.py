@@ -79,15 +79,15 @@ def test_facts_of_a_table(table):
 
 
 @pytest.mark.parametrize(
-    ("micro_batch_size", "is_row", "expected"), [(2, False, 1 - 22 / 24), (1, False, 0), (2, True, 0)]
+    ("micro_batch_size", "is_packed", "expected"), [(2, False, 1 - 22 / 24), (1, False, 0), (2, True, 0)]
 )
-def test_padding_is_that_of_one_epoch(table, micro_batch_size, is_row, expected):
+def test_padding_is_that_of_one_epoch(table, micro_batch_size, is_packed, expected):
     """Lengths after the cut: 6 6 6 4. The first epoch: 12 tokens in 2 x 6, and 10 in 2 x 6."""
     task, found, examples = table
     batches = [np.array([0, 1]), np.array([3, 2]), np.array([0, 3])]  # an epoch, and the start of another
     tokenizer = type("Tokenizer", (), {"num_special_tokens_to_add": lambda self, pair: 2})()
-    layout = type("Layout", (), {"is_row": is_row})
-    data = log_data_facts(task, found, examples, batches, micro_batch_size, Accelerator(), tokenizer, layout)
+    packer = type("Layout", (), {"is_packed": is_packed})
+    data = log_data_facts(task, found, examples, batches, micro_batch_size, Accelerator(), tokenizer, packer)
     assert data["padding"] == pytest.approx(expected)
 
 
@@ -191,15 +191,15 @@ def test_is_chinese(texts, expected):
 
 @pytest.fixture
 def batch(vocabulary):
-    """A model with dropout in training, its layout, and a micro-batch of it; the last pass was of other examples."""
+    """A model with dropout in training, its packer, and a micro-batch of it; the last pass was of other examples."""
     model, tokenizer, _ = load_model(bert_config(vocabulary, hidden_dropout_prob=0.5), TASK)
-    layout = prepare_model(model, tokenizer)
+    packer = prepare_model(model, tokenizer)
     encoded = tokenizer(["the film was very dull", "the room was good", "bad"])
     lengths = [len(ids) for ids in encoded["input_ids"]]
-    inputs = layout.lay_out({"input_ids": encoded["input_ids"], "token_type_ids": encoded["token_type_ids"]})
-    layout.begin(0, [7], [2], "cpu")
+    inputs = packer.collate({"input_ids": encoded["input_ids"], "token_type_ids": encoded["token_type_ids"]})
+    packer.set_batch(0, [7], [2], "cpu")
     micro_batch = {"ids": [3, 4, 5], "lengths": lengths, "inputs": inputs, "labels": torch.tensor([1, 0, 0])}
-    return model.train(), layout, micro_batch
+    return model.train(), packer, micro_batch
 
 
 def loss_of(logits, labels):
@@ -207,9 +207,9 @@ def loss_of(logits, labels):
 
 
 def test_a_model_computes_what_its_copy_does(batch):
-    model, layout, micro_batch = batch
+    model, packer, micro_batch = batch
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    assert inference.compare_with_cpu(model, layout, micro_batch, loss_of, nullcontext()) == pytest.approx(
+    assert inference.compare_with_cpu(model, packer, micro_batch, loss_of, nullcontext()) == pytest.approx(
         [0, 0], abs=1e-6
     )
     assert model.training and all(parameter.grad is None for parameter in model.parameters())
@@ -217,9 +217,9 @@ def test_a_model_computes_what_its_copy_does(batch):
 
 
 def test_frozen_parts_have_no_gradients_to_compare(batch):
-    model, layout, micro_batch = batch
+    model, packer, micro_batch = batch
     model.base_model.requires_grad_(False)
-    assert inference.compare_with_cpu(model, layout, micro_batch, loss_of, nullcontext()) == pytest.approx(
+    assert inference.compare_with_cpu(model, packer, micro_batch, loss_of, nullcontext()) == pytest.approx(
         [0, 0], abs=1e-6
     )
 
@@ -230,7 +230,7 @@ def test_bf16_stays_within_its_tolerance_and_is_seen(batch):
 
 
 def test_wrong_numbers_are_far_off(batch):
-    model, layout, micro_batch = batch
+    model, packer, micro_batch = batch
 
     def perturbed(memo):
         del model.__deepcopy__
@@ -240,7 +240,7 @@ def test_wrong_numbers_are_far_off(batch):
         return other
 
     model.__deepcopy__ = perturbed
-    logits, gradients = inference.compare_with_cpu(model, layout, micro_batch, loss_of, nullcontext())
+    logits, gradients = inference.compare_with_cpu(model, packer, micro_batch, loss_of, nullcontext())
     assert min(logits, gradients) > inference.TOLERANCE["bf16"]
 
 

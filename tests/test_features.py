@@ -55,7 +55,7 @@ def results_of(folder):
 
 
 def without_features(monkeypatch):
-    monkeypatch.setattr(inference, "of_splits", lambda model, layout, examples, *rest: (layout, examples))
+    monkeypatch.setattr(inference, "of_splits", lambda model, packer, examples, *rest: (packer, examples))
 
 
 def assert_agree(one, other, tolerance=1e-5):
@@ -71,13 +71,13 @@ def assert_agree(one, other, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("part", ["none", "embeddings", "1", "encoder"])
-@pytest.mark.parametrize("is_row", [True, False])
-def test_a_frozen_part_drops_nothing_and_the_rest_does(tmp_path, vocabulary, part, is_row):
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_a_frozen_part_drops_nothing_and_the_rest_does(tmp_path, vocabulary, part, is_packed):
     make_model(tmp_path, vocabulary, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
     model, tokenizer, _ = models.load_model(str(tmp_path))
-    layout = prepare_model(model, tokenizer)
-    assert layout.is_row
-    layout.is_row = is_row
+    packer = prepare_model(model, tokenizer)
+    assert packer.is_packed
+    packer.is_packed = is_packed
     models.freeze(model, part)
     places = {"embeddings": model.bert.embeddings, "first": model.bert.encoder.layer[0], "encoder": model.bert}
     seen = {name: [] for name in [*places, "logits"]}
@@ -89,8 +89,8 @@ def test_a_frozen_part_drops_nothing_and_the_rest_does(tmp_path, vocabulary, par
     lengths = [len(ids) for ids in examples["input_ids"]]
     model.train()
     for step in (1, 2):  # the masks are others
-        layout.begin(step, [0, 1], lengths, "cpu")
-        seen["logits"].append(model(**layout.lay_out(examples)).logits)
+        packer.set_batch(step, [0, 1], lengths, "cpu")
+        seen["logits"].append(model(**packer.collate(examples)).logits)
     alike = [name for name, outputs in seen.items() if torch.equal(*outputs)]
     assert (
         alike
@@ -180,10 +180,10 @@ def computed(monkeypatch):
     """The numbers of examples whose features were computed, one for each call."""
     numbers, all_outputs = [], inference.compute_outputs
 
-    def counting(compute, examples, accelerator, batch_size, layout, watch=None):
+    def counting(compute, examples, accelerator, batch_size, packer, signals=None):
         if "features" not in examples.column_names:
             numbers.append(len(examples))
-        return all_outputs(compute, examples, accelerator, batch_size, layout, watch)
+        return all_outputs(compute, examples, accelerator, batch_size, packer, signals)
 
     monkeypatch.setattr(batching, "all_outputs", counting)
     return numbers
@@ -260,7 +260,7 @@ def test_the_saved_model_is_a_whole_one(task, train):
 def test_a_run_that_was_stopped_ends_with_the_same_bytes(task, train, run_inside, monkeypatch, has_cache):
     flags = ("--epochs", 3, "--save_every", 7)
     undisturbed = train("undisturbed", *flags)[1:]
-    begin = inference.FeatureLayout.begin
+    begin = inference.FeaturePacker.begin
 
     def failing(self, step, *given):
         if step == 18:
@@ -268,7 +268,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bytes(task, train, run_inside
         return begin(self, step, *given)
 
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="stopped here"):
-        patch.setattr(inference.FeatureLayout, "begin", failing)
+        patch.setattr(inference.FeaturePacker, "begin", failing)
         train("run", *flags)
     if not has_cache:
         use_cache(monkeypatch, task.parent / "another cache")

@@ -41,11 +41,11 @@ class Model(torch.nn.Module):
 def probe(accelerator):  # noqa: F811
     examples = datasets.Dataset.from_dict({"input_ids": [[1] * length for length in LENGTHS], "length": LENGTHS})
     seen = []
-    layout = SimpleNamespace(
+    packer = SimpleNamespace(
         lay_out=lambda rows: packing.pad(rows, 0),
         begin=lambda step, ids, lengths, device: seen.append((ids.tolist(), lengths.tolist())),
     )
-    return lambda model, share: inference.largest_micro_batch(accelerator, model, layout, examples, share), seen
+    return lambda model, share: inference.largest_micro_batch(accelerator, model, packer, examples, share), seen
 
 
 @pytest.mark.parametrize("message", [CUDA, CPU])

@@ -78,11 +78,11 @@ tokenizer.pad_token_id = PADDING
 
 
 def models_of(family, sizes=None):
-    """Return (plain, model, layout): a model as transformers has it, and the same as we lay it out."""
+    """Return (plain, model, packer): a model as transformers has it, and the same as we lay it out."""
     plain = plain_model(family, sizes or FAMILIES[family])
     model = copy.deepcopy(plain)
-    layout = prepare_model(model, tokenizer, seed=1)
-    return plain, model, layout
+    packer = prepare_model(model, tokenizer, seed=1)
+    return plain, model, packer
 
 
 def examples_of(lengths, pairs=False):
@@ -114,12 +114,12 @@ def results(model, inputs):
     return logits.detach(), gradients
 
 
-def of_layout(model, layout, examples, is_row, step=3):
+def of_layout(model, packer, examples, is_packed, step=3):
     """Return results of examples in a row, or padded by us."""
-    layout.is_row = is_row
+    packer.is_packed = is_packed
     lengths = [len(ids) for ids in examples["input_ids"]]
-    layout.begin(step, range(100, 100 + len(lengths)), lengths, "cpu")
-    return results(model, layout.lay_out(examples))
+    packer.set_batch(step, range(100, 100 + len(lengths)), lengths, "cpu")
+    return results(model, packer.collate(examples))
 
 
 def assert_equal(ours, theirs, tolerance=1e-5):
@@ -140,12 +140,12 @@ def assert_equal(ours, theirs, tolerance=1e-5):
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_gradients_are_those_of_transformers(family, lengths):
-    plain, model, layout = models_of(family)
-    assert layout.is_row
+    plain, model, packer = models_of(family)
+    assert packer.is_packed
     examples = examples_of(lengths)
     expected = results(plain, padded(examples))
-    for is_row in (True, False):
-        assert_equal(of_layout(model, layout, examples, is_row), expected)
+    for is_packed in (True, False):
+        assert_equal(of_layout(model, packer, examples, is_packed), expected)
 
 
 @pytest.mark.parametrize("constant", ["LONG", "GROUP_LIMIT"])
@@ -153,16 +153,16 @@ def test_logits_and_gradients_are_those_of_transformers(family, lengths):
 def test_other_ways_to_compute_attention_give_the_same(family, constant, monkeypatch):
     """torch's own attention; groups of one example."""
     monkeypatch.setattr(packing, constant, 0)
-    plain, model, layout = models_of(family)
+    plain, model, packer = models_of(family)
     examples = examples_of(LENGTHS["ragged"])
-    assert_equal(of_layout(model, layout, examples, is_row=True), results(plain, padded(examples)))
-    inputs = layout.lay_out(examples)
-    layout.begin(0, range(9), LENGTHS["ragged"], "cpu")
+    assert_equal(of_layout(model, packer, examples, is_packed=True), results(plain, padded(examples)))
+    inputs = packer.collate(examples)
+    packer.set_batch(0, range(9), LENGTHS["ragged"], "cpu")
     with torch.inference_mode():
         logits = model(**inputs).logits
         torch.testing.assert_close(logits, plain(**padded(examples)).logits, rtol=1e-5, atol=1e-5)
     groups = {"LONG": [8, 1], "GROUP_LIMIT": [1] * 9}[constant]
-    assert [group.number for group in layout.masks.row.groups] == groups
+    assert [group.number for group in packer.masks.packed.groups] == groups
 
 
 def test_steps_of_like_size_have_rows_and_groups_of_few_shapes():
@@ -181,34 +181,34 @@ def test_steps_of_like_size_have_rows_and_groups_of_few_shapes():
 
 @pytest.mark.parametrize("family", ["bert", "electra", "albert"])
 def test_pairs_of_texts(family):
-    plain, model, layout = models_of(family)
+    plain, model, packer = models_of(family)
     examples = examples_of(LENGTHS["ragged"], pairs=True)
-    ours = of_layout(model, layout, examples, is_row=True)
+    ours = of_layout(model, packer, examples, is_packed=True)
     assert_equal(ours, results(plain, padded(examples)))
     of_one_text = {"input_ids": examples["input_ids"]}
-    assert (of_layout(model, layout, of_one_text, is_row=True)[0] - ours[0]).abs().max() > 1e-2  # the types count
+    assert (of_layout(model, packer, of_one_text, is_packed=True)[0] - ours[0]).abs().max() > 1e-2  # the types count
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dropout_is_the_same_in_both_layouts(family, lengths):
-    _, model, layout = models_of(family)
+    _, model, packer = models_of(family)
     model.train()
     examples = examples_of(lengths)
-    row = of_layout(model, layout, examples, is_row=True)
-    assert_equal(row, of_layout(model, layout, examples, is_row=False))
+    row = of_layout(model, packer, examples, is_packed=True)
+    assert_equal(row, of_layout(model, packer, examples, is_packed=False))
     model.eval()
-    assert (of_layout(model, layout, examples, is_row=True)[0] - row[0]).abs().max() > 1e-2  # there was some
+    assert (of_layout(model, packer, examples, is_packed=True)[0] - row[0]).abs().max() > 1e-2  # there was some
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bf16_is_as_close_as_padded(family):
     """Rounded at other places, no more: as far from fp32 as transformers in bf16 is."""
-    plain, model, layout = models_of(family)
+    plain, model, packer = models_of(family)
     examples = examples_of(LENGTHS["ragged"])
     exact = results(plain, padded(examples))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        row, theirs = of_layout(model, layout, examples, is_row=True), results(plain, padded(examples))
+        row, theirs = of_layout(model, packer, examples, is_packed=True), results(plain, padded(examples))
 
     def error(one):
         pairs = [(one[0], exact[0]), *((one[1][name], expected) for name, expected in exact[1].items())]
@@ -223,35 +223,35 @@ def test_bf16_is_as_close_as_padded(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_text_that_speaks_of_padding(family):
     """RoBERTa and its relatives do not count such a token among the positions."""
-    plain, model, layout = models_of(family)
+    plain, model, packer = models_of(family)
     examples = examples_of(LENGTHS["ragged"])
     for ids in examples["input_ids"][::2]:
         ids[1] = PADDING
-    assert_equal(of_layout(model, layout, examples, is_row=True), results(plain, padded(examples)))
+    assert_equal(of_layout(model, packer, examples, is_packed=True), results(plain, padded(examples)))
 
 
 def test_mpnet_makes_its_bias_for_the_longest_example_not_for_the_row():
     """Which would be the square of all tokens."""
-    _, model, layout = models_of("mpnet")
+    _, model, packer = models_of("mpnet")
     shapes = []
     model.mpnet.encoder.relative_attention_bias.register_forward_hook(
         lambda module, given, output: shapes.append(tuple(given[0].shape))
     )
-    of_layout(model, layout, examples_of(LENGTHS["ragged"]), is_row=True)
+    of_layout(model, packer, examples_of(LENGTHS["ragged"]), is_packed=True)
     assert shapes == [(32, 32)]
 
 
 @pytest.mark.parametrize("family", ["bert", "mpnet"])
 def test_a_copy_of_a_model_has_parts_of_its_own(family):
-    _, model, layout = models_of(family)
+    _, model, packer = models_of(family)
     examples = examples_of(LENGTHS["ragged"])
-    expected = of_layout(model, layout, examples, is_row=True)
-    other, other_layout = copy.deepcopy((model, layout))
+    expected = of_layout(model, packer, examples, is_packed=True)
+    other, other_layout = copy.deepcopy((model, packer))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    layout.begin(0, [0], [1], "cpu")
-    assert_equal(of_layout(other, other_layout, examples, is_row=True), expected)
+    packer.set_batch(0, [0], [1], "cpu")
+    assert_equal(of_layout(other, other_layout, examples, is_packed=True), expected)
 
 
 # ------------------------------------------------------------------------------------------------- ways of training
@@ -259,24 +259,24 @@ def test_a_copy_of_a_model_has_parts_of_its_own(family):
 
 @pytest.mark.parametrize("family", ["bert", "modernbert"])
 def test_activations_that_are_computed_again(family):
-    _, model, layout = models_of(family)
+    _, model, packer = models_of(family)
     examples = examples_of(LENGTHS["ragged"])
     model.train()
-    expected = of_layout(model, layout, examples, is_row=False)
+    expected = of_layout(model, packer, examples, is_packed=False)
     model.activation_checkpointing_enable({"use_reentrant": False})
-    assert_equal(of_layout(model, layout, examples, is_row=True), expected)
+    assert_equal(of_layout(model, packer, examples, is_packed=True), expected)
 
 
 @pytest.mark.parametrize("frozen", ["encoder", "embeddings", "1"])
 def test_frozen_parts(frozen):
-    plain, model, layout = models_of("bert")
+    plain, model, packer = models_of("bert")
     examples = examples_of(LENGTHS["ragged"])
     everything = results(plain, padded(examples))
     for one in (plain, model):
         freeze(one, frozen)
     expected = results(plain, padded(examples))
     assert len(expected[1]) < len(everything[1])
-    assert_equal(of_layout(model, layout, examples, is_row=True), expected)
+    assert_equal(of_layout(model, packer, examples, is_packed=True), expected)
 
 
 ONE = (sys.executable,)
@@ -310,11 +310,11 @@ def test_two_processes_train_in_rows_as_one_does_padded(review_task, vocabulary)
 @pytest.mark.parametrize("batch_size", [4, 64])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_evaluation_has_the_logits_of_transformers(family, batch_size):
-    plain, model, layout = models_of(family)
+    plain, model, packer = models_of(family)
     lengths = np.random.default_rng(0).permutation(LENGTHS["ragged"] + LENGTHS["one token"]).tolist()
     examples = examples_of(lengths)
     table = Dataset.from_dict({**examples, "length": lengths})
-    logits = inference.compute_logits(model, table, Accelerator(cpu=True), batch_size, layout)
+    logits = inference.compute_logits(model, table, Accelerator(cpu=True), batch_size, packer)
     with torch.no_grad():
         expected = plain(**padded(examples)).logits
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
@@ -323,18 +323,18 @@ def test_an_evaluation_has_the_logits_of_transformers(family, batch_size):
 # --------------------------------------------------------------------------------------------- models that cannot do it
 
 
-def assert_runs_padded(plain, model, layout, said):
+def assert_runs_padded(plain, model, packer, said):
     """It is padded, this is said, and its numbers are those of transformers."""
-    assert not layout.is_row
+    assert not packer.is_packed
     assert said.count("this model needs padding") == 1
     lengths = [30, 3, 17, 17, 28, 9]
     examples = examples_of(lengths)
     table = Dataset.from_dict({**examples, "length": lengths})
-    logits = inference.compute_logits(model, table, Accelerator(cpu=True), 64, layout)
+    logits = inference.compute_logits(model, table, Accelerator(cpu=True), 64, packer)
     with torch.no_grad():
         np.testing.assert_allclose(logits, plain(**padded(examples)).logits, rtol=1e-5, atol=1e-5)
     longest_first = examples_of(sorted(lengths, reverse=True))
-    assert_equal(of_layout(model, layout, longest_first, is_row=False), results(plain, padded(longest_first)))
+    assert_equal(of_layout(model, packer, longest_first, is_packed=False), results(plain, padded(longest_first)))
 
 
 @pytest.fixture
@@ -383,10 +383,10 @@ def test_a_layer_that_does_not_attend_once_is_refused(change, log_of):
     change(plain.bert.encoder.layer[1].attention.self)
     model = plain_model("bert", SMALL)
     change(model.bert.encoder.layer[1].attention.self)
-    layout = prepare_model(model, tokenizer, seed=1)
-    assert_runs_padded(plain, model, layout, log_of())
+    packer = prepare_model(model, tokenizer, seed=1)
+    assert_runs_padded(plain, model, packer, log_of())
     examples = examples_of([9, 4])
-    row = of_layout(model, layout, examples, is_row=True)
+    row = of_layout(model, packer, examples, is_packed=True)
     assert_equal(row, results(plain, padded(examples)))
 
 
@@ -395,22 +395,22 @@ def test_a_layer_that_reads_its_neighbours_is_found_out(log_of):
     plain.bert.encoder.layer[1].intermediate.register_forward_hook(mix_neighbours)
     model = plain_model("bert", SMALL)
     model.bert.encoder.layer[1].intermediate.register_forward_hook(mix_neighbours)
-    layout = prepare_model(model, tokenizer, seed=1)
-    assert_runs_padded(plain, model, layout, log_of())
+    packer = prepare_model(model, tokenizer, seed=1)
+    assert_runs_padded(plain, model, packer, log_of())
 
 
 @pytest.mark.parametrize("is_training", [True, False])
 @pytest.mark.parametrize("family", ["bert", "modernbert", "mpnet", "deberta-v2", "gpt2"])
 def test_a_model_that_was_tried_is_as_it_was(family, is_training):
-    _, model, layout = models_of(family, {**FAMILIES, **PADDED}[family])
-    layout.is_row = False
+    _, model, packer = models_of(family, {**FAMILIES, **PADDED}[family])
+    packer.is_packed = False
     model.train(is_training)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.random.get_rng_state()
     for column in ("input_ids", "token_type_ids"):  # one that the model takes, one that it may not
-        packing.matches_padded(model, layout, examples_of([9, 4], pairs=column == "token_type_ids"))
+        packing.matches_padded(model, packer, examples_of([9, 4], pairs=column == "token_type_ids"))
         assert all(module.training == is_training for module in model.modules())
-        assert not layout.is_row and layout.masks.row is None
+        assert not packer.is_packed and packer.masks.packed is None
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.random.get_rng_state(), state)

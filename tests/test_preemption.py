@@ -148,7 +148,7 @@ def clock(monkeypatch):
 
 
 @pytest.fixture
-def watch():
+def signals():
     """A Watch of one process; the signals go back to what they did before."""
     before = {number: signal.getsignal(number) for number in preemption.SIGNALS}
     yield preemption.SignalWatch(SimpleNamespace(num_processes=1))
@@ -161,47 +161,50 @@ def never():
 
 
 @pytest.mark.parametrize("number", preemption.SIGNALS)
-def test_outside_of_training_a_signal_ends_the_process_there_and_then(watch, number):
+def test_outside_of_training_a_signal_ends_the_process_there_and_then(signals, number):
     with pytest.raises(Preempted, match=f"{number.name}: stopped; the same command goes on"):
         signal.raise_signal(number)
-    with watch.training(never, (None, None), 0):
+    with signals.training(never, (None, None), 0):
         pass
     with pytest.raises(Preempted):
         signal.raise_signal(number)
 
 
 @pytest.mark.parametrize("number", preemption.SIGNALS)
-def test_in_training_a_signal_waits_for_the_next_look_and_saves_once(watch, number):
+def test_in_training_a_signal_waits_for_the_next_look_and_saves_once(signals, number):
     saves = []
 
     def save():
-        assert watch.is_training  # another signal must not end the process in the middle of it
+        assert signals.is_training  # another signal must not end the process in the middle of it
         saves.append(1)
         return True
 
-    with pytest.raises(Preempted, match=f"{number.name}: ended between two steps"), watch.training(save, (5, None), 0):
-        assert watch.look(1) is False
+    with (
+        pytest.raises(Preempted, match=f"{number.name}: ended between two steps"),
+        signals.training(save, (5, None), 0),
+    ):
+        assert signals.poll(1) is False
         signal.raise_signal(number)
         assert saves == []
-        watch.reset()
-        watch.look(2)
+        signals.poll_next_time()
+        signals.poll(2)
     assert saves == [1]
 
 
-def test_a_signal_whose_save_fails_is_a_failure(watch):
-    with pytest.raises(RunFailed, match="SIGTERM: not saved"), watch.training(lambda: False, (5, None), 0):
+def test_a_signal_whose_save_fails_is_a_failure(signals):
+    with pytest.raises(RunFailed, match="SIGTERM: not saved"), signals.training(lambda: False, (5, None), 0):
         signal.raise_signal(signal.SIGTERM)
-        watch.look(1)
+        signals.poll(1)
 
 
-def test_other_errors_of_the_training_are_not_saved(watch):
-    with pytest.raises(KeyError), watch.training(never, (5, None), 0):
+def test_other_errors_of_the_training_are_not_saved(signals):
+    with pytest.raises(KeyError), signals.training(never, (5, None), 0):
         raise KeyError
-    assert not watch.is_training
+    assert not signals.is_training
 
 
-def test_a_second_interrupt_ends_it_at_once_but_not_within_a_second(watch, clock):
-    with pytest.raises(Preempted, match="SIGINT: ended between"), watch.training(lambda: True, (5, None), 0):
+def test_a_second_interrupt_ends_it_at_once_but_not_within_a_second(signals, clock):
+    with pytest.raises(Preempted, match="SIGINT: ended between"), signals.training(lambda: True, (5, None), 0):
         signal.raise_signal(signal.SIGINT)
         clock.now += 0.9
         try:  # the launcher sends on what the terminal has sent already
@@ -213,58 +216,58 @@ def test_a_second_interrupt_ends_it_at_once_but_not_within_a_second(watch, clock
         with pytest.raises(KeyboardInterrupt) as caught:
             signal.raise_signal(signal.SIGINT)
         assert type(caught.value) is KeyboardInterrupt
-        watch.look(1)
+        signals.poll(1)
 
 
-def test_the_first_signal_is_the_one_that_is_named(watch):
-    with pytest.raises(Preempted, match="SIGUSR1"), watch.training(lambda: True, (5, None), 0):
+def test_the_first_signal_is_the_one_that_is_named(signals):
+    with pytest.raises(Preempted, match="SIGUSR1"), signals.training(lambda: True, (5, None), 0):
         signal.raise_signal(signal.SIGUSR1)
         signal.raise_signal(signal.SIGTERM)
-        watch.look(1)
+        signals.poll(1)
 
 
 @pytest.mark.parametrize(("seconds", "least", "most"), [(0.001, 10, 25), (0.02, 10, 16), (0.4, 10, 26), (3, 3, 4)])
-def test_processes_meet_about_once_a_second(watch, clock, seconds, least, most):
-    with watch.training(never, (None, None), 0):
+def test_processes_meet_about_once_a_second(signals, clock, seconds, least, most):
+    with signals.training(never, (None, None), 0):
         clock.asked = 0
         for step in range(1, round(10 / seconds) + 2):
-            watch.look(step)
+            signals.poll(step)
             clock.now += seconds
         assert least <= clock.asked <= most
 
 
-def test_a_reset_looks_at_once(watch, clock):
-    with watch.training(never, (None, None), 0):
+def test_a_reset_looks_at_once(signals, clock):
+    with signals.training(never, (None, None), 0):
         for step in range(2000):
-            watch.look(step)
+            signals.poll(step)
             clock.now += 0.001
         clock.asked = 0
-        watch.look(2001)
+        signals.poll(2001)
         assert clock.asked == 0
-        watch.reset()
+        signals.poll_next_time()
         clock.asked = 0
-        watch.look(2002)
+        signals.poll(2002)
         assert clock.asked == 1
 
 
-def test_saves_by_steps_are_due_at_multiples_that_are_new(watch, clock):
-    with watch.training(never, (5, None), 10):  # it goes on after step 10, which is saved
+def test_saves_by_steps_are_due_at_multiples_that_are_new(signals, clock):
+    with signals.training(never, (5, None), 10):  # it goes on after step 10, which is saved
         due = []
         for step in range(10, 31):
             clock.now += 0.001
-            if watch.look(step):
+            if signals.poll(step):
                 due.append(step)
         assert due == [15, 20, 25, 30]
-        assert watch.look() is False  # in an evaluation
+        assert signals.poll() is False  # in an evaluation
 
 
-def test_saves_by_minutes_are_due_when_they_are_over(watch, clock):
-    with watch.training(never, (None, 1), 0):
+def test_saves_by_minutes_are_due_when_they_are_over(signals, clock):
+    with signals.training(never, (None, 1), 0):
         due = []
         for step in range(600):
-            if watch.look(step):
+            if signals.poll(step):
                 due.append(clock.now - 100)
-            watch.look()  # an evaluation's: no place to save
+            signals.poll()  # an evaluation's: no place to save
             clock.now += 0.5
         assert len(due) == 4
         for number, seconds in enumerate(due, start=1):
@@ -276,11 +279,11 @@ def test_without_sigusr1_as_on_windows(monkeypatch):
     before = {name: signal.getsignal(getattr(signal, name)) for name in ("SIGINT", "SIGTERM")}
     module = runpy.run_path(str(ROOT / "preemption.py"))
     assert module["SIGNALS"] == [signal.SIGINT, signal.SIGTERM]
-    watch = module["Watch"](SimpleNamespace(num_processes=1))
+    signals = module["Watch"](SimpleNamespace(num_processes=1))
     try:
-        with pytest.raises(Preempted, match="SIGTERM"), watch.training(lambda: True, (5, None), 0):
+        with pytest.raises(Preempted, match="SIGTERM"), signals.training(lambda: True, (5, None), 0):
             signal.raise_signal(signal.SIGTERM)
-            watch.look(1)
+            signals.poll(1)
     finally:
         for name, handler in before.items():
             signal.signal(getattr(signal, name), handler)

@@ -18,7 +18,7 @@ def take_steps(progress, first, last, losses, norm=0.5, ids=(3, 1, 2, 0)):
     counts = {"examples": 2, "tokens": 10, "positions": 16}
     for step in range(first, last + 1):
         parts = [({**counts, "ids": np.array(ids[i : i + 2])}, torch.tensor(losses[i : i + 2])) for i in (0, 2)]
-        progress.step(step, np.array(ids), torch.tensor(norm), parts)
+        progress.record_step(step, np.array(ids), torch.tensor(norm), parts)
         progress.state.step = step
         progress.state.learning_rate = 1e-3 / step
 
@@ -45,13 +45,13 @@ def progress_in(tmp_path, monkeypatch):
 def test_progress_adds_up_and_writes_lines_of_metrics(tmp_path, log_lines, progress_in):
     progress = progress_in()
     take_steps(progress, 1, 5, [0.0, 1.0, 0.25, 0.75])
-    progress.line()
+    progress.log_step()
     take_steps(progress, 6, 10, [0.25, 0.25, 0.0, 0.5], norm=0.125)
-    progress.line()
-    progress.evaluation(EVALUATIONS, is_best=True)
+    progress.log_step()
+    progress.log_evaluation(EVALUATIONS, is_best=True)
     take_steps(progress, 11, 15, [0.0, 0.125, 0.0, 0.125])
-    progress.line()
-    progress.evaluation(EVALUATIONS, is_best=False)
+    progress.log_step()
+    progress.log_evaluation(EVALUATIONS, is_best=False)
     progress.close()
     lines = noted_in(tmp_path)
     assert [(line["type"], line["step"], line["epoch"]) for line in lines] == [
@@ -78,9 +78,9 @@ def test_examples_with_weight_0_do_not_count(tmp_path, progress_in):
     progress = progress_in()
     nothing = {"examples": 0.0, "tokens": 0.0, "positions": 0.0, "ids": np.array([7])}
     take_steps(progress, 1, 1, [1.0, 2.0, 3.0, 4.0])
-    progress.step(2, np.array([7]), torch.tensor(1.0), [(nothing, torch.tensor([0.0]))])
+    progress.record_step(2, np.array([7]), torch.tensor(1.0), [(nothing, torch.tensor([0.0]))])
     progress.state.step = 2
-    progress.line()
+    progress.log_step()
     assert noted_in(tmp_path)[0]["loss"] == 2.5
     assert progress.totals()["train_examples"] == 4
 
@@ -94,8 +94,8 @@ def test_sums_do_not_depend_on_when_they_are_read(tmp_path, progress_in):
         for step in range(1, 21):
             take_steps(progress, step, step, losses[step - 1])
             if step % every == 0:
-                progress.read()
-        progress.read()
+                progress.sync()
+        progress.sync()
         sums.append(progress.state.sums)
     assert sums[0] == sums[1] == sums[2]
     assert sums[0] == pytest.approx([np.sum(losses), 80, 400, 640])
@@ -107,14 +107,14 @@ def test_time_without_training_is_left_out(progress_in, monkeypatch):
     progress = progress_in()
     take_steps(progress, 1, 4, [1.0] * 4)
     now[0] += 3
-    progress.read()
+    progress.sync()
     now[0] += 50  # a checkpoint is written
-    progress.saved()
+    progress.end_save_timer()
     take_steps(progress, 5, 6, [1.0] * 4)
     now[0] += 1
-    progress.line()
+    progress.log_step()
     now[0] += 20
-    progress.evaluation(EVALUATIONS, is_best=True)
+    progress.log_evaluation(EVALUATIONS, is_best=True)
     state = progress.state
     assert (state.train_seconds, state.evaluation_seconds, state.save_seconds) == (4, 20, 50)
     assert noted_in(progress.lines.parent)[0]["examples_per_second"] == 6 * 4 / 4
@@ -141,7 +141,7 @@ def test_a_run_that_goes_on_adds_to_what_was(tmp_path, progress_in):
     state.since_evaluation = [2.0, 4.0, 10.0, 20.0]
     progress = progress_in(state)
     take_steps(progress, 11, 11, [0.0] * 4)
-    progress.line()
+    progress.log_step()
     assert noted_in(tmp_path)[0]["loss"] == 1 / 8
     totals = progress.totals()
     assert totals["train_examples"] == 44 and 7 < totals["train_seconds"] < 60
@@ -165,18 +165,18 @@ def test_the_first_step_that_is_not_finite_is_named(progress_in, losses, norms, 
     for step, norm in enumerate(norms, start=1):
         take_steps(progress, step, step, losses, norm)
     with pytest.raises(FloatingPointError, match=words):
-        progress.read()
+        progress.sync()
 
 
 def test_under_a_scaler_a_gradient_may_overflow(tmp_path, progress_in):
     progress = progress_in()
     progress.accelerator.scaler = torch.amp.GradScaler("cpu")
     take_steps(progress, 1, 2, [1.0] * 4, norm=float("inf"))
-    progress.line()
+    progress.log_step()
     assert noted_in(tmp_path)[0]["grad_norm"] is None  # infinity is no JSON
     take_steps(progress, 3, 3, [float("nan")] * 4)
     with pytest.raises(FloatingPointError, match="step 3: the loss is nan"):
-        progress.read()
+        progress.sync()
 
 
 def test_trackers_hear_of_one_run_of_two_processes(review_task):

@@ -50,7 +50,9 @@ def test_a_model_that_learnt_nothing_is_warned_of(task, f1, constant, words):
 # ---------------------------------------------------------------------------------------------------------- a dry run
 
 
-def describe(monkeypatch, log_lines, tmp_path, differences, device="npu", lengths=(10,) * 100, is_row=True, **changes):
+def describe(
+    monkeypatch, log_lines, tmp_path, differences, device="npu", lengths=(10,) * 100, is_packed=True, **changes
+):
     """What describe_run says of 100 steps of 4 after a few of them, on a device whose numbers differ so much."""
     args = {
         "batch_size": 4,
@@ -83,8 +85,8 @@ def describe(monkeypatch, log_lines, tmp_path, differences, device="npu", length
     batches = batching.make_plan(100, 4, seed=1, steps=100)
     micro_batch = {"inputs": {}, "labels": None}
     model = torch.nn.Linear(1000, 1000, bias=False)
-    layout = SimpleNamespace(is_row=is_row)
-    of_run = (layout, batches, examples, ["validation"], progress, micro_batch)
+    packer = SimpleNamespace(is_packed=is_packed)
+    of_run = (packer, batches, examples, ["validation"], progress, micro_batch)
     progress.describe_run(TASK, args, accelerator, model, *of_run)
     return dict(line.split(maxsplit=1) for line in log_lines[-1].splitlines())
 
@@ -103,14 +105,14 @@ def test_a_dry_run_counts_what_is_to_come(monkeypatch, log_lines, tmp_path):
     assert len(log_lines) == 1
 
 
-@pytest.mark.parametrize("is_row", [False, True])
-def test_padding_costs_time(monkeypatch, log_lines, tmp_path, is_row):
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_padding_costs_time(monkeypatch, log_lines, tmp_path, is_packed):
     """Of four examples, longest first, the third is padded to the first's length, the fourth to the second's."""
     lengths = np.array([10, 30] * 50)
-    table = describe(monkeypatch, log_lines, tmp_path, [0, 0], lengths=lengths, is_row=is_row)
+    table = describe(monkeypatch, log_lines, tmp_path, [0, 0], lengths=lengths, is_packed=is_packed)
     padded = sum(2 * sum(sorted(lengths[batch])[2:]) for batch in batching.make_plan(100, 4, seed=1, steps=100))
-    seconds = round((100 * 4 * 20 if is_row else padded) / 100)  # 100 positions a second
-    assert (seconds == 80) == is_row
+    seconds = round((100 * 4 * 20 if is_packed else padded) / 100)  # 100 positions a second
+    assert (seconds == 80) == is_packed
     assert f"(0:01:{seconds - 60:02} training" in table["time"]
 
 

@@ -946,9 +946,9 @@ def test_two_processes_that_accelerate_would_run_as_one_are_refused(review_task)
 # ------------------------------------------------------------------------------------------------- facts of the data
 
 
-@pytest.mark.parametrize("is_row", [True, False])
-def test_facts_of_the_data_are_told_and_kept(review_task, vocabulary, train, monkeypatch, is_row):
-    monkeypatch.setattr("packing.agrees", lambda *given: is_row)
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_facts_of_the_data_are_told_and_kept(review_task, vocabulary, train, monkeypatch, is_packed):
+    monkeypatch.setattr("packing.agrees", lambda *given: is_packed)
     rows = make_rows(60, 1)
     rows[7] = (rows[3][0], {"positive": "negative", "negative": "positive"}[rows[3][1]])
     write_table(review_task.parent / "train.csv", rows)
@@ -972,8 +972,8 @@ def test_facts_of_the_data_are_told_and_kept(review_task, vocabulary, train, mon
     # The plan's first epoch is what these 4 steps are: what was trained on is what was foretold.
     cut = [sorted(np.minimum(lengths, 14)[batch], reverse=True) for batch in batching.make_plan(60, 16, 42, 4)]
     parts = [batch[start : start + 5] for batch in cut for start in range(0, len(batch), 5)]
-    padding = 0 if is_row else 1 - np.minimum(lengths, 14).sum() / sum(len(part) * part[0] for part in parts)
-    assert data["padding"] == pytest.approx(padding, abs=1e-12) and (padding > 0.01 or is_row)
+    padding = 0 if is_packed else 1 - np.minimum(lengths, 14).sum() / sum(len(part) * part[0] for part in parts)
+    assert data["padding"] == pytest.approx(padding, abs=1e-12) and (padding > 0.01 or is_packed)
     assert read_results(review_task.parent / "run")["padding_fraction"] == pytest.approx(padding, abs=1e-12)
 
     def percent(label):
@@ -981,7 +981,7 @@ def test_facts_of_the_data_are_told_and_kept(review_task, vocabulary, train, mon
 
     assert f"train: 60 rows | labels: {percent('negative')}, {percent('positive')} | tokens: median " in printed
     assert f"longest {max(lengths)}; {found['truncated']:.1%} of the texts cut, 0.00% of the tokens unknown" in printed
-    assert (f"padding: {padding:.1%} of what a step computes" in printed) != is_row
+    assert (f"padding: {padding:.1%} of what a step computes" in printed) != is_packed
     assert f"WARNING: train: 1 texts occur with different labels, such as {rows[3][0][:80]!r}" in printed
     assert "WARNING: 2 of 20 rows of validation (10.0%) are in train too" in printed
     assert f"such as {rows[5][0][:80]!r}" in printed

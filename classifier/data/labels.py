@@ -42,7 +42,9 @@ def with_label_names(task, sources):
 
     def first_place(name):
         labels = ((row["row"], row["label"]) for row in source.rows)
-        return source.place(next(row for row, label in labels if name == label or (is_list and name in (label or []))))
+        return source.location(
+            next(row for row, label in labels if name == label or (is_list and name in (label or [])))
+        )
 
     decimal = next((name for name in names if is_number(name) and not is_whole(name)), None)
     if decimal is not None and sum(map(is_number, names)) > len(names) / 2:
@@ -124,7 +126,7 @@ def with_label_ids(task, split, source):
             allowed = "a number" if task.is_regression else f"one of: {', '.join(task.labels[:20])}"
             hint = "" if task.is_regression or task.is_multi_label else nearest(row["label"], task.labels)
             raise BadInput(
-                f"{split} split, {source.place(row['row'])}: {flaw}{hint} ({len(flawed)} such rows)",
+                f"{split} split, {source.location(row['row'])}: {flaw}{hint} ({len(flawed)} such rows)",
                 f"Each label must be {allowed}. Mend the rows, or leave them out: --on_bad_row skip.",
             )
         else:

@@ -27,7 +27,7 @@ class Source:
     is_file: bool
     bad_rows: list  # [row, what is wrong with it]
 
-    def place(self, row):
+    def location(self, row):
         return location(self.where, row) if self.is_file else f"{self.where}, row {row}"
 
     def check_rows(self, rows):

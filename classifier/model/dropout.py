@@ -1,7 +1,7 @@
 """Dropout whose masks do not depend on how the work is divided: among processes, micro-batches, paddings, resumed runs.
 
 A mask is no draw from a generator's stream but a function of what it is for: the seed, the step, the example, the place
-in the model, the position and the column. So the same examples meet the same masks in every layout, and a resumed run
+in the model, the position and the column. So the same examples meet the same masks in every packer, and a resumed run
 has no generator to restore.
 
 It is cheap, too. Each example, position and four columns have a number of 64 bits, scrambled as in splitmix64 (Steele,
@@ -40,23 +40,23 @@ class Masks:
 
     def __init__(self, seed, places):
         self.seed, self.places = seed, places
-        self.keys = self.row = None
+        self.keys = self.packed = None
 
-    def begin(self, step, ids, device, row=None):
+    def set_batch(self, step, ids, device, packed=None):
         """Say which examples come next: ids (examples,), in the order of the micro-batch, at this optimiser step.
 
-        row: a packing.Row where they lie end to end.
+        packed: a packing.PackedBatch where they lie end to end.
         """
-        self.row = row
+        self.packed = packed
         ids = torch.as_tensor(ids, dtype=torch.int64)
         key = mix(torch.tensor([signed(self.seed * 2**32 + step)]))
         self.keys = mix(key + ids * GOLDEN).to(device)
         self.factors = (mix(key - torch.arange(1, self.places + 1) * GOLDEN) | 1).tolist()
         self._numbers = {}
 
-    def is_row(self, shape):
+    def is_packed(self, shape):
         """Return whether values of this shape are those of all tokens, laid end to end."""
-        return self.row is not None and len(shape) > 2 and tuple(shape[:2]) == (1, self.row.tokens)
+        return self.packed is not None and len(shape) > 2 and tuple(shape[:2]) == (1, self.packed.tokens)
 
     def numbers(self, shape, examples=slice(None)):
         """Return scrambled numbers for values of this shape, (examples, ..., columns): one for four columns.
@@ -65,8 +65,8 @@ class Masks:
         in memory, so that the width of a batch makes no difference. examples: which of those at hand.
         """
         numbers, sizes = self.keys[examples], shape[1:-1]
-        if self.is_row(shape):
-            numbers = mix(numbers[self.row.example] + (self.row.position + 1) * GOLDEN).unsqueeze(0)
+        if self.is_packed(shape):
+            numbers = mix(numbers[self.packed.example] + (self.packed.position + 1) * GOLDEN).unsqueeze(0)
             sizes = shape[2:-1]
         for size in (*sizes, -(-shape[-1] // 4)):
             numbers = mix(numbers.unsqueeze(-1) + torch.arange(1, size + 1, device=numbers.device) * GOLDEN)
@@ -80,9 +80,9 @@ class Masks:
 
     def keep_weights(self, heads, place, p, dtype):
         """Return the masks of the attention weights (examples, heads, queries, keys) of a row's groups, in one pass."""
-        shapes = [(group.number, heads, group.width, group.width) for group in self.row.groups]
+        shapes = [(group.number, heads, group.width, group.width) for group in self.packed.groups]
         if heads not in self._numbers:
-            numbers = [self.numbers(*of) for of in zip(shapes, (g.examples for g in self.row.groups), strict=True)]
+            numbers = [self.numbers(*of) for of in zip(shapes, (g.examples for g in self.packed.groups), strict=True)]
             self._numbers[heads] = torch.cat([of_group.flatten() for of_group in numbers])
         masks = self._mask(self._numbers[heads], place, p, dtype).split([math.prod(shape) for shape in shapes])
         return [mask.view(shape) for mask, shape in zip(masks, shapes, strict=True)]
@@ -97,7 +97,7 @@ class Masks:
 
     def drop(self, values, place, p):
         """Return values with a share p of them set to 0, and the rest scaled so that the expectation stays."""
-        fits = self.is_row(values.shape) or len(values) == len(self.keys)
+        fits = self.is_packed(values.shape) or len(values) == len(self.keys)
         if not fits or p == 1:  # XLNet has the positions first: left to torch, and told by install
             return nn.functional.dropout(values, p)
         return Drop.apply(values, self.keep(tuple(values.shape), place, p, values.dtype), scale(p))
@@ -159,7 +159,7 @@ def draws_from_torch(model, masks):
     with torch.random.fork_rng(devices=[]):
         for seed in (0, 1):
             torch.manual_seed(seed)
-            masks.begin(0, [0, 1], "cpu")
+            masks.set_batch(0, [0, 1], "cpu")
             logits.append(model(input_ids=ids).logits)
     model.train(was_training)
     return not torch.equal(*logits)

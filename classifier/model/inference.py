@@ -25,21 +25,21 @@ from classifier.messages import BadInput, RunFailed, log
 FEATURE_ROWS_AT_A_TIME = 10_000  # in memory: 15 MB for a vector of 384
 
 
-class FeatureLayout:
+class FeaturePacker:
     """Takes the place of a packing.Layout where each example comes with its features."""
 
-    is_row = True  # nothing is padded
+    is_packed = True  # nothing is padded
 
     def __init__(self, masks):
         self.masks = masks
 
-    def lay_out(self, examples):
+    def collate(self, examples):
         """Return the inputs of examples, given as a dict of columns: as texts of one token."""
         return {"inputs_embeds": torch.from_numpy(examples["features"]).unsqueeze(1)}
 
-    def begin(self, step, ids, lengths, device):
+    def set_batch(self, step, ids, lengths, device):
         """Say which examples come next, in the order of the micro-batch."""
-        self.masks.begin(step, ids, device)
+        self.masks.set_batch(step, ids, device)
 
 
 def pass_features(*_, inputs_embeds, **options):
@@ -56,19 +56,19 @@ def head_input(encoder, accelerator, inputs):
 
 
 @torch.no_grad()
-def probe_head(model, layout, examples, accelerator):
+def probe_head(model, packer, examples, accelerator):
     """Return the features (2, size) of the longest example and the shortest, or None where the head needs more."""
     encoder, lengths, was_training = model.base_model, column_array(examples, "length"), model.training
     if encoder is model:
         return None
     ids = np.array([lengths.argmax(), lengths.argmin()])
-    inputs = send_to_device(layout.lay_out(examples[ids]), accelerator.device)
+    inputs = send_to_device(packer.collate(examples[ids]), accelerator.device)
     model.eval()
     try:
-        layout.begin(0, ids, lengths[ids], accelerator.device)
+        packer.set_batch(0, ids, lengths[ids], accelerator.device)
         logits, features = model(**inputs).logits, head_input(encoder, accelerator, inputs)
         encoder.forward = pass_features
-        FeatureLayout(layout.masks).begin(0, ids, lengths[ids], accelerator.device)
+        FeaturePacker(packer.masks).set_batch(0, ids, lengths[ids], accelerator.device)
         same = torch.allclose(model(inputs_embeds=features.unsqueeze(1)).logits, logits, rtol=1e-4, atol=1e-5)
         return features if same else None
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):  # a head that cannot do with one vector
@@ -88,7 +88,7 @@ def encoder_digest(encoder):
     return digest(weights.hexdigest(), encoder.config.to_json_string(), versions)
 
 
-def features_table(key, schema, tokens, encoder, layout, accelerator, batch_size):
+def features_table(key, schema, tokens, encoder, packer, accelerator, batch_size):
     """Return (Dataset of `features`, made): from the cache, or computed by all processes together first."""
     import pyarrow as pa
 
@@ -103,7 +103,7 @@ def features_table(key, schema, tokens, encoder, layout, accelerator, batch_size
 
             for first in range(0, len(tokens), FEATURE_ROWS_AT_A_TIME):
                 some = tokens.select(range(first, min(first + FEATURE_ROWS_AT_A_TIME, len(tokens))))
-                values = compute_outputs(compute_batch, some, accelerator, batch_size, layout)
+                values = compute_outputs(compute_batch, some, accelerator, batch_size, packer)
                 yield {"features": pa.FixedSizeListArray.from_arrays(values.reshape(-1), values.shape[1])}
 
     made = not all(gather_object([table_path(key).exists()]))
@@ -116,18 +116,20 @@ def features_table(key, schema, tokens, encoder, layout, accelerator, batch_size
     return load_table(key), made
 
 
-def features_of_splits(model, layout, examples, accelerator, args, state):
-    """Return (layout, {split: examples}) with which a model trains and is scored without running its frozen encoder.
+def features_of_splits(model, packer, examples, accelerator, args, state):
+    """Return (packer, {split: examples}) with which a model trains and is scored without running its frozen encoder.
 
     Those given where its head needs more than features. The time goes into state, as training and as evaluation.
     """
     import pyarrow as pa
     from datasets import concatenate_datasets
 
-    encoder, tried = model.base_model, probe_head(model, layout, examples["train"], accelerator)
+    if args.dry_run:  # which must not take as long as the whole pass over the data
+        return packer, examples
+    encoder, tried = model.base_model, probe_head(model, packer, examples["train"], accelerator)
     if tried is None:
         log.info("this model's head reads more than one vector of an example: the frozen encoder runs in each step")
-        return layout, examples
+        return packer, examples
     number = pa.from_numpy_dtype(tried.cpu().numpy().dtype)
     schema = pa.schema([("features", pa.list_(number, tried.shape[1]))])
     made_by = [encoder_digest(encoder), accelerator.mixed_precision, accelerator.device.type]
@@ -135,7 +137,7 @@ def features_of_splits(model, layout, examples, accelerator, args, state):
     for name, tokens in examples.items():
         started = time.monotonic()
         key = digest("features", made_by, Path(tokens.cache_files[0]["filename"]).stem)  # named by the tokens
-        table, is_made = features_table(key, schema, tokens, encoder, layout, accelerator, args.eval_batch_size)
+        table, is_made = features_table(key, schema, tokens, encoder, packer, accelerator, args.eval_batch_size)
         columns = [column for column in tokens.column_names if column not in ("input_ids", "token_type_ids")]
         table = concatenate_datasets([tokens.select_columns(columns), table], axis=1)
         with_features[name] = table.with_format("numpy", columns=["features"], output_all_columns=True)
@@ -147,10 +149,10 @@ def features_of_splits(model, layout, examples, accelerator, args, state):
         made += [f"{name} in {seconds:.1f} s"] * is_made
     log.info(f"features of the frozen encoder: {', '.join(made) or 'from the cache'}")
     encoder.forward = pass_features
-    return FeatureLayout(layout.masks), with_features
+    return FeaturePacker(packer.masks), with_features
 
 
-def largest_micro_batch(accelerator, model, layout, examples, share):
+def largest_micro_batch(accelerator, model, packer, examples, share):
     """Return how many of the longest examples fit into memory at a time: a process's share, or a half, a quarter, ...
 
     Tried in a forward and a backward pass, with room for AdamW's two moments set aside; the same for all processes.
@@ -162,8 +164,8 @@ def largest_micro_batch(accelerator, model, layout, examples, share):
     while True:
         try:
             moments = [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]
-            inputs = send_to_device(layout.lay_out(examples[longest[:size]]), accelerator.device)
-            layout.begin(0, longest[:size], lengths[longest[:size]], accelerator.device)
+            inputs = send_to_device(packer.collate(examples[longest[:size]]), accelerator.device)
+            packer.set_batch(0, longest[:size], lengths[longest[:size]], accelerator.device)
             with torch.random.fork_rng():  # a model may draw masks of its own
                 accelerator.backward(model(**inputs).logits.float().sum())
             fits = True
@@ -182,37 +184,57 @@ def largest_micro_batch(accelerator, model, layout, examples, share):
         size = math.ceil(size / 2)
 
 
-def compute_logits(model, examples, accelerator, batch_size, layout, watch=None):
+def choose_micro_batch_size(args, known, limit, accelerator, model, packer, examples):
+    """Return how many examples a process computes at a time, of its part of a step.
+
+    known: what an earlier start of this run found to fit, or 0; limit: half of what memory could not hold when it was
+    last tried, or None. --micro_batch_size auto tries what memory holds.
+    """
+    examples_per_process = math.ceil(args.batch_size / accelerator.num_processes)
+    size = args.micro_batch_size or examples_per_process
+    if size == "auto":
+        size = known or largest_micro_batch(accelerator, model, packer, examples, examples_per_process)
+        log.info(f"micro-batches of {size} (--micro_batch_size auto)")
+    return min(size, examples_per_process, limit or examples_per_process)
+
+
+def compute_logits(model, examples, accelerator, batch_size, packer, signals=None):
     """Return the logits of all examples, by example id: a float32 array (examples, outputs), on every process."""
     was_training = model.training
     model.eval()
     logits = compute_outputs(
-        lambda inputs: model(**inputs).logits.float(), examples, accelerator, batch_size, layout, watch
+        lambda inputs: model(**inputs).logits.float(), examples, accelerator, batch_size, packer, signals
     )
     model.train(was_training)
     return logits
 
 
+def split_logits(model, splits, accelerator, batch_size, packer, signals=None):
+    """Return {split: logits} of compute_logits for {split: examples}."""
+    options = (accelerator, batch_size, packer, signals)
+    return {name: compute_logits(model, examples, *options) for name, examples in splits.items()}
+
+
 @torch.inference_mode()
-def compute_outputs(compute, examples, accelerator, batch_size, layout, watch=None):
+def compute_outputs(compute, examples, accelerator, batch_size, packer, signals=None):
     """Return what compute(inputs) does for all examples, by example id: an array (examples, outputs), on every process.
 
     Examples of like length go together, longest first, so that little is padded and memory runs out at once or never.
     Each process takes every n-th batch; each example is counted once, by its id. Raises RuntimeError where one is not.
-    watch: a preemption.Watch, which raises where a signal asks the run to end.
+    signals: a preemption.Watch, which raises where a signal asks the run to end.
     """
     lengths = column_array(examples, "length")
     order = np.argsort(-lengths, kind="stable")
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     mine = []
-    if watch:
-        watch.reset()
+    if signals:
+        signals.poll_next_time()
     for first in range(0, len(batches), accelerator.num_processes):
-        if watch:  # as often on a process that has a batch less
-            watch.look()
+        if signals:  # as often on a process that has a batch less
+            signals.poll()
         for batch in batches[first : first + accelerator.num_processes][accelerator.process_index :][:1]:
-            inputs = send_to_device(layout.lay_out(examples[batch]), accelerator.device)
-            layout.begin(0, batch, lengths[batch], accelerator.device)
+            inputs = send_to_device(packer.collate(examples[batch]), accelerator.device)
+            packer.set_batch(0, batch, lengths[batch], accelerator.device)
             try:
                 # To the CPU at the end: asking for each batch's outputs would make the GPU wait for Python.
                 mine.append((batch, compute(inputs)))
@@ -221,8 +243,8 @@ def compute_outputs(compute, examples, accelerator, batch_size, layout, watch=No
                     raise
                 words = f"Try --eval_batch_size {math.ceil(batch_size / 2)}: it changes no score."
                 raise RunFailed(f"out of memory with {len(batch)} examples in an evaluation\n{words}") from None
-    if watch:
-        watch.reset()
+    if signals:
+        signals.poll_next_time()
     mine = [(batch, values.cpu().numpy()) for batch, values in mine]
     # As objects: tensors of uneven shapes must not be gathered, and the processes have uneven numbers of batches.
     everywhere = gather_object(mine)
@@ -255,11 +277,11 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def compare_with_cpu(model, layout, micro_batch, loss_of, device_autocast):
+def compare_with_cpu(model, packer, micro_batch, device_autocast):
     """Compute a batch on its device and in fp32 on the CPU; return the largest differences of logits and gradients.
 
-    Both without dropout; each difference is divided by the largest value of the CPU's result. `loss_of(logits, labels)`
-    is the loss, `device_autocast` a context for the forward pass on the device. The model keeps no gradients.
+    Both without dropout; each difference is divided by the largest value of the CPU's result. The gradients are those of
+    the mean squared logit; device_autocast: a context for the forward pass on the device. The model keeps none.
     """
     import copy
 
@@ -267,17 +289,17 @@ def compare_with_cpu(model, layout, micro_batch, loss_of, device_autocast):
     from accelerate.utils import send_to_device
 
     results = []
-    copies = copy.deepcopy((model, layout))  # together: the copy's attention asks the copied layout
+    copies = copy.deepcopy((model, packer))  # together: the copy's attention asks the copied packer
     copies[0].cpu().float()
-    for (one, its_layout), autocast in (((model, layout), device_autocast), (copies, torch.enable_grad())):
+    for (one, its_packer), autocast in (((model, packer), device_autocast), (copies, torch.enable_grad())):
         device = next(one.parameters()).device
-        its_layout.begin(0, micro_batch["ids"], micro_batch["lengths"], device)
+        its_packer.set_batch(0, micro_batch["ids"], micro_batch["lengths"], device)
         was_training = one.training
         one.eval()
         one.zero_grad()
         with autocast:
             logits = one(**send_to_device(micro_batch["inputs"], device)).logits.float()
-        loss_of(logits, micro_batch["labels"].to(device)).backward()
+        logits.square().mean().backward()
         gradients = [parameter.grad.flatten().cpu() for parameter in one.parameters() if parameter.grad is not None]
         results.append((logits.detach().cpu(), torch.cat(gradients)))
         one.zero_grad()

@@ -150,7 +150,7 @@ def _product(one, other, factor):
     return torch.baddbmm(one.new_zeros(()), one, other, beta=0, alpha=factor)
 
 
-def packed_attention(row, query, key, value, scaling, window=None, bias=None, keep=None, scale=1.0):
+def packed_attention(packed, query, key, value, scaling, window=None, bias=None, keep=None, scale=1.0):
     """Attention of each example to itself: (tokens, heads, size) three times to the same shape.
 
     window: how far a query sees, exclusive, or None; bias: (1, heads, width, width) of the longest example, added to
@@ -158,14 +158,14 @@ def packed_attention(row, query, key, value, scaling, window=None, bias=None, ke
     `scale` what the output is multiplied by; None: no dropout.
     """
     heads, size = query.shape[1:]
-    taken, empty, back, beyond = row.indices(heads)
-    parts = [group.number * heads * group.width for group in row.groups]
+    taken, empty, back, beyond = packed.indices(heads)
+    parts = [group.number * heads * group.width for group in packed.groups]
     query, key, value = (
         GatherRows.apply(values.reshape(-1, size), taken, back, beyond).split(parts) for values in (query, key, value)
     )
     masks = keep(heads, value[0].dtype) if keep else [None] * len(parts)
     outputs = []
-    for group, mask, *inputs in zip(row.groups, masks, query, key, value, strict=True):
+    for group, mask, *inputs in zip(packed.groups, masks, query, key, value, strict=True):
         shape = (group.number, heads, group.width)
         added = group.forbidden(heads, window, value[0].dtype)
         if keep is None and bias is None and (group.width >= LONG or value[0].device.type != "cpu"):
@@ -190,8 +190,8 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
     """
     masks, place = module.counted_dropout
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if masks.row is not None:
-        masks.row.calls += 1
+    if masks.packed is not None:
+        masks.packed.calls += 1
         query, key, value = (values.squeeze(0).transpose(0, 1) for values in (query, key, value))
 
         def keep(heads, dtype):
@@ -199,7 +199,7 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
 
         dropping = (keep, scale(dropout)) if dropout else ()
         window = options.get("sliding_window")
-        return packed_attention(masks.row, query, key, value, scaling, window, attention_mask, *dropping).unsqueeze(
+        return packed_attention(masks.packed, query, key, value, scaling, window, attention_mask, *dropping).unsqueeze(
             0
         ), None
     if not dropout:
@@ -243,7 +243,7 @@ def teach_mpnet(model, masks):
 
 
 def _bias_of_longest(compute, masks, hidden):
-    return compute(hidden if masks.row is None else hidden[:, : masks.row.width])
+    return compute(hidden if masks.packed is None else hidden[:, : masks.packed.width])
 
 
 def _mpnet_attention(module, hidden, attention_mask=None, position_bias=None, output_attentions=False):
@@ -259,10 +259,10 @@ def _mpnet_attention(module, hidden, attention_mask=None, position_bias=None, ou
 
 
 class Packer:
-    """How a micro-batch becomes a model's inputs: as one row where `is_row`, else as rows padded to the longest."""
+    """How a micro-batch becomes a model's inputs: as one row where `is_packed`, else as rows padded to the longest."""
 
     def __init__(self, model, masks, pad_token_id):
-        self.masks, self.pad_token_id, self.is_row = masks, pad_token_id, False
+        self.masks, self.pad_token_id, self.is_packed = masks, pad_token_id, False
         if model.config.model_type == "mpnet":
             teach_mpnet(model, masks)
         self.heads = getattr(model.config, "num_attention_heads", 1)
@@ -277,25 +277,25 @@ class Packer:
             if "embed" in name:
                 part.register_forward_hook(self._short_numbers)
 
-    def lay_out(self, examples):
+    def collate(self, examples):
         """Return the inputs of examples, given as a dict of lists: tensors on the CPU."""
-        return pack(examples, self.first_position) if self.is_row else pad(examples, self.pad_token_id)
+        return pack(examples, self.first_position) if self.is_packed else pad(examples, self.pad_token_id)
 
-    def begin(self, step, ids, lengths, device):
+    def set_batch(self, step, ids, lengths, device):
         """Say which examples come next, in the order of the micro-batch."""
-        self.masks.begin(step, ids, device, PackedBatch(lengths, self.heads, device) if self.is_row else None)
+        self.masks.set_batch(step, ids, device, PackedBatch(lengths, self.heads, device) if self.is_packed else None)
 
     def _short_numbers(self, module, given, output):
         """Under autocast to bf16 on a CPU: hand bf16 on from the embeddings; sums of layers then need no casts."""
         is_bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-        return output.bfloat16() if self.is_row and is_bf16 and output.device.type == "cpu" else output
+        return output.bfloat16() if self.is_packed and is_bf16 and output.device.type == "cpu" else output
 
     def _first_rows(self, module, given, output):
         """Where the encoder ends: make the first token of each example a row, since heads read the first of a row."""
-        of_row = self.masks.row
-        if of_row is None:
+        packed = self.masks.packed
+        if packed is None:
             return output
-        rows = output[0][0, of_row.first_tokens].unsqueeze(1)
+        rows = output[0][0, packed.first_tokens].unsqueeze(1)
         if isinstance(output, tuple):
             return (rows, *output[1:])
         output.last_hidden_state = rows
@@ -340,7 +340,7 @@ def pad(examples, pad_token_id):
 
 
 @torch.no_grad()
-def matches_padded(model, layout, examples):
+def matches_padded(model, packer, examples):
     """Return whether a model gives the same logits for examples in a row as for padded ones, longest first.
 
     And whether each of its layers has asked for attention: one that does not sees the other examples, too.
@@ -350,15 +350,15 @@ def matches_padded(model, layout, examples):
     lengths = [len(ids) for ids in examples["input_ids"]]
     logits = []
     try:
-        for layout.is_row in (False, True):
-            layout.begin(0, range(len(lengths)), lengths, "cpu")
-            logits.append(model(**layout.lay_out(examples)).logits)
+        for packer.is_packed in (False, True):
+            packer.set_batch(0, range(len(lengths)), lengths, "cpu")
+            logits.append(model(**packer.collate(examples)).logits)
         same = logits[0].shape == logits[1].shape and torch.allclose(*logits, rtol=1e-4, atol=1e-5)
-        return same and layout.masks.row.calls == model.config.num_hidden_layers
+        return same and packer.masks.packed.calls == model.config.num_hidden_layers
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):  # a model that cannot do with a row
         return False
     finally:
-        layout.is_row, layout.masks.row = False, None
+        packer.is_packed, packer.masks.packed = False, None
         model.train(was_training)
 
 
@@ -371,14 +371,14 @@ def prepare_model(model, tokenizer, seed=0):
     from classifier.model import dropout
 
     masks = dropout.install(model, seed)
-    layout = Packer(model, masks, tokenizer.pad_token_id)
+    packer = Packer(model, masks, tokenizer.pad_token_id)
     if dropout.draws_from_torch(model, masks):
         log.warning(
             "WARNING: some of this model's dropout is torch's own: its masks change with the number of processes"
         )
     encoded = tokenizer(["one two three, four; five. Six?", "seven"])
     columns = {name: encoded[name] for name in ("input_ids", "token_type_ids") if name in encoded}
-    layout.is_row = matches_padded(model, layout, columns)
-    if not layout.is_row:
+    packer.is_packed = matches_padded(model, packer, columns)
+    if not packer.is_packed:
         log.info("this model needs padding: its examples run padded, those of like length together")
-    return layout
+    return packer

@@ -64,9 +64,9 @@ def split_by_length(ids, lengths, worth):
     return [part for some in halves for part in split_by_length(ids[some], lengths[some], worth)]
 
 
-def min_saving(layout, device):
+def min_saving(packer, device):
     """Return `worth` of of_like_lengths on a device; None where examples lie end to end, and nothing is padded."""
-    return None if layout.is_row else TOKENS_WORTH_A_PASS.get(device.type, 8192)
+    return None if packer.is_packed else TOKENS_WORTH_A_PASS.get(device.type, 8192)
 
 
 def divide(batch, lengths, rank, number_of_processes, micro_batch_size, worth):
@@ -97,26 +97,26 @@ def padded_tokens(lengths, batches, number_of_processes, micro_batch_size, worth
     )
 
 
-def padding_fraction(examples, batches, accelerator, micro_batch_size, layout):
+def padding_fraction(examples, batches, accelerator, micro_batch_size, packer):
     """Return the fraction of padding in what the processes compute for these batches: 0 where nothing is padded."""
-    lengths, worth = column_array(examples, "length"), min_saving(layout, accelerator.device)
+    lengths, worth = column_array(examples, "length"), min_saving(packer, accelerator.device)
     computed = padded_tokens(lengths, batches, accelerator.num_processes, micro_batch_size, worth)
     return 1 - sum(int(lengths[batch].sum()) for batch in batches) / computed
 
 
-def step_loader(examples, batches, accelerator, micro_batch_size, layout, num_workers=0):
+def step_loader(examples, batches, accelerator, micro_batch_size, packer, num_workers=0):
     """Return a DataLoader that yields, for every global batch, this process's micro-batches of it.
 
     A micro-batch is a dict of `ids`, `lengths`, `inputs` (tensors for the model), `labels`, `weight`, and counts; all
     of it still on the CPU. The loader is not for accelerator.prepare(): it is divided among the processes already.
     """
     rank, number_of_processes = accelerator.process_index, accelerator.num_processes
-    lengths, worth = column_array(examples, "length"), min_saving(layout, accelerator.device)
+    lengths, worth = column_array(examples, "length"), min_saving(packer, accelerator.device)
     divided = [divide(batch, lengths, rank, number_of_processes, micro_batch_size, worth) for batch in batches]
     return DataLoader(
         divided,
         batch_size=None,
-        collate_fn=partial(collate_step, examples, layout),  # no closure: worker processes must receive it
+        collate_fn=partial(collate_step, examples, packer),  # no closure: worker processes must receive it
         num_workers=num_workers,
         worker_init_fn=ignore_signals,
         pin_memory=accelerator.device.type == "cuda",
@@ -131,12 +131,12 @@ def ignore_signals(_):
         signal.signal(number, signal.SIG_IGN)
 
 
-def collate_step(examples, layout, micro_batches):
+def collate_step(examples, packer, micro_batches):
     """Return the micro-batches of one step, given as (ids, weight), as the dicts of step_loader."""
     step = []
     for ids, weight in micro_batches:
         rows = examples[ids]
-        inputs = layout.lay_out(rows)
+        inputs = packer.collate(rows)
         step.append(
             {
                 "ids": ids,
@@ -146,7 +146,7 @@ def collate_step(examples, layout, micro_batches):
                 "weight": weight,
                 "examples": len(ids) * weight,
                 "tokens": sum(rows["length"]) * weight,
-                "positions": (sum(rows["length"]) if layout.is_row else inputs["input_ids"].numel()) * weight,
+                "positions": (sum(rows["length"]) if packer.is_packed else inputs["input_ids"].numel()) * weight,
             }
         )
     return step

@@ -103,17 +103,16 @@ def is_empty(folder):
 
 
 @contextmanager
-def hold(folder, accelerator):
-    """Hold a run's folder under `with`, alone; note in state.json why the run ended. Yields a State that begins.
+def hold(folder, accelerator, state):
+    """Hold a run's folder under `with`, alone; note in state.json why the run ended.
 
     Raises BadInput on all processes where another run is there, or nothing can be written. An error goes on; any
     process may be the one that fails. Out of memory: half the micro-batch is noted, for the same command to go on with.
     """
-    state = State()
     with ExitStack() as stack:
         on_main_process(accelerator, stack.enter_context, locked(folder))
         try:
-            yield state
+            yield
         except Preempted as error:
             if accelerator.is_main_process:
                 with suppress(OSError):
@@ -201,12 +200,18 @@ def record_end(folder, status, reason, **more):
 # ------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def record_best(state, score, evaluations):
-    """Note that the model of this step is the best so far."""
+def record_evaluation(state, score, evaluations, is_best):
+    """Note that this step was evaluated, and whether its model is the best so far."""
+    state.evaluated_step = state.step
+    state.evaluations_since_best = 0 if is_best else state.evaluations_since_best + 1
+    if is_best:
+        state.best_before = state.best
+        state.best = {"step": state.step, "score": score, "evaluations": _for_json(evaluations)}
+
+
+def _for_json(evaluations):
     kept = ("scores", "majority", "constant")
-    evaluations = {name: {key: evaluation[key] for key in kept} for name, evaluation in evaluations.items()}
-    state.best_before, state.best = state.best, {"step": state.step, "score": score, "evaluations": evaluations}
-    state.evaluations_since_best = 0
+    return {name: {key: evaluation[key] for key in kept} for name, evaluation in evaluations.items()}
 
 
 def save(folder, accelerator, state, model, optimizer, scheduler, keep):

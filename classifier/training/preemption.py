@@ -10,7 +10,7 @@ from classifier.messages import BadInput, Preempted, RunFailed
 
 # From Ctrl-C, from launchers and clusters. Windows has no SIGUSR1.
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-SECONDS_BETWEEN_LOOKS = 1
+SECONDS_BETWEEN_POLLS = 1
 
 
 def save_interval(words, steps_per_epoch):
@@ -49,14 +49,14 @@ class SignalWatch:
 
     @contextmanager
     def training(self, save, interval, first_step):
-        """Under `with`, look() is called between steps, from first_step on; what a signal ends is saved first.
+        """Under `with`, poll() is called between steps, from first_step on; what a signal ends is saved first.
 
-        save() returns whether it could; interval: when look() asks for it, as save_interval returns it.
+        save() returns whether it could; interval: when poll() asks for it, as save_interval returns it.
         """
         self.save_steps, save_minutes = interval
         self.save_seconds = save_minutes and 60 * save_minutes
         self.first_step, self.last_save = first_step, time.monotonic()
-        self.reset()
+        self.poll_next_time()
         self.is_training = True
         try:
             yield
@@ -67,11 +67,11 @@ class SignalWatch:
         finally:
             self.is_training = False
 
-    def reset(self):
+    def poll_next_time(self):
         """Look at once the next time: what comes may take longer than what was."""
-        self.calls, self.left, self.last_look = 1, 1, time.monotonic()
+        self.calls, self.left, self.last_poll = 1, 1, time.monotonic()
 
-    def look(self, step=None):
+    def poll(self, step=None):
         """Return whether to save at this step. Raises Preempted on all processes once one has received a signal.
 
         All processes call this at the same points, in training with the step. They meet about once a second.
@@ -81,13 +81,13 @@ class SignalWatch:
         if self.left > 0:
             return is_due
         now = time.monotonic()
-        pace = int(self.calls * SECONDS_BETWEEN_LOOKS / max(now - self.last_look, 1e-6))
+        pace = int(self.calls * SECONDS_BETWEEN_POLLS / max(now - self.last_poll, 1e-6))
         has_time_come = bool(self.save_seconds and step is not None and now - self.last_save >= self.save_seconds)
         found = torch.tensor([self.received, has_time_come, max(1, min(pace, 2 * self.calls))])
         if self.group:
             torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=self.group)
         received, has_time_come, self.calls = found.tolist()
-        self.left, self.last_look = self.calls, now
+        self.left, self.last_poll = self.calls, now
         if has_time_come:
             self.last_save = now
         if received:

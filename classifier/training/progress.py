@@ -55,11 +55,11 @@ class Progress:
                 kept.append(line)
         write_text(self.lines, "".join(f"{line}\n" for line in kept))
 
-    def step(self, step, ids, grad_norm, losses_of_step):
+    def record_step(self, step, ids, grad_norm, losses_of_step):
         """Note a step: its number, its examples, the gradient's norm, [(micro-batch, losses)] of this process."""
         self.recent.append((step, ids, grad_norm, losses_of_step))
 
-    def read(self):
+    def sync(self):
         """Add the steps since the last call up, over all processes.
 
         Called every few steps, not in each: reading a number from a GPU makes it wait. The sums are the same on all
@@ -103,13 +103,13 @@ class Progress:
         seconds, self.last_look = now - self.last_look, now
         return seconds
 
-    def saved(self):
+    def end_save_timer(self):
         """Note that what has passed since the last look went into saving."""
         self.state.save_seconds += self._seconds()
 
-    def line(self):
+    def log_step(self):
         """Note the training since the line before; show it on the bar or, every few seconds, as a line."""
-        self.read()
+        self.sync()
         state, step = self.state, self.state.step
         (loss_sum, examples, _, positions), seconds = state.since_line, state.line_seconds
         state.since_line, state.line_seconds = [0.0] * 4, 0.0
@@ -121,7 +121,7 @@ class Progress:
             "grad_norm": self.grad_norm if math.isfinite(self.grad_norm) else None,  # an overflow in fp16
             "examples_per_second": round(examples_per_second, 2),
         }
-        self._note("train", step, values, "train", values)
+        self._log("train", step, values, "train", values)
         epoch, now = step / self.steps_per_epoch, time.monotonic()
         rate = f"lr {state.learning_rate:.2e}"
         self.bar.set_postfix_str(f"epoch {epoch:.2f}, loss {loss:.4f}, {rate}", refresh=False)
@@ -134,7 +134,7 @@ class Progress:
                 f"{examples_per_second:.0f} examples/s, {format_duration(left)} left"
             )
 
-    def evaluation(self, evaluations, is_best):
+    def log_evaluation(self, evaluations, is_best):
         """Note evaluations of splits, and show each as a row with the scores of the majority class beside its own."""
         state, step = self.state, self.state.step
         loss_sum, examples, *_ = state.since_evaluation
@@ -144,7 +144,7 @@ class Progress:
             name = "train_sample" if split == "train" else split  # "train loss" is that of the steps
             values = {"split": split, "loss": loss, "scores": scores, "train_loss": loss_sum / examples}
             values["seconds"] = round(time.monotonic() - self.started, 2)  # of the whole run until here
-            self._note("eval", step, values, name, {"loss": loss, **scores})
+            self._log("eval", step, values, name, {"loss": loss, **scores})
             log.info(
                 f"epoch {step / self.steps_per_epoch:.2f}, step {step} | train loss {loss_sum / examples:.4f}, "
                 f"{name} loss {loss:.4f}, lr {state.learning_rate:.2e} | {format_scores(scores)} | "
@@ -175,7 +175,7 @@ class Progress:
             "padding_fraction": 1 - tokens / positions,
         }
 
-    def _note(self, kind, step, values, group, numbers):
+    def _log(self, kind, step, values, group, numbers):
         """Write values as a line of metrics.jsonl; tell the trackers the numbers that are not None, as GROUP/NAME."""
         if self.accelerator.is_main_process:
             line = {"type": kind, "step": step, "epoch": round(step / self.steps_per_epoch, 4), **values}
@@ -191,15 +191,15 @@ class Progress:
         self.bar.close()
 
 
-def tracker_names(words):
-    """Return the names in --trackers, or None. Raises BadInput for one that is unknown or not installed."""
-    names = words.split(",") if words else []
+def tracker_names(args):
+    """Return the names in --trackers; None where there are none, and in a dry run. Raises BadInput for one that is unknown or not installed."""
+    names = args.trackers.split(",") if args.trackers else []
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
             raise BadInput(f"--trackers {name}: unknown", f"Known: {', '.join(LOGGER_TYPE_TO_CLASS)}.")
         if name not in [tracker.value for tracker in get_available_trackers()]:
             raise BadInput(f"--trackers {name}: the package is not installed", f"pip install {name}")
-    return names or None
+    return None if args.dry_run else names or None
 
 
 def start_trackers(accelerator, folder, project, settings, step):
@@ -221,14 +221,10 @@ def start_trackers(accelerator, folder, project, settings, step):
             tracker.store_init_configuration(settings)
 
 
-def log_dry_run(
-    task, args, accelerator, model, layout, plan, examples, validation_splits, progress, micro_batch, loss_of
-):
+def log_dry_run(args, accelerator, model, packer, plan, examples, progress):
     """Log what the whole run will take, after a few steps of it; on a GPU also how its numbers differ from a CPU's.
 
-    plan: the global batches of the whole run; micro_batch: one that was trained on; loss_of: logits and labels to
-    a loss. The time is that of training and
-    evaluating, without the start.
+    plan: the global batches of the whole run. The time is that of training and evaluating, without the start.
     """
     processes, steps = accelerator.num_processes, len(plan)
     of_process = math.ceil(args.batch_size / processes)
@@ -236,11 +232,12 @@ def log_dry_run(
     seconds, filled = np.sum(progress.intervals[len(progress.intervals) // 2 :], axis=0)  # the first steps warm up
     rate = filled / seconds
     lengths = cache.column_array(examples["train"], "length")
-    worth = batching.min_saving(layout, accelerator.device)
+    worth = batching.min_saving(packer, accelerator.device)
     training = batching.padded_tokens(lengths, plan, processes, micro_batch_size, worth) / rate
     every = progress.steps_per_epoch if args.eval_every == "epoch" else int(args.eval_every)
     evaluations = math.ceil(steps / every)
-    tokens = sum(int(cache.column_array(examples[name], "length").sum()) for name in validation_splits)
+    validation = [rows for name, rows in examples.items() if name.startswith("validation")]
+    tokens = sum(int(cache.column_array(rows, "length").sum()) for rows in validation)
     tokens += lengths.mean() * min(args.eval_train_rows or 0, len(lengths))
     # A forward pass alone takes a third of a training step; with a frozen encoder, whose features are computed once
     # for all epochs but not here, most of it. Once, the metrics are loaded.
@@ -260,13 +257,16 @@ def log_dry_run(
         f"{args.keep_checkpoints + 2} checkpoints of {saved / 1e6:.0f} MB",
     }
     if accelerator.device.type != "cpu" and accelerator.is_main_process:
-        table["check"] = _check_against_cpu(accelerator, model, layout, micro_batch, loss_of)
+        table["check"] = _check_against_cpu(accelerator, model, packer, plan, examples, micro_batch_size)
     log.info("\n".join(f"{name:8}{words}" for name, words in table.items()))
 
 
-def _check_against_cpu(accelerator, model, layout, micro_batch, loss_of):
+def _check_against_cpu(accelerator, model, packer, plan, examples, micro_batch_size):
     """Return in words how far the device's numbers are from the CPU's; warn where that is too far."""
-    logits, gradients = inference.compare_with_cpu(model, layout, micro_batch, loss_of, accelerator.autocast())
+    micro_batch = next(iter(batching.step_loader(examples["train"], plan[:1], accelerator, micro_batch_size, packer)))[
+        0
+    ]
+    logits, gradients = inference.compare_with_cpu(model, packer, micro_batch, accelerator.autocast())
     words = f"largest difference from fp32 on the CPU: logits {logits:.1e}, gradients {gradients:.1e}"
     tolerance = inference.TOLERANCE[accelerator.mixed_precision]
     if not (logits < tolerance and gradients < tolerance):  # NaN is not below anything, and no maximum
