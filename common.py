@@ -221,6 +221,14 @@ def with_metrics(task):
     return task
 
 
+def score_splits(task, splits, compute_logits, majority):
+    """Return {split: score_logits} for {split: examples}. compute_logits: a function of examples."""
+    labels = {name: column_array(examples, "label") for name, examples in splits.items()}
+    return {
+        name: score_logits(task, compute_logits(examples), labels[name], majority) for name, examples in splits.items()
+    }
+
+
 def fit_thresholds(task, evaluations, split, majority):
     """Return (task, evaluations): of several labels, with the thresholds that are best on a split."""
     task = with_thresholds(task, evaluations[split]["logits"], evaluations[split]["labels"])

@@ -202,9 +202,7 @@ def main():
 
     state = checkpoint.State()
     scratch = tempfile.TemporaryDirectory(prefix="dry-run-") if args.dry_run else nullcontext(args.output_dir)
-    with scratch as name, checkpoint.hold(Path(name), accelerator, state):
-        folder = Path(name)
-
+    with scratch as place, checkpoint.hold(Path(place), accelerator, state) as folder:
         # --- model and tokens; the same seed gives every process the same new head
         set_seed(args.seed)
         model, tokenizer, model_facts = models.load_model(args.model or task.model, task, args.refresh)
@@ -235,10 +233,9 @@ def main():
             accelerator, checkpoint.begin_or_resume, folder, settings, fingerprints, args.resume, args.overwrite
         )
         checkpoint.load(path, accelerator, state, plain_model, plain_optimizer, scheduler)
-        state.micro_batch_size = inference.choose_micro_batch_size(
-            args, state.micro_batch_size, limit, accelerator, plain_model, packer, examples["train"]
+        size = inference.choose_micro_batch_size(
+            args, state, limit, accelerator, plain_model, packer, examples["train"]
         )
-        size = state.micro_batch_size
         padding = batching.padding_fraction(examples["train"], plan[:steps_per_epoch], accelerator, size, packer)
         data_facts = log_data_facts(task, splits, examples, tokenizer, padding)
         if args.freeze == "encoder":  # it runs once over each split, not in each step
@@ -249,24 +246,20 @@ def main():
         # --- what happens between two steps
         evaluated = splits_to_evaluate(args, examples)
         chooser = next(iter(evaluated))
-        metric = task.metrics[0]
         eval_every = steps_per_epoch if args.eval_every == "epoch" else int(args.eval_every)
         progress = Progress(accelerator, folder, state, total_steps, steps_per_epoch)
         if accelerator.is_main_process:
             write_bad_rows(folder / "bad_rows.csv", bad_rows)
         start_trackers(accelerator, folder, task.name, settings, state.step)
 
-        def score(splits):  # on every process, so that all decide alike
-            logits = inference.split_logits(plain_model, splits, accelerator, args.eval_batch_size, packer, signals)
-            labels = {name: column_array(rows, "label") for name, rows in splits.items()}
-            return {name: common.score_logits(task, logits[name], labels[name], majority) for name in splits}
+        def compute_logits(rows):  # on every process, so that all decide alike
+            return inference.compute_logits(plain_model, rows, accelerator, args.eval_batch_size, packer, signals)
 
         def save():
-            progress.sync()
-            keep = args.keep_checkpoints
-            is_saved = checkpoint.save(folder, accelerator, state, plain_model, plain_optimizer, scheduler, keep)
-            progress.end_save_timer()
-            return is_saved
+            with progress.saving():
+                return checkpoint.save(
+                    folder, accelerator, state, plain_model, plain_optimizer, scheduler, args.keep_checkpoints
+                )
 
         # Now we train. Where a signal asks the run to end, poll() raises on all processes, and save() is called.
         with signals.training(save, save_interval(args.save_every, steps_per_epoch), state.step):
@@ -276,9 +269,9 @@ def main():
                 save_is_due = signals.poll(state.step)
                 # A run killed in an evaluation repeats it: evaluated_step lags behind step.
                 if state.step > state.evaluated_step and (is_last or state.step % eval_every == 0):
-                    evaluations = score(evaluated)
-                    score_now = evaluations[chooser]["scores"][metric]
-                    is_best = state.best is None or is_better(metric, score_now, state.best["score"])
+                    evaluations = common.score_splits(task, evaluated, compute_logits, majority)
+                    score_now = evaluations[chooser]["scores"][task.metrics[0]]
+                    is_best = state.best is None or is_better(task.metrics[0], score_now, state.best["score"])
                     checkpoint.record_evaluation(state, score_now, evaluations, is_best)
                     progress.log_evaluation(evaluations, is_best)
                     save_is_due = save_is_due or is_best
@@ -321,7 +314,8 @@ def main():
 
         # --- the best model: scored once more, for all that the report tells, and written once
         checkpoint.load_best(folder, state.best, plain_model)
-        evaluations = score(evaluated | {name: rows for name, rows in examples.items() if name.startswith("test")})
+        evaluated |= {name: rows for name, rows in examples.items() if name.startswith("test")}
+        evaluations = common.score_splits(task, evaluated, compute_logits, majority)
         if task.is_multi_label:
             task, evaluations = common.fit_thresholds(task, evaluations, chooser, majority)
         results = report.collect_results(args, task, model_facts, progress, evaluations, data_facts, accelerator)

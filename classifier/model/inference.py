@@ -184,18 +184,19 @@ def largest_micro_batch(accelerator, model, packer, examples, share):
         size = math.ceil(size / 2)
 
 
-def choose_micro_batch_size(args, known, limit, accelerator, model, packer, examples):
-    """Return how many examples a process computes at a time, of its part of a step.
+def choose_micro_batch_size(args, state, limit, accelerator, model, packer, examples):
+    """Return how many examples a process computes at a time, of its part of a step; keep it in the State of the run.
 
-    known: what an earlier start of this run found to fit, or 0; limit: half of what memory could not hold when it was
-    last tried, or None. --micro_batch_size auto tries what memory holds.
+    limit: half of what memory could not hold when this run was last tried, or None. --micro_batch_size auto tries what
+    memory holds, unless an earlier start of this run has found that out.
     """
     examples_per_process = math.ceil(args.batch_size / accelerator.num_processes)
     size = args.micro_batch_size or examples_per_process
     if size == "auto":
-        size = known or largest_micro_batch(accelerator, model, packer, examples, examples_per_process)
+        size = state.micro_batch_size or largest_micro_batch(accelerator, model, packer, examples, examples_per_process)
         log.info(f"micro-batches of {size} (--micro_batch_size auto)")
-    return min(size, examples_per_process, limit or examples_per_process)
+    state.micro_batch_size = min(size, examples_per_process, limit or examples_per_process)
+    return state.micro_batch_size
 
 
 def compute_logits(model, examples, accelerator, batch_size, packer, signals=None):
@@ -207,12 +208,6 @@ def compute_logits(model, examples, accelerator, batch_size, packer, signals=Non
     )
     model.train(was_training)
     return logits
-
-
-def split_logits(model, splits, accelerator, batch_size, packer, signals=None):
-    """Return {split: logits} of compute_logits for {split: examples}."""
-    options = (accelerator, batch_size, packer, signals)
-    return {name: compute_logits(model, examples, *options) for name, examples in splits.items()}
 
 
 @torch.inference_mode()

@@ -104,7 +104,7 @@ def is_empty(folder):
 
 @contextmanager
 def hold(folder, accelerator, state):
-    """Hold a run's folder under `with`, alone; note in state.json why the run ended.
+    """Hold a run's folder under `with`, alone, and yield it; note in state.json why the run ended.
 
     Raises BadInput on all processes where another run is there, or nothing can be written. An error goes on; any
     process may be the one that fails. Out of memory: half the micro-batch is noted, for the same command to go on with.
@@ -112,7 +112,7 @@ def hold(folder, accelerator, state):
     with ExitStack() as stack:
         on_main_process(accelerator, stack.enter_context, locked(folder))
         try:
-            yield
+            yield folder
         except Preempted as error:
             if accelerator.is_main_process:
                 with suppress(OSError):

@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import time
+from contextlib import contextmanager
 
 import numpy as np
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, TensorBoardTracker, get_available_trackers
@@ -103,9 +104,14 @@ class Progress:
         seconds, self.last_look = now - self.last_look, now
         return seconds
 
-    def end_save_timer(self):
-        """Note that what has passed since the last look went into saving."""
-        self.state.save_seconds += self._seconds()
+    @contextmanager
+    def saving(self):
+        """Under `with`, time counts as saving; what is saved knows of all steps so far."""
+        self.sync()
+        try:
+            yield
+        finally:
+            self.state.save_seconds += self._seconds()
 
     def log_step(self):
         """Note the training since the line before; show it on the bar or, every few seconds, as a line."""
