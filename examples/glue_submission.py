@@ -1,9 +1,9 @@
 """A submission to the GLUE leaderboard: a table for each of its eleven test sets, and all of them in one zip.
 
-    python predict.py --glue_submission glue/ --runs runs/*                   # the best run of each task
-    python predict.py --glue_submission glue/ --runs runs/* --fill_missing    # where some tasks have none
+    python examples/glue_submission.py --runs runs/*                   # the best run of each task
+    python examples/glue_submission.py --runs runs/* --fill_missing    # where some tasks have none
 
-Writes DIR/CoLA.tsv ... DIR/AX.tsv and DIR/submission.zip, which https://gluebenchmark.com takes. Each table has the
+Writes DIR/CoLA.tsv ... DIR/AX.tsv and DIR/submission.zip (--output glue), which https://gluebenchmark.com takes. Each table has the
 columns index and prediction, and a line for every row of the test set: the NLI tasks by the names of their labels,
 STS-B as a number from 0 to 5, the others as 0 or 1 (https://gluebenchmark.com/faq).
 """
@@ -11,6 +11,7 @@ STS-B as a number from 0 to 5, the others as 0 or 1 (https://gluebenchmark.com/f
 import io
 import json
 import os
+import sys
 import zipfile
 from contextlib import suppress
 from dataclasses import replace
@@ -19,6 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import common
+from classifier import processes
 from classifier.data import tasks
 from classifier.data.cache import column_array
 from classifier.data.labels import UNLABELLED, majority_prediction, predictions_from_logits
@@ -220,3 +225,27 @@ def is_similarity(word):
         return SIMILARITY[0] <= float(word) <= SIMILARITY[1]  # NaN is neither
     except ValueError:
         return False
+
+
+def main():
+    parser = common.argument_parser(__doc__)
+    add = parser.add_argument_group("submission").add_argument
+    add("--runs", nargs="+", required=True, metavar="DIR", help="runs of its tasks; of several the best on validation")
+    add("--output", default="glue", metavar="DIR", help="folder for the tables and the zip (default: glue)")
+    add("--fill_missing", action="store_true", help="predict the majority class where a task has no run")
+    common.add_machine_arguments(parser)
+    args = parser.parse_args()
+    # torch takes seconds: --help and a mistake are to come at once.
+    from classifier.predictor import load
+
+    accelerator = processes.start(args, stream=sys.stderr)
+    if accelerator.num_processes > 1:
+        raise BadInput("a submission is written by one process", "For this: python examples/glue_submission.py")
+    write_submission(
+        args.output, args.runs, args.fill_missing, lambda run: load(run, accelerator, args.eval_batch_size)
+    )
+    return accelerator
+
+
+if __name__ == "__main__":
+    processes.run(main)
