@@ -1,4 +1,7 @@
-"""What two or more scripts need, in the order data meets it: arguments, processes, tokens, model, losses, scores."""
+"""Shared by two or more scripts, in data-flow order: flags, a task's data, losses, scores.
+
+The loss is example_losses(), the scores are score_logits(). Everything else a script needs it imports from classifier/.
+"""
 
 import argparse
 import math
@@ -14,64 +17,124 @@ from classifier.data.tasks import CHOICES, SPLIT_NAMES
 from classifier.evaluation import metrics
 from classifier.messages import BadInput, log
 
-# --------------------------------------------------------------------------------------------------------- arguments
+# ------------------------------------------------------------------------------------------------------------- flags
+
+
+def _number_type(name, convert, is_allowed, description):
+    """Return an argparse type. argparse reports text that is no number at all as an "invalid NAME value"."""
+
+    def checked(text):
+        if not is_allowed(text):
+            raise argparse.ArgumentTypeError(f"{text} is not {description}")
+        return convert(text)
+
+    checked.__name__ = name
+    return checked
+
+
+def _is_positive_int(text):
+    return text.isdecimal() and int(text) > 0
+
+
+positive_int = _number_type("positive_int", int, _is_positive_int, "a whole number above 0")
+non_negative_int = _number_type("non_negative_int", int, str.isdecimal, "a whole number from 0")
+non_negative_float = _number_type("float", float, lambda text: 0 <= float(text) < math.inf, "a number from 0")
+fraction = _number_type("fraction", float, lambda text: 0 <= float(text) < 1, "from 0 to below 1")
+
+
+def positive_int_or_auto(text):
+    return text if text == "auto" else positive_int(text)
 
 
 def argument_parser(description, data=False):
     """Return a parser whose --help shows the script's docstring, and whose errors are two lines like all others.
 
-    data: with the flags that say which data to read.
+    data: include the flags that select data.
     """
 
     def fail(message):
         raise BadInput(message, "See --help.")
 
-    as_it_is = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=as_it_is, allow_abbrev=False)
+    verbatim = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=verbatim, allow_abbrev=False)
     parser.error = fail
     if data:
         add_data_arguments(parser)
     return parser
 
 
+def add_data_arguments(parser):
+    """Add the flags that select data, the same in every script that reads a data set."""
+    add = parser.add_argument_group("data").add_argument
+    add("--task", metavar="NAME|FILE", help="a task of data/, or a YAML file of your own")
+    add("--dataset", metavar="ID[:CONFIG]", help="a data set on the Hub, without a YAML")
+    formats = "csv, tsv, json, jsonl (.gz), parquet; a path or URL"
+    for split in SPLIT_NAMES:
+        add(f"--{split}_file", metavar="FILE", help=f"{split} data: {formats}")
+    add("--text_columns", metavar="A[,B]", help="one text column, or two for pairs (default: text)")
+    add("--label_column", metavar="NAME", help="the label column (default: label)")
+    add("--group_column", metavar="NAME", help="keep rows with equal values in one split, where splits are made")
+    add("--encoding", metavar="NAME", help="of text files (default: utf-8)")
+    add("--delimiter", metavar="MARK", help="between columns, such as ';' or tab (default: by the file's name)")
+    add("--on_bad_row", choices=["fail", "skip"], help="skip: leave bad rows out and list them (default: fail)")
+    add("--metrics", metavar="A[,B]", help="scores; the first one chooses the best checkpoint")
+    add("--max_length", type=positive_int, metavar="TOKENS", help="truncate longer texts (default: the model's limit)")
+    add("--truncate", choices=CHOICES["truncate"], help="which end of a long text to keep (default: head)")
+    add("--limit", action="append", metavar="SPLIT=N", help="use a sample of N rows of a split, seeded and stratified")
+    add("--refresh", action="store_true", help="ask the Hub for newer commits of the data and the model")
+
+
+def add_machine_arguments(parser):
+    """Add the flags that say how to compute. They change no result beyond rounding."""
+    add = parser.add_argument_group("machine").add_argument
+    description = "auto: the launcher's, else what this hardware computes natively (default: auto)"
+    add("--mixed_precision", choices=["auto", "no", "fp16", "bf16"], default="auto", help=description)
+    add("--threads", type=positive_int, help="CPU threads of each process (default: cores / local processes)")
+    add("--eval_batch_size", type=positive_int, default=64, help="examples at a time (default: 64)")
+
+
 def parse_arguments(parser, default=None):
-    """Return (args, task): the command line over the task's own defaults; `default` is the task where none is given."""
+    """Return (args, task). Flags override the task's own defaults. default: the task where none is named."""
     task = tasks.task_from_args(parser.parse_args(), default)
     check_files(task)
     tasks.set_defaults(parser, task)
     return parser.parse_args(), task
 
 
-def add_machine_arguments(parser):
-    """Add the flags that say how to compute: they change no result beyond rounding."""
-    add = parser.add_argument_group("machine").add_argument
-    add(
-        "--mixed_precision",
-        choices=["auto", "no", "fp16", "bf16"],
-        default="auto",
-        help="auto: the launcher's, else what this hardware computes natively (default: %(default)s)",
-    )
-    add("--threads", type=positive_int, help="CPU threads of each process (default: cores / local processes)")
-    add("--eval_batch_size", type=positive_int, default=64, help="examples at a time (default: %(default)s)")
-
-
-# ---------------------------------------------------------------------------------------------------- data and model
+# ------------------------------------------------------------------------------------------------------ a task's data
 
 
 def load_data(task, args):
-    """Return (task, splits, fingerprints, bad_rows) of splits.load_splits, one process of a machine after the other."""
+    """Return (task, splits, fingerprints, bad_rows) of splits.load_splits; the task has its metrics, too.
+
+    One process of a machine reads the data. The others wait, and read its cache.
+    """
     with one_process_at_a_time():
         task, splits, fingerprints, bad_rows = load_splits(task, args.refresh)
-    task = with_metrics(task)
     for name in dict.fromkeys(bad_row["split"] for bad_row in bad_rows):
         reasons = [bad_row["reason"] for bad_row in bad_rows if bad_row["split"] == name]
-        words = f"{len(reasons)} bad rows left out, listed in bad_rows.csv; the first: {reasons[0]}"
-        log.warning(f"WARNING: {name}: {words}")
-    return task, splits, fingerprints, bad_rows
+        skipped = f"{len(reasons)} bad rows left out, listed in bad_rows.csv; the first: {reasons[0]}"
+        log.warning(f"WARNING: {name}: {skipped}")
+    return with_metrics(task), splits, fingerprints, bad_rows
+
+
+def with_metrics(task):
+    """Return the task with its metrics: the usual ones where it names none. Its labels must be known.
+
+    Raises BadInput for metrics that do not fit the problem.
+    """
+    usual = ["pearson", "spearmanr"] if task.is_regression else ["f1_macro", "accuracy"]
+    task = replace(task, metrics=task.metrics or (["f1_micro", "f1_macro"] if task.is_multi_label else usual))
+    try:
+        metrics.check_metrics(task.metrics, None if task.is_regression else len(task.labels), task.is_multi_label)
+    except ValueError as error:
+        reason, *advice = str(error).splitlines()
+        raise BadInput(f"task {task.name}: {reason}", " ".join(advice) or "Choose others with --metrics.") from None
+    return task
 
 
 def check_splits(task, splits, names):
-    """Raise BadInput unless the named splits are there, and all their examples have labels."""
+    """Raise BadInput unless the named splits exist and all their examples have labels."""
     for name in names:
         if name not in splits:
             raise BadInput(f"task {task.name}: has no {name} split", f"Splits: {', '.join(splits)}.")
@@ -80,26 +143,26 @@ def check_splits(task, splits, names):
         if missing:
             raise BadInput(
                 f"task {task.name}: {missing} of {len(labels)} examples of the {name} split have no label",
-                "They can be predicted (predict.py), not scored; the validation split can be scored.",
+                "They can be predicted (predict.py), not scored. The validation split can be scored.",
             )
 
 
 def check_unchanged(names, before, now, advice):
-    """Raise BadInput where a named split is not the one of the training. before, now: fingerprints by split."""
+    """Raise BadInput where a named split differs from the one used in training. before, now: fingerprints by split."""
     if changed := [name for name in names if before.get(name, now[name]) != now[name]]:
-        words = f"the {changed[0]} split is not the one of the training: its data or the rule that made it have changed"
-        raise BadInput(words, advice)
+        reason = f"the {changed[0]} split is not the one used in training: its data or the rule that made it changed"
+        raise BadInput(reason, advice)
 
 
 # -------------------------------------------------------------------------------------------------- losses and scores
 
 
 def example_losses(task, logits, labels, label_smoothing=0.0, class_weights=None):
-    """Return the loss of each example, shape (examples,): cross entropy; squared error in regression; in multi-label
-    the mean over the labels of each one's binary cross entropy.
+    """Return the loss of each example, shape (examples,).
 
-    logits: (examples, outputs) in float32; labels: (examples,), ids or floats, or (examples, labels) of 0 and 1;
-    class_weights: (labels,) or None.
+    That is the cross entropy; in regression the squared error; in multi-label the binary cross entropy, averaged over
+    the labels. logits: (examples, outputs), float32. labels: (examples,), ids or floats; in multi-label (examples,
+    labels) of 0 and 1. class_weights: (labels,) or None.
     """
     from torch.nn import functional
 
@@ -112,9 +175,9 @@ def example_losses(task, logits, labels, label_smoothing=0.0, class_weights=None
 
 
 def class_weights(kind, task, labels, device=None):
-    """Return the weight of each class, shape (labels,): inverse to its frequency, of mean 1 over the examples.
+    """Return the weight of each class, shape (labels,), or None for kind "none".
 
-    kind: "balanced", or "none": then None, and all examples count alike.
+    "balanced": inversely proportional to its frequency, with a mean of 1 over the examples.
     """
     import torch
 
@@ -126,111 +189,42 @@ def class_weights(kind, task, labels, device=None):
 
 
 def score_logits(task, logits, labels, majority):
-    """Return {"loss", "losses", "scores", "predictions", "constant", "majority", "logits", "labels"} of logits (examples,
-    outputs) for labels (examples,).
+    """Return what there is to know of a model's logits (examples, outputs) for labels (examples,), as a dict.
 
-    `losses` are those of the examples, `loss` their mean, `scores` the task's metrics, `predictions` label ids or values (in multi-label
-    0 and 1), `constant` the one prediction where all are the same, `majority` the metrics of always predicting
-    `majority`.
-    Raises FloatingPointError for logits that are not finite.
+    `losses` of the examples and their mean, `loss`; `scores` by the task's metrics; `predictions`: label ids or values,
+    in multi-label 0 and 1; `constant`: the one prediction where all are the same, else None; `majority`: the scores of
+    always predicting `majority`; `logits` and `labels`. Raises FloatingPointError for logits that are not finite.
     """
     import torch
 
-    labels, broken = np.asarray(labels), (~np.isfinite(logits)).any(axis=1)
-    if broken.any():
-        raise FloatingPointError(f"{broken.sum()} of {len(labels)} examples have logits that are not finite")
+    labels, is_broken = np.asarray(labels), (~np.isfinite(logits)).any(axis=1)
+    if is_broken.any():
+        raise FloatingPointError(f"{is_broken.sum()} of {len(labels)} examples have logits that are not finite")
     predictions = predictions_from_logits(task, logits)
     losses = example_losses(task, torch.from_numpy(logits), torch.tensor(labels))
     is_constant = len(predictions) > 1 and (predictions == predictions[0]).all()
-    # A constant has no correlation: that is known, and no news.
-    majority_scores = metrics.compute(task.metrics, np.broadcast_to(majority, labels.shape), labels, warns=False)
     return {
         "loss": losses.mean().item(),
         "losses": losses.numpy(),
-        "scores": metrics.compute(task.metrics, predictions, labels),
+        "scores": metrics.compute_metrics(task.metrics, predictions, labels),
         "predictions": predictions,
         "constant": predictions[0].tolist() if is_constant else None,
-        "majority": majority_scores,
+        # A constant has no correlation, which is no news: no warning.
+        "majority": metrics.compute_metrics(task.metrics, np.broadcast_to(majority, labels.shape), labels, warns=False),
         "logits": logits,
         "labels": labels,
     }
 
 
-# ------------------------------------------------------------------------------------------- the flags of scripts
-
-
-def _flag_type(name, convert, is_allowed, words):
-    """Return a type of argparse for numbers; a text that is no number at all is an "invalid NAME value" to argparse."""
-
-    def checked(text):
-        if not is_allowed(text):
-            raise argparse.ArgumentTypeError(f"{text} is not {words}")
-        return convert(text)
-
-    checked.__name__ = name
-    return checked
-
-
-positive_int = _flag_type(
-    "positive_int", int, lambda text: text.isdecimal() and int(text) > 0, "a whole number above 0"
-)
-non_negative_int = _flag_type("non_negative_int", int, lambda text: text.isdecimal(), "a whole number from 0")
-non_negative_float = _flag_type(
-    "non_negative_float", float, lambda text: 0 <= float(text) < math.inf, "a number from 0"
-)
-fraction = _flag_type("fraction", float, lambda text: 0 <= float(text) < 1, "from 0 to below 1")
-
-
-def positive_int_or_auto(text):
-    return text if text == "auto" else positive_int(text)
-
-
-def add_data_arguments(parser):
-    """Add the flags that say which data: the same in every script that reads a data set."""
-    add = parser.add_argument_group("data").add_argument
-    add("--task", metavar="NAME|FILE", help="a task of data/, or a YAML file of your own")
-    add("--dataset", metavar="ID[:CONFIG]", help="a data set of the Hub, without a YAML")
-    formats = "csv, tsv, json, jsonl (.gz), parquet; a path or URL"
-    for split in SPLIT_NAMES:
-        add(f"--{split}_file", metavar="FILE", help=f"{split} data: {formats}")
-    add("--text_columns", metavar="A[,B]", help="one text column, or two for pairs (default: text)")
-    add("--label_column", metavar="NAME", help="the column of labels (default: label)")
-    add("--group_column", metavar="NAME", help="rows of one value stay in one split, where splits are made")
-    add("--encoding", metavar="NAME", help="of text files (default: utf-8)")
-    add("--delimiter", metavar="MARK", help="between columns, such as ';' or tab (default: by the name)")
-    add("--on_bad_row", choices=["fail", "skip"], help="skip: leave bad rows out, list them (default: fail)")
-    add("--metrics", metavar="A[,B]", help="scores; the first one chooses the best checkpoint")
-    add("--max_length", type=positive_int, metavar="TOKENS", help="longer texts are cut (default: the model's limit)")
-    add("--truncate", choices=CHOICES["truncate"], help="which end of a long text to keep (default: head)")
-    add("--limit", action="append", metavar="SPLIT=N", help="use N rows of a split, drawn seeded and stratified")
-    add("--refresh", action="store_true", help="ask the Hub for newer commits of the data and the model")
-
-
-def with_metrics(task):
-    """Return the task with its metrics, the usual ones where it names none. Its labels must be known (load_splits).
-
-    Raises BadInput for metrics that do not fit the problem.
-    """
-    usual = ["pearson", "spearmanr"] if task.is_regression else ["f1_macro", "accuracy"]
-    task = replace(task, metrics=task.metrics or (["f1_micro", "f1_macro"] if task.is_multi_label else usual))
-    try:
-        metrics.check(task.metrics, None if task.is_regression else len(task.labels), task.is_multi_label)
-    except ValueError as error:
-        reason, *advice = str(error).splitlines()
-        raise BadInput(f"task {task.name}: {reason}", " ".join(advice) or "Choose others with --metrics.") from None
-    return task
-
-
 def score_splits(task, splits, compute_logits, majority):
     """Return {split: score_logits} for {split: examples}. compute_logits: a function of examples."""
+    logits = {name: compute_logits(examples) for name, examples in splits.items()}
     labels = {name: column_array(examples, "label") for name, examples in splits.items()}
-    return {
-        name: score_logits(task, compute_logits(examples), labels[name], majority) for name, examples in splits.items()
-    }
+    return {name: score_logits(task, logits[name], labels[name], majority) for name in splits}
 
 
 def fit_thresholds(task, evaluations, split, majority):
-    """Return (task, evaluations): of several labels, with the thresholds that are best on a split."""
+    """Return (task, evaluations) with the thresholds of several labels that are best on a split."""
     task = with_thresholds(task, evaluations[split]["logits"], evaluations[split]["labels"])
-    scored = {name: (evaluation["logits"], evaluation["labels"]) for name, evaluation in evaluations.items()}
-    return task, {name: score_logits(task, *of_split, majority) for name, of_split in scored.items()}
+    logits_and_labels = {name: (scored["logits"], scored["labels"]) for name, scored in evaluations.items()}
+    return task, {name: score_logits(task, *pair, majority) for name, pair in logits_and_labels.items()}
