@@ -1,4 +1,4 @@
-"""Fine-tune a text classifier: one explicit loop, the same on a CPU, a GPU, many of them, or a cluster.
+"""Fine-tune a text classifier: one explicit loop, the same on a CPU, a GPU, several GPUs, or a cluster.
 
     accelerate launch train.py --task mrpc                      # a GLUE task from the Hub
     accelerate launch train.py --train_file my.csv              # a file with the columns text and label
@@ -7,7 +7,8 @@
     accelerate launch --config_file accelerate_configs/fp16.yaml train.py --task mrpc
 
 Writes runs/TASK/ (--output_dir): model/ for evaluate.py, predict.py and transformers; metrics.jsonl, results.json and
-state.json. Evaluates as it goes and keeps the checkpoint that the task's first metric likes best.
+state.json. Evaluates along the way and keeps the checkpoint with the best score by the task's first metric. Run the
+same command again to resume a run that was interrupted.
 """
 
 import math
@@ -93,7 +94,7 @@ def build_parser():
 
 
 def parse_arguments():
-    """Return (args, task, settings): the command line over the task's defaults, and what tells two runs apart."""
+    """Return (args, task, settings). Flags override the task's defaults; settings are what tells two runs apart."""
     parser = build_parser()
     args, task = common.parse_arguments(parser, default="demo")
     if args.dry_run:
@@ -101,7 +102,7 @@ def parse_arguments():
     if args.eval_every != "epoch" and not (args.eval_every.isdecimal() and int(args.eval_every)):
         raise BadInput(f"--eval_every {args.eval_every}: neither epoch nor a number of steps", "Write epoch, or 500.")
     if args.overwrite and args.resume != "auto":
-        raise BadInput("--overwrite starts again, --resume goes on (or not)", "Give one of the two.")
+        raise BadInput("--overwrite starts again, --resume resumes", "Give one of the two.")
     if not 0 < args.epochs <= 1e6:
         raise BadInput(f"--epochs {args.epochs}: not above 0 and up to a million", "Give a number such as 3 or 0.5.")
     if args.seed >= 2**32:
@@ -113,28 +114,28 @@ def parse_arguments():
     save_interval(args.save_every, steps_per_epoch=1)
     settings = {name: value for name, value in vars(args).items() if name not in BOOKKEEPING}
     if not args.output_dir:
-        given = {name: value for name, value in settings.items() if value != parser.get_default(name)}
-        args.output_dir = str(Path("runs", run_name(task.name, given)))
-    of_task = ("text", "label", "labels", "problem", "metrics", "max_length", "truncate", "splits", "split", "limit")
+        changed = {name: value for name, value in settings.items() if value != parser.get_default(name)}
+        args.output_dir = str(Path("runs", run_name(task.name, changed)))
+    task_keys = ("text", "label", "labels", "problem", "metrics", "max_length", "truncate", "splits", "split", "limit")
     model = args.model or task.model
-    if isinstance(model, dict):  # its vocabulary counts, not where the file lies
+    if isinstance(model, dict):  # the content of its vocabulary counts, not the path
         model = {**model, "vocab": sha256(model["vocab"]) if Path(model["vocab"]).is_file() else None}
-    return args, task, {**settings, **{key: getattr(task, key) for key in of_task}, "model": model}
+    return args, task, {**settings, **{key: getattr(task, key) for key in task_keys}, "model": model}
 
 
-def run_name(name, given):
-    """Return the folder name of a run: the task, then the settings that were given and differ from the task's own."""
-    words = [name]
-    for key, value in given.items():
+def run_name(task_name, changed):
+    """Return the folder name of a run: the task, then the settings that differ from the task's defaults."""
+    parts = [task_name]
+    for key, value in changed.items():
         if key not in ("dataset", "train_file", "validation_file", "test_file"):
             value = "+".join(map(str, value)) if isinstance(value, list) else str(value).replace(",", "+")
-            words.append(f"{key}={Path(value).name}")  # of a model, the last part of its name
-    name = ",".join(words)
-    return name if len(name) <= 150 else f"{name[:140]},{digest(name)[:8]}"  # a folder name has 255 bytes
+            parts.append(f"{key}={Path(value).name}")  # the last part of a model's name
+    name = ",".join(parts)
+    return name if len(name) <= 150 else f"{name[:140]},{digest(name)[:8]}"  # file systems allow 255 bytes
 
 
 def build_optimizer(model, args):
-    """AdamW, fused where torch has it, without decay on biases and norm weights: on all that is no matrix."""
+    """Return a fused AdamW. Weight decay applies to matrices only, not to biases and norm weights."""
     from torch.optim import AdamW
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -150,12 +151,12 @@ def build_scheduler(optimizer, args, total_steps):
 
     warmup_steps = math.ceil(args.warmup_ratio * total_steps) if args.warmup_steps is None else args.warmup_steps
     if warmup_steps > total_steps:
-        log.warning(f"WARNING: the warm-up of {warmup_steps} steps is longer than the run of {total_steps}")
+        log.warning(f"WARNING: the warm-up of {warmup_steps} steps is longer than the run of {total_steps} steps")
     return get_scheduler(args.scheduler, optimizer, warmup_steps, total_steps)
 
 
 def load_splits(task, args):
-    """Return (task, splits, fingerprints, bad_rows) of common.load_data, with the test splits if they will be scored."""
+    """Return (task, splits, fingerprints, bad_rows) of common.load_data, without test splits that will not be scored."""
     task, splits, fingerprints, bad_rows = common.load_data(task, args)
     test_splits = [name for name in splits if name.startswith("test")]
     common.check_splits(task, splits, ["train", *((test_splits or ["test"]) if args.final_test else [])])
@@ -164,7 +165,7 @@ def load_splits(task, args):
 
 
 def splits_to_evaluate(args, examples):
-    """Return {split: examples} to score at each evaluation; the first, a validation split, chooses the best model."""
+    """Return {split: examples} to score at each evaluation. The first is the validation split that chooses the model."""
     from classifier.training.batching import stratified_sample
 
     evaluated = {name: rows for name, rows in examples.items() if name.startswith("validation")}
@@ -203,7 +204,7 @@ def main():
     state = checkpoint.State()
     scratch = tempfile.TemporaryDirectory(prefix="dry-run-") if args.dry_run else nullcontext(args.output_dir)
     with scratch as place, checkpoint.hold(Path(place), accelerator, state) as folder:
-        # --- model and tokens; the same seed gives every process the same new head
+        # --- model and tokens (the same seed gives every process the same new head)
         set_seed(args.seed)
         model, tokenizer, model_facts = models.load_model(args.model or task.model, task, args.refresh)
         task, examples = tokenization.tokenize_splits(task, splits, fingerprints, model, tokenizer)
@@ -216,7 +217,7 @@ def main():
         whole_plan = batching.make_plan(len(examples["train"]), args.batch_size, args.seed, total_steps)
         plan = whole_plan[:DRY_RUN_STEPS] if args.dry_run else whole_plan
 
-        # --- model and optimiser are prepared; the schedule is not: accelerate would step it once per process
+        # --- prepare model and optimiser, but not the schedule: accelerate would step it once per process
         packer = packing.prepare_model(model, tokenizer, args.seed)
         models.freeze(model, args.freeze)
         if args.gradient_checkpointing:
@@ -224,11 +225,11 @@ def main():
         optimizer = build_optimizer(model, args)
         scheduler = build_scheduler(optimizer, args, total_steps)
         model, optimizer = accelerator.prepare(model.train(), optimizer)
-        plain_model = accelerator.unwrap_model(model)  # evaluated without DDP, whose forward waits for other processes
+        plain_model = accelerator.unwrap_model(model)  # for evaluation: DDP's forward waits for the other processes
         plain_optimizer = optimizer.optimizer  # without accelerate's wrapper
         class_weights = common.class_weights(args.class_weights, task, train_labels, accelerator.device)
 
-        # --- resume where this run was saved, or begin
+        # --- resume from the last checkpoint, or begin
         path, limit = processes.on_main_process(
             accelerator, checkpoint.begin_or_resume, folder, settings, fingerprints, args.resume, args.overwrite
         )
@@ -238,7 +239,7 @@ def main():
         )
         padding = batching.padding_fraction(examples["train"], plan[:steps_per_epoch], accelerator, size, packer)
         data_facts = log_data_facts(task, splits, examples, tokenizer, padding)
-        if args.freeze == "encoder":  # it runs once over each split, not in each step
+        if args.freeze == "encoder":  # which then runs once over each split, not in every step
             packer, examples = inference.features_of_splits(plain_model, packer, examples, accelerator, args, state)
         remaining = plan[state.step :]
         steps = iter(batching.step_loader(examples["train"], remaining, accelerator, size, packer, args.num_workers))
@@ -252,7 +253,7 @@ def main():
             write_bad_rows(folder / "bad_rows.csv", bad_rows)
         start_trackers(accelerator, folder, task.name, settings, state.step)
 
-        def compute_logits(rows):  # on every process, so that all decide alike
+        def compute_logits(rows):  # on every process, so that all make the same decisions
             return inference.compute_logits(plain_model, rows, accelerator, args.eval_batch_size, packer, signals)
 
         def save():
@@ -261,13 +262,13 @@ def main():
                     folder, accelerator, state, plain_model, plain_optimizer, scheduler, args.keep_checkpoints
                 )
 
-        # Now we train. Where a signal asks the run to end, poll() raises on all processes, and save() is called.
+        # Now we train. When a signal asks the run to end, poll() raises on all processes and save() is called.
         with signals.training(save, save_interval(args.save_every, steps_per_epoch), state.step):
             while True:
                 # --- between two steps: evaluate and save where due, or end
                 is_last = state.step == len(plan) or (args.dry_run and progress.has_timed_enough())
                 save_is_due = signals.poll(state.step)
-                # A run killed in an evaluation repeats it: evaluated_step lags behind step.
+                # evaluated_step lags behind step, so that a run killed during an evaluation repeats it.
                 if state.step > state.evaluated_step and (is_last or state.step % eval_every == 0):
                     evaluations = common.score_splits(task, evaluated, compute_logits, majority)
                     score_now = evaluations[chooser]["scores"][task.metrics[0]]
@@ -286,20 +287,20 @@ def main():
                 step_losses = []
                 for number, micro_batch in enumerate(micro_batches, start=1):
                     inputs, labels = send_to_device((micro_batch["inputs"], micro_batch["labels"]), accelerator.device)
-                    # Dropout masks are a function of the step, counted from 1, and the examples.
+                    # Dropout masks are a function of the seed, the step (counted from 1) and the examples.
                     packer.set_batch(state.step + 1, micro_batch["ids"], micro_batch["lengths"], accelerator.device)
-                    # The processes add up their gradients once in a step, with the last micro-batch.
+                    # Processes sum their gradients once per step, at the last micro-batch.
                     with nullcontext() if number == len(micro_batches) else accelerator.no_sync(model):
                         logits = model(**inputs).logits
                         losses = common.example_losses(task, logits, labels, args.label_smoothing, class_weights)
                         losses = losses * micro_batch["weight"]  # 0 where this process has no example in the step
-                        # The mean over the examples of the whole step. DDP averages over processes, hence the factor.
+                        # The mean over all examples of the step. DDP averages over processes, hence the factor.
                         accelerator.backward(losses.sum() / len(batch) * accelerator.num_processes)
                     step_losses.append((micro_batch, losses.detach()))
                 grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
                 state.learning_rate = scheduler.get_last_lr()[0]
-                if accelerator.scaler is None:  # a gradient that is not finite changes nothing, as under a scaler:
-                    plain_optimizer.found_inf = (~grad_norm.isfinite()).float()  # torch's fused AdamW skips the step
+                if accelerator.scaler is None:  # skip a step whose gradient is not finite, as a scaler does:
+                    plain_optimizer.found_inf = (~grad_norm.isfinite()).float()  # torch's fused AdamW reads this
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad()
@@ -312,7 +313,7 @@ def main():
             log_dry_run(args, accelerator, plain_model, packer, whole_plan, examples, progress)
             return accelerator
 
-        # --- the best model: scored once more, for all that the report tells, and written once
+        # --- the best model: scored once more for the report, then written
         checkpoint.load_best(folder, state.best, plain_model)
         evaluated |= {name: rows for name, rows in examples.items() if name.startswith("test")}
         evaluations = common.score_splits(task, evaluated, compute_logits, majority)
