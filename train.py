@@ -156,7 +156,7 @@ def build_scheduler(optimizer, args, total_steps):
 
 
 def load_splits(task, args):
-    """Return (task, splits, fingerprints, bad_rows) of common.load_data, without test splits that will not be scored."""
+    """Return (task, splits, fingerprints, bad_rows) of common.load_data, without test splits unless they get scored."""
     task, splits, fingerprints, bad_rows = common.load_data(task, args)
     test_splits = [name for name in splits if name.startswith("test")]
     common.check_splits(task, splits, ["train", *((test_splits or ["test"]) if args.final_test else [])])
@@ -165,7 +165,7 @@ def load_splits(task, args):
 
 
 def splits_to_evaluate(args, examples):
-    """Return {split: examples} to score at each evaluation. The first is the validation split that chooses the model."""
+    """Return {split: examples} to score at each evaluation. The first, a validation split, chooses the model."""
     from classifier.training.batching import stratified_sample
 
     evaluated = {name: rows for name, rows in examples.items() if name.startswith("validation")}
@@ -191,7 +191,7 @@ def main():
 
     # --- the data; and has this run finished already, or does its folder hold something else?
     task, splits, fingerprints, bad_rows = load_splits(task, args)
-    settings["mixed_precision"] = accelerator.mixed_precision  # what "auto" has come to
+    settings["mixed_precision"] = accelerator.mixed_precision  # what "auto" resolved to
     if not args.dry_run:
         folder = Path(args.output_dir)
         finished = processes.on_main_process(
