@@ -13,7 +13,6 @@ from test_preemption import ended, start, start_2, state_of
 
 from classifier.messages import BadInput
 from classifier.model import inference, packing
-from classifier.training import batching
 
 LENGTHS = [3, 9, 4, 8, 5, 7, 6, 2, 9, 1]
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 14.75 GiB"
@@ -42,8 +41,8 @@ def probe(accelerator):  # noqa: F811
     examples = datasets.Dataset.from_dict({"input_ids": [[1] * length for length in LENGTHS], "length": LENGTHS})
     seen = []
     packer = SimpleNamespace(
-        lay_out=lambda rows: packing.pad(rows, 0),
-        begin=lambda step, ids, lengths, device: seen.append((ids.tolist(), lengths.tolist())),
+        collate=lambda rows: packing.pad(rows, 0),
+        set_batch=lambda step, ids, lengths, device: seen.append((ids.tolist(), lengths.tolist())),
     )
     return lambda model, share: inference.largest_micro_batch(accelerator, model, packer, examples, share), seen
 
@@ -99,7 +98,7 @@ def test_other_errors_pass(probe):
 
 
 def test_the_processes_agree_on_the_least(probe, monkeypatch):
-    monkeypatch.setattr(batching, "gather_object", lambda mine: [*mine, 4, 5])
+    monkeypatch.setattr(inference, "gather_object", lambda sizes: [*sizes, 4, 5])
     assert probe[0](Model(99), 8) == 4
     assert probe[0](Model(3), 8) == 2
 
@@ -119,13 +118,13 @@ def ask_for(examples):
         resource.setrlimit(resource.RLIMIT_AS, limits)
 """
 IN_TRAINING = """
-import dropout
-begin = dropout.Masks.begin
+from classifier.model import dropout
+set_batch = dropout.Masks.set_batch
 def hungry(self, step, ids, *given):
     if step in {steps} and torch.is_grad_enabled() and os.environ.get("RANK", "0") == {rank!r}:
         ask_for(len(ids))
-    return begin(self, step, ids, *given)
-dropout.Masks.begin = hungry
+    return set_batch(self, step, ids, *given)
+dropout.Masks.set_batch = hungry
 """
 IN_EVALUATION = """
 import functools
@@ -170,7 +169,7 @@ def test_a_run_that_runs_out_of_memory_goes_on_by_the_same_command(review_task, 
     assert (state["status"], state["micro_batch_size"]) == ("failed", 8)
     assert state["reason"] == "out of memory with 16 examples at a time"
     code, log, err = ended(start(folder, "--task", review_task, *FLAGS, change=change))
-    assert (code, err) == (0, "") and "goes on after step 3" in log
+    assert (code, err) == (0, "") and "after step 3" in log
     np.testing.assert_allclose(losses_of(folder / "run"), losses, rtol=2e-6)
     assert json.loads((folder / "run" / "results.json").read_text())["steps"] == 26
 
@@ -201,27 +200,27 @@ def test_auto_is_not_asked_again_where_the_run_goes_on(review_task):
     folder = review_task.parent
     flags = ("--task", review_task, *FLAGS, "--micro_batch_size", "auto")
     kill = """
-import report
-line = report.Progress.line
+from classifier.training import progress
+log_step = progress.Progress.log_step
 def dying(self):
-    line(self)
+    log_step(self)
     if self.state.step == 8:
         os._exit(9)
-report.Progress.line = dying
+progress.Progress.log_step = dying
 """
     assert ended(start(folder, *flags, change=hungry("range(99)") + kill))[0] == 9
     code, log, _ = ended(start(folder, *flags))  # there is memory enough now
-    assert code == 0 and "goes on after step 6" in log and "micro-batches of 8" in log
+    assert code == 0 and "after step 6" in log and "micro-batches of 8" in log
 
 
 def test_auto_tries_what_training_will_do(review_task, tiny_bert):
     noting = """
-import batching
-largest = batching.largest_micro_batch
+from classifier.model import inference
+largest = inference.largest_micro_batch
 def noted(accelerator, model, *given):
     print("TRAINING", model.training)
     return largest(accelerator, model, *given)
-batching.largest_micro_batch = noted
+inference.largest_micro_batch = noted
 """
     flags = ("--task", review_task, *FLAGS, "--micro_batch_size", "auto", "--model", tiny_bert, "--max_steps", 1)
     code, log, err = ended(start(review_task.parent, *flags, change=noting))
@@ -255,7 +254,7 @@ def test_out_of_memory_in_an_evaluation_names_its_flag(review_task):
     assert (state["status"], state["reason"]) == ("failed", "out of memory with 40 examples in an evaluation")
     assert "micro_batch_size" not in state
     code, log, err = ended(start(folder, *flags, 10, change=LITTLE_MEMORY + IN_EVALUATION))
-    assert (code, err) == (0, "") and "goes on after step 12" in log
+    assert (code, err) == (0, "") and "after step 12" in log
     flags = ("--model", "run", "--threads", 1, "--eval_batch_size")
     code, _, err = ended(start(folder, *flags, 40, script="evaluate.py", change=LITTLE_MEMORY + IN_EVALUATION))
     assert (code, err) == (1, f"evaluate.py: error: {expected}")

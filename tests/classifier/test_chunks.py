@@ -13,7 +13,7 @@ ROWS = [(line, {"text": str(line)}) for line in range(2, 13)]  # eleven rows, in
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-    monkeypatch.setattr(chunks, "ROWS", 4)
+    monkeypatch.setattr(chunks, "ROWS_OF_A_CHUNK", 4)
 
 
 def process(index=0, number=1):

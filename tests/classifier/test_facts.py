@@ -1,22 +1,16 @@
-"""Facts about data on small tables, by hand; how far a device's numbers are from a CPU's."""
-
-import copy
-from contextlib import nullcontext
+"""Facts about data on small tables, by hand."""
 
 import numpy as np
 import pytest
-import torch
 from accelerate import Accelerator
 from conftest import bert_config, write_table
 from datasets import Dataset
 
-import common
 from classifier.data import facts, splits
 from classifier.data.facts import log_data_facts
 from classifier.data.tasks import Task
-from classifier.model import inference, tokenization
+from classifier.model import tokenization
 from classifier.model.models import load_model
-from classifier.model.packing import prepare_model
 
 TASK = Task(name="", text=["text"], labels=["no", "yes"])
 MANY = Task(name="", text=["text"], labels=["a", "b", "c"], problem="multi_label")
@@ -184,65 +178,3 @@ def test_hashes_tell_a_pair_from_its_texts_in_one(tmp_path):
 )
 def test_is_chinese(texts, expected):
     assert facts.is_chinese(texts) == expected
-
-
-# ------------------------------------------------------------------------------------------- a device and the CPU
-
-
-@pytest.fixture
-def batch(vocabulary):
-    """A model with dropout in training, its packer, and a micro-batch of it; the last pass was of other examples."""
-    model, tokenizer, _ = load_model(bert_config(vocabulary, hidden_dropout_prob=0.5), TASK)
-    packer = prepare_model(model, tokenizer)
-    encoded = tokenizer(["the film was very dull", "the room was good", "bad"])
-    lengths = [len(ids) for ids in encoded["input_ids"]]
-    inputs = packer.collate({"input_ids": encoded["input_ids"], "token_type_ids": encoded["token_type_ids"]})
-    packer.set_batch(0, [7], [2], "cpu")
-    micro_batch = {"ids": [3, 4, 5], "lengths": lengths, "inputs": inputs, "labels": torch.tensor([1, 0, 0])}
-    return model.train(), packer, micro_batch
-
-
-def loss_of(logits, labels):
-    return common.example_losses(TASK, logits, labels).mean()
-
-
-def test_a_model_computes_what_its_copy_does(batch):
-    model, packer, micro_batch = batch
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    assert inference.compare_with_cpu(model, packer, micro_batch, loss_of, nullcontext()) == pytest.approx(
-        [0, 0], abs=1e-6
-    )
-    assert model.training and all(parameter.grad is None for parameter in model.parameters())
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_frozen_parts_have_no_gradients_to_compare(batch):
-    model, packer, micro_batch = batch
-    model.base_model.requires_grad_(False)
-    assert inference.compare_with_cpu(model, packer, micro_batch, loss_of, nullcontext()) == pytest.approx(
-        [0, 0], abs=1e-6
-    )
-
-
-def test_bf16_stays_within_its_tolerance_and_is_seen(batch):
-    found = inference.compare_with_cpu(*batch, loss_of, torch.autocast("cpu", dtype=torch.bfloat16))
-    assert 1e-5 < max(found) < inference.TOLERANCE["bf16"]
-
-
-def test_wrong_numbers_are_far_off(batch):
-    model, packer, micro_batch = batch
-
-    def perturbed(memo):
-        del model.__deepcopy__
-        other = copy.deepcopy(model, memo)
-        with torch.no_grad():
-            other.classifier.weight.mul_(-1)
-        return other
-
-    model.__deepcopy__ = perturbed
-    logits, gradients = inference.compare_with_cpu(model, packer, micro_batch, loss_of, nullcontext())
-    assert min(logits, gradients) > inference.TOLERANCE["bf16"]
-
-
-def test_peak_memory_is_that_of_this_process():
-    assert 2**26 < inference.peak_memory(torch.device("cpu")) < 2**37

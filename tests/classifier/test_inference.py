@@ -1,21 +1,25 @@
-"""features.py and frozen parts: the numbers of a run whose encoder runs in each step, without running it."""
+"""inference.py: a frozen encoder runs once, and no number changes; a device against the CPU."""
 
+import copy
 import csv
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
 import transformers
-from conftest import TORCHRUN_2, WORDS, lines_of, make_rows, run_script, write_review_task, write_table
+from conftest import TORCHRUN_2, WORDS, bert_config, lines_of, make_rows, run_script, write_review_task, write_table
 from data_help import use_cache
 from safetensors.torch import load_file, save_file
 from test_families import FAMILIES
 
+from classifier.data.tasks import Task
 from classifier.model import inference, models
+from classifier.model.models import load_model
 from classifier.model.packing import prepare_model
-from classifier.training import batching
 
 FLAGS = ("--freeze", "encoder", "--log_every", 1, "--threads", 1, "--learning_rate", 0.01, "--eval_every", 20)
+TWO_LABELS = Task(name="", text=["text"], labels=["no", "yes"])
 NO_FEATURES = "the frozen encoder runs in each step"
 
 
@@ -55,7 +59,7 @@ def results_of(folder):
 
 
 def without_features(monkeypatch):
-    monkeypatch.setattr(inference, "of_splits", lambda model, packer, examples, *rest: (packer, examples))
+    monkeypatch.setattr(inference, "features_of_splits", lambda model, packer, examples, *rest: (packer, examples))
 
 
 def assert_agree(one, other, tolerance=1e-5):
@@ -141,7 +145,7 @@ def test_the_encoder_runs_in_no_step_and_no_evaluation(train, monkeypatch):
         model.classifier.register_forward_hook(lambda _, given, output: numbers.append(len(output)))
         return result
 
-    monkeypatch.setattr(inference, "of_splits", forbidding)
+    monkeypatch.setattr(inference, "features_of_splits", forbidding)
     train("run", "--max_steps", 20, "--final_test", "--eval_train_rows", 30, "--micro_batch_size", 7)
     training, evaluated = 19 * 16, 2 * 50 + 30
     assert sum(numbers) > training + evaluated
@@ -185,7 +189,7 @@ def computed(monkeypatch):
             numbers.append(len(examples))
         return all_outputs(compute, examples, accelerator, batch_size, packer, signals)
 
-    monkeypatch.setattr(batching, "all_outputs", counting)
+    monkeypatch.setattr(inference, "compute_outputs", counting)
     return numbers
 
 
@@ -222,7 +226,7 @@ def test_other_weights_texts_lengths_and_precisions_have_features_of_their_own(t
 
 def test_rows_are_computed_some_at_a_time_and_keep_their_order(train, tmp_path, monkeypatch):
     whole = train("whole", "--max_steps", 20)[1:]
-    monkeypatch.setattr(inference, "ROWS_AT_A_TIME", 33)
+    monkeypatch.setattr(inference, "FEATURE_ROWS_AT_A_TIME", 33)
     use_cache(monkeypatch, tmp_path / "another cache")
     assert_agree(whole, train("parts", "--max_steps", 20)[1:])
 
@@ -260,20 +264,20 @@ def test_the_saved_model_is_a_whole_one(task, train):
 def test_a_run_that_was_stopped_ends_with_the_same_bytes(task, train, run_inside, monkeypatch, has_cache):
     flags = ("--epochs", 3, "--save_every", 7)
     undisturbed = train("undisturbed", *flags)[1:]
-    begin = inference.FeaturePacker.begin
+    set_batch = inference.FeaturePacker.set_batch
 
     def failing(self, step, *given):
         if step == 18:
             raise ValueError("stopped here")
-        return begin(self, step, *given)
+        return set_batch(self, step, *given)
 
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="stopped here"):
-        patch.setattr(inference.FeaturePacker, "begin", failing)
+        patch.setattr(inference.FeaturePacker, "set_batch", failing)
         train("run", *flags)
     if not has_cache:
         use_cache(monkeypatch, task.parent / "another cache")
     printed, *resumed = train("run", *flags)
-    assert "goes on after step 14" in printed
+    assert "after step 14" in printed
     assert resumed[:2] == undisturbed[:2]
     assert all(torch.equal(value, resumed[2][name]) for name, value in undisturbed[2].items())
     seconds = json.loads((task.parent / "run" / "results.json").read_text())["train_seconds"]
@@ -302,3 +306,57 @@ def test_a_dry_run_computes_no_features_of_all_rows(task, run_inside, empty_cach
     assert code == 0, errors
     assert "at most 0:00:" in printed and "features" not in printed
     assert len(list(empty_cache.glob("*.arrow"))) == 5  # rows of three splits, tokens of two
+
+
+# ------------------------------------------------------------------------------------------- a device and the CPU
+
+
+@pytest.fixture
+def batch(vocabulary):
+    """A model with dropout in training, its packer, and a micro-batch of it; the last pass was of other examples."""
+    model, tokenizer, _ = load_model(bert_config(vocabulary, hidden_dropout_prob=0.5), TWO_LABELS)
+    packer = prepare_model(model, tokenizer)
+    encoded = tokenizer(["the film was very dull", "the room was good", "bad"])
+    lengths = [len(ids) for ids in encoded["input_ids"]]
+    inputs = packer.collate({"input_ids": encoded["input_ids"], "token_type_ids": encoded["token_type_ids"]})
+    packer.set_batch(0, [7], [2], "cpu")
+    micro_batch = {"ids": [3, 4, 5], "lengths": lengths, "inputs": inputs, "labels": torch.tensor([1, 0, 0])}
+    return model.train(), packer, micro_batch
+
+
+def test_a_model_computes_what_its_copy_does(batch):
+    model, packer, micro_batch = batch
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert inference.compare_with_cpu(model, packer, micro_batch, nullcontext()) == pytest.approx([0, 0], abs=1e-6)
+    assert model.training and all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_frozen_parts_have_no_gradients_to_compare(batch):
+    model, packer, micro_batch = batch
+    model.base_model.requires_grad_(False)
+    assert inference.compare_with_cpu(model, packer, micro_batch, nullcontext()) == pytest.approx([0, 0], abs=1e-6)
+
+
+def test_bf16_stays_within_its_tolerance_and_is_seen(batch):
+    differences = inference.compare_with_cpu(*batch, torch.autocast("cpu", dtype=torch.bfloat16))
+    assert 1e-5 < max(differences) < inference.TOLERANCE["bf16"]
+
+
+def test_wrong_numbers_are_far_off(batch):
+    model, packer, micro_batch = batch
+
+    def perturbed(memo):
+        del model.__deepcopy__
+        other = copy.deepcopy(model, memo)
+        with torch.no_grad():
+            other.classifier.weight.mul_(-1)
+        return other
+
+    model.__deepcopy__ = perturbed
+    logits, gradients = inference.compare_with_cpu(model, packer, micro_batch, nullcontext())
+    assert min(logits, gradients) > inference.TOLERANCE["bf16"]
+
+
+def test_peak_memory_is_that_of_this_process():
+    assert 2**26 < inference.peak_memory(torch.device("cpu")) < 2**37

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from conftest import bert_config, lines_of, write_review_task
 from datasets import Dataset
-from test_processes import train
+from test_launch import train
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -281,8 +281,8 @@ def test_frozen_parts(frozen):
 
 ONE = (sys.executable,)
 PADS = """
-import packing
-packing.agrees = lambda *given: False
+from classifier.model import packing
+packing.matches_padded = lambda *arguments: False
 """
 
 
