@@ -136,7 +136,7 @@ def main():
         check_file(args.file)
     # These import torch, which takes seconds: --help and a mistake are to come at once.
     from classifier.data.facts import label_counts, small_classes_warning
-    from classifier.data.splits import column_of
+    from classifier.data.splits import read_column
     from classifier.evaluation import analysis, metrics, report
     from classifier.files import check_output_folder
     from classifier.messages import in_red
@@ -172,7 +172,7 @@ def main():
         common.check_unchanged(names, fingerprints, now, advice)
     scored = {name: splits[name] for name in names}
     columns = args.slices.split(",") if args.slices else []
-    slices = {name: {of: column_of(task, name, rows, of) for of in columns} for name, rows in scored.items()}
+    slices = {name: {of: read_column(task, name, rows, of) for of in columns} for name, rows in scored.items()}
     others, simpler = {}, {name: {} for name in names}
     if args.baseline:
         common.check_splits(task, splits, ["train"])
@@ -211,7 +211,7 @@ def main():
             "scores": result["scores"],
             "intervals": metrics.intervals(task.metrics, result["predictions"], labels),
             "majority_baseline": result["majority"],
-            "baselines": {of: metrics.compute(task.metrics, found, labels) for of, found in simpler[name].items()},
+            "baselines": {of: metrics.compute_metrics(task.metrics, found, labels) for of, found in simpler[name].items()},
             "warning": report.collapse_warning(task, shown, result),
             **analysis.analyse(task, result, column_array(examples[name], "length"), slices[name]),
         }

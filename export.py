@@ -291,13 +291,13 @@ def certify(task, logits, splits):
             if not np.isfinite(found).all():
                 raise RunFailed(f"{name}: some logits of {split} are not finite")
             predictions, others = predictions_from_logits(task, found), predictions_from_logits(task, theirs)
-            score = content[name]["scores"][split] = metrics.compute([metric], predictions, labels, warns=False)[metric]
+            score = content[name]["scores"][split] = metrics.compute_metrics([metric], predictions, labels, warns=False)[metric]
             if name == "torch":
                 continue
             before, this = content["torch"]["scores"][split], content[name]
             is_known = None not in (score, before)
             this["differences"][split] = score - before if is_known else None
-            intervals = metrics.differences([metric], predictions, others, labels)
+            intervals = metrics.difference_intervals([metric], predictions, others, labels)
             this["intervals"][split] = intervals[metric] if is_known else None
             largest = float(abs(found.astype(np.float64) - theirs).max())
             this["largest_logit_difference"] = max(this["largest_logit_difference"], largest)

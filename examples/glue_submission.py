@@ -27,7 +27,7 @@ from classifier import processes
 from classifier.data import tasks
 from classifier.data.cache import column_array
 from classifier.data.labels import UNLABELLED, majority_prediction, predictions_from_logits
-from classifier.data.splits import column_of, load_splits
+from classifier.data.splits import read_column, load_splits
 from classifier.evaluation import metrics
 from classifier.files import CannotWrite, write_text
 from classifier.messages import BadInput, format_score, format_scores, log
@@ -78,7 +78,7 @@ def write_submission(folder, runs, fill, load):
             rows = splits[split]
             log.info(f"{name}: {split}, {len(rows):,} rows{f', {chosen[name]}' if name in chosen else ''}")
             values = predictions(chosen[name], task, rows, load) if name in chosen else [majority] * len(rows)
-            tables[FILES[name, split][0]] = table(name, task, column_of(task, split, rows, "idx"), values)
+            tables[FILES[name, split][0]] = table(name, task, read_column(task, split, rows, "idx"), values)
             if name in chosen:
                 say_score(name, task, values, column_array(rows, "label"))
     put_in_place(Path(folder), tables)
@@ -168,7 +168,7 @@ def table(name, task, indices, values):
 def say_score(name, task, values, labels):
     """Say the score on a test set whose labels are in the data, as MRPC's are; of a hidden one nothing."""
     if not (np.isnan(labels) if task.is_regression else labels == UNLABELLED).any():
-        words = format_scores(metrics.compute(task.metrics, values, labels))
+        words = format_scores(metrics.compute_metrics(task.metrics, values, labels))
         of_score = metrics.format_intervals(metrics.intervals(task.metrics, values, labels))
         log.info(f"{name}: its test labels are in the data: {words} (95 %: {of_score})")
 

@@ -527,7 +527,7 @@ YAML = [
     case("no data", without("files"), "my.yaml: needs either `dataset`", "data/demo.yaml"),
     case("data twice", TASK | {"dataset": {"path": "glue"}}, "my.yaml: needs either `dataset`", "data/demo.yaml"),
     case("a share of 1.5", TASK | {"split": {"test": 1.5}}, ("my.yaml: ", "test: 1.5"), "test: 0.1"),
-    case("another metric", TASK | {"metrics": ["acuracy"]}, ("task my: ", "'acuracy'", "did you mean accuracy"), "..."),
+    case("another metric", TASK | {"metrics": ["acuracy"]}, ("task my: ", "'acuracy'", 'did you mean "accuracy"'), "..."),
     case(
         "a wrong default",
         TASK | {"defaults": {"learning_rat": 1e-5}},
@@ -599,7 +599,7 @@ def test_models_in_a_yaml(tmp_path, refused, vocabulary, changes, reason):
 FLAGS = [
     case("an unknown task", {}, '= no task is named "mrcp" (did you mean "mrpc"?)', "mrpc", flags=("--task", "mrcp")),
     case("no such YAML", {}, "nosuch.yaml: cannot be read", "--task", flags=("--task", "nosuch.yaml")),
-    case("a wrong metric", {}, ("'acuracy'", "did you mean accuracy"), flags=(*BOTH, "--metrics", "acuracy")),
+    case("a wrong metric", {}, ("'acuracy'", 'did you mean "accuracy"'), flags=(*BOTH, "--metrics", "acuracy")),
     case("a metric for numbers", {}, ("pearson", "accuracy"), flags=(*BOTH, "--metrics", "pearson")),
     case(
         "a limit of a split that is not there",

@@ -346,7 +346,7 @@ def test_what_cannot_be_exported(copy, refused):
     content = json.loads((copy / "model/task.json").read_text())
     task = Task(**{key: value for key, value in content.items() if key != "fingerprints"})
     save_task(task, {"validation": "of other rows"}, copy / "model/task.json")
-    assert "the validation split is not the one of the training" in refused("export.py", "--model", copy)
+    assert "the validation split is not the one used in training" in refused("export.py", "--model", copy)
     (copy / "model/task.json").unlink()
     assert "no task.json" in refused("export.py", "--model", copy)
 

@@ -105,7 +105,7 @@ def part_scores(names, predictions, labels, parts):
     """Yield the scores of each part of the examples, with their intervals."""
     for word, numbers in parts:
         given = names, predictions[numbers], labels[numbers]
-        scores = {"scores": metrics.compute(*given, warns=False), "intervals": metrics.intervals(*given)}
+        scores = {"scores": metrics.compute_metrics(*given, warns=False), "intervals": metrics.intervals(*given)}
         yield {"slice": word, "examples": len(numbers), **scores}
 
 
@@ -113,7 +113,7 @@ def batch_scores(name, predictions, labels):
     """Return a metric of each 32 examples in their order: how much a score of few examples wanders."""
     starts = range(0, len(labels), EXAMPLES_OF_A_BAR)
     parts = [slice(start, start + EXAMPLES_OF_A_BAR) for start in starts]
-    return [metrics.compute([name], predictions[part], labels[part], warns=False)[name] for part in parts]
+    return [metrics.compute_metrics([name], predictions[part], labels[part], warns=False)[name] for part in parts]
 
 
 def mistakes(evaluation):
@@ -216,8 +216,8 @@ def compare(task, names, predictions, others, labels):
 
     names: (here, other), in words; predictions, others, labels: (examples,), or (examples, labels) of 0 and 1.
     """
-    here, other = (metrics.compute(task.metrics, of, labels, warns=False) for of in (predictions, others))
-    intervals = metrics.differences(task.metrics, predictions, others, labels)
+    here, other = (metrics.compute_metrics(task.metrics, of, labels, warns=False) for of in (predictions, others))
+    intervals = metrics.difference_intervals(task.metrics, predictions, others, labels)
     content = {"other": names[1], "scores": other, "differences": {}}
     for metric in task.metrics:
         both = None not in (here[metric], other[metric])

@@ -1,12 +1,13 @@
-"""Metrics: the GLUE scores and their kin, as in-memory `evaluate.Metric` objects: no network, no files.
+"""Metrics: the GLUE scores and their relatives, their confidence intervals, and tests of differences.
 
-    compute(["f1", "accuracy"], predictions, references)      -> {"f1": 0.8122, "accuracy": 0.6838}
+    compute_metrics(["f1", "accuracy"], predictions, references)      -> {"f1": 0.8122, "accuracy": 0.6838}
+    intervals(["f1", "accuracy"], predictions, references)            -> {"f1": [0.7792, 0.8430], "accuracy": ...}
 
-Scores equal scikit-learn's and scipy's in float64; one that has no value is None. Predictions and references are
-integer class ids (after the argmax), floats for regression, or 0 and 1 of shape (rows, labels) for multi-label.
+Scores match scikit-learn and scipy in float64; an undefined score is None. Predictions and references are integer class
+ids (after the argmax), floats for regression, or 0 and 1 of shape (rows, labels) for multi-label. Each metric is an
+in-memory `evaluate.Metric` that needs no network and writes no files.
 """
 
-import difflib
 import functools
 import importlib
 import math
@@ -17,10 +18,42 @@ from typing import NamedTuple
 
 import numpy as np
 
+from classifier.messages import nearest
+
 REGRESSION = "pearson spearmanr mse".split()
 CLASSIFICATION = "accuracy f1 matthews_correlation f1_macro f1_weighted precision_weighted recall_weighted".split()
 MULTI_LABEL = "f1_micro f1_macro accuracy".split()
 DIRECTION = dict.fromkeys(CLASSIFICATION + MULTI_LABEL + REGRESSION, "max") | {"mse": "min"}  # which way is better
+
+# ------------------------------------------------------------------------------------------------- names of metrics
+
+
+def require_known(name):
+    """Raise ValueError for a name that is not in DIRECTION."""
+    if name not in DIRECTION:
+        raise ValueError(f"unknown metric {name!r}{nearest(name, DIRECTION)}. Allowed: {', '.join(DIRECTION)}")
+
+
+def check_metrics(names, number_of_labels, multi_label=False):
+    """Raise ValueError, in one line, for a metric that is unknown or does not fit the task.
+
+    number_of_labels: None for regression.
+    """
+    if not names:
+        raise ValueError(f"no metrics given. Allowed: {', '.join(DIRECTION)}")
+    for name in names:
+        require_known(name)
+        if multi_label and name not in MULTI_LABEL:
+            raise ValueError(f"{name} is not for multi-label tasks: use {', '.join(MULTI_LABEL)}")
+        if not multi_label and name == "f1_micro":
+            raise ValueError("f1_micro is for multi-label tasks; with one label per text it equals accuracy: use that")
+        if number_of_labels is None and name not in REGRESSION:
+            raise ValueError(f"{name} is for classification, this task is regression: use {', '.join(REGRESSION)}")
+        if number_of_labels is not None and name in REGRESSION:
+            fitting = [metric for metric in CLASSIFICATION if metric != "f1" or number_of_labels == 2]
+            raise ValueError(f"{name} is for regression, this task has labels: use {', '.join(fitting)}")
+        if name == "f1" and number_of_labels != 2:
+            raise ValueError(f"f1 is for two labels, this task has {number_of_labels}: use f1_macro")
 
 
 def is_better(name, score, best):
@@ -33,34 +66,14 @@ def is_better(name, score, best):
     return score > best if DIRECTION[name] == "max" else score < best
 
 
-def require_known(name):
-    if name not in DIRECTION:
-        nearest = difflib.get_close_matches(str(name), DIRECTION, n=1)
-        hint = f"did you mean {nearest[0]}? " if nearest else ""
-        raise ValueError(f"unknown metric {name!r}: {hint}Allowed: {', '.join(DIRECTION)}")
+# ------------------------------------------------------------------------------------------------------------ scores
 
 
-def check(names, number_of_labels, multi_label=False):
-    """Raise ValueError, in one line, where a metric is unknown or does not fit; regression: None labels."""
-    if not names:
-        raise ValueError(f"no metric is named. Allowed: {', '.join(DIRECTION)}")
-    for name in names:
-        require_known(name)
-        if multi_label and name not in MULTI_LABEL:
-            raise ValueError(f"{name} is not for several labels a text: use {', '.join(MULTI_LABEL)}")
-        if not multi_label and name == "f1_micro":
-            raise ValueError("f1_micro is for several labels a text; with one label it is the accuracy: use that")
-        if number_of_labels is None and name not in REGRESSION:
-            raise ValueError(f"{name} is for classification, this task is regression: use {', '.join(REGRESSION)}")
-        if number_of_labels is not None and name in REGRESSION:
-            fitting = [other for other in CLASSIFICATION if other != "f1" or number_of_labels == 2]
-            raise ValueError(f"{name} is for regression, this task has labels: use {', '.join(fitting)}")
-        if name == "f1" and number_of_labels != 2:
-            raise ValueError(f"f1 is for two labels, this task has {number_of_labels}: use f1_macro")
+def compute_metrics(names, predictions, references, warns=True):
+    """Return {name: score}; an undefined score is None, and one warning gives the reasons unless `warns` is False.
 
-
-def compute(names, predictions, references, warns=True):
-    """Return {name: score}. Warns once, with the reasons, where scores are undefined, unless that is no news."""
+    Raises ValueError for columns of different shapes, and where class ids are not integers from 0.
+    """
     predictions, references = np.asarray(predictions), np.asarray(references)
     if predictions.ndim not in (1, 2) or predictions.shape != references.shape:
         raise ValueError(f"need two equally long columns, got shapes {predictions.shape} and {references.shape}")
@@ -71,11 +84,11 @@ def compute(names, predictions, references, warns=True):
             raise ValueError(f"{name} needs two equally long columns, got shape {references.shape}")
         if name not in REGRESSION and len(references):
             for side, values in (("predictions", predictions), ("references", references)):
-                if values.dtype.kind not in "biu":  # `evaluate` would cut 1.7 to 1 in silence
+                if values.dtype.kind not in "biu":  # `evaluate` would silently truncate 1.7 to 1
                     raise ValueError(f"{name} needs integer class ids, the {side} are {values.dtype}: take the argmax")
             if references.min() < 0:
-                raise ValueError(f"{name} needs labels, the references hold {references.min()}: leave such rows out")
-        metric = load(name, multi_label=references.ndim == 2)
+                raise ValueError(f"{name} needs labels, the references contain {references.min()}: drop such rows")
+        metric = load_metric(name, multi_label=references.ndim == 2)
         scores.update(metric.compute(predictions=predictions, references=references))
         if scores[name] is None:
             undefined.append(f"{name} is undefined: {why_undefined(name, predictions, references)}")
@@ -84,7 +97,26 @@ def compute(names, predictions, references, warns=True):
     return scores
 
 
-def load(name, multi_label=False):
+def why_undefined(name, predictions, references):
+    """Return why this score is undefined, or an empty string where it is defined."""
+    if len(references) == 0:
+        return "there are no rows"
+    if name in ("f1", "f1_micro") and not ((predictions == 1).any() or (references == 1).any()):
+        absent = "class 1 is neither predicted nor present" if name == "f1" else "no label is predicted or present"
+        return f"{absent}, 0/0"
+    if name in REGRESSION:
+        for side, values in (("predictions", predictions), ("references", references)):
+            # The squares of larger values overflow. NaN fails the comparison too.
+            if not (np.abs(values.astype(np.float64)) < 1e100).all():
+                return f"the {side} contain NaN, infinity or values beyond 1e+100"
+            if name != "mse" and len(values) < 2:
+                return "one row has no correlation"
+            if name != "mse" and (values == values[0]).all():
+                return f"all {side} are equal"
+    return ""
+
+
+def load_metric(name, multi_label=False):
     """Return an `evaluate.Metric`, as `evaluate.load` would; add, add_batch and compute work as usual."""
     require_known(name)
     evaluate = import_evaluate()
@@ -95,7 +127,7 @@ def load(name, multi_label=False):
 
     class Metric(evaluate.Metric):
         def _info(self):
-            features = Features(predictions=column, references=column)  # as format="numpy" it would be float32
+            features = Features(predictions=column, references=column)  # format="numpy" would make it float32
             return evaluate.MetricInfo(description=FORMULAS[name].__doc__, citation="", features=features)
 
         def _build_data_dir(self):
@@ -105,8 +137,9 @@ def load(name, multi_label=False):
             predictions, references = (np.asarray(side, value.dtype) for side in (predictions, references))
             if why_undefined(name, predictions, references):
                 return {name: None}
-            given = (predictions, references) if name in REGRESSION else (count_classes(predictions, references),)
-            return {name: float(FORMULAS[name](*given))}
+            if name in REGRESSION:
+                return {name: float(FORMULAS[name](predictions, references))}
+            return {name: float(FORMULAS[name](count_classes(predictions, references)))}
 
     Metric.__name__ = name  # the library names the metric after its class
     return Metric(keep_in_memory=True)
@@ -114,55 +147,39 @@ def load(name, multi_label=False):
 
 @functools.cache
 def import_evaluate():
-    """Return the `evaluate` library, which this project's script evaluate.py hides from every script beside it.
+    """Return the `evaluate` library, which this project's script evaluate.py shadows for every script beside it.
 
-    For this one import, folders with a file evaluate.py leave sys.path, and that script leaves sys.modules.
+    For this one import, folders that contain an evaluate.py leave sys.path, and that script leaves sys.modules.
     """
-    path, found = sys.path, sys.modules.get("evaluate")
-    if hasattr(found, "__path__"):  # a package: the library is there already
-        return found
+    path, imported = sys.path, sys.modules.get("evaluate")
+    if hasattr(imported, "__path__"):  # a package, so it is the library already
+        return imported
     sys.path = [entry for entry in path if not Path(entry, "evaluate.py").is_file()]
     sys.modules.pop("evaluate", None)
     try:
         return importlib.import_module("evaluate")
     finally:
         sys.path = path
-        if found is not None:
-            sys.modules["evaluate"] = found
+        if imported is not None:
+            sys.modules["evaluate"] = imported
 
 
-def why_undefined(name, predictions, references):
-    """Return why this score has no value, in plain words; an empty string where it has one."""
-    if len(references) == 0:
-        return "there are no rows"
-    if name in ("f1", "f1_micro") and not ((predictions == 1).any() or (references == 1).any()):
-        nothing = "class 1 is neither predicted nor present" if name == "f1" else "no label is predicted or present"
-        return f"{nothing}, 0/0"
-    if name in REGRESSION:
-        for side, values in (("predictions", predictions), ("references", references)):
-            # The squares of larger ones overflow; NaN is not below anything.
-            if not (np.abs(values.astype(np.float64)) < 1e100).all():
-                return f"the {side} hold NaN, infinity or values beyond 1e+100"
-            if name != "mse" and len(values) < 2:
-                return "one row has no correlation"
-            if name != "mse" and (values == values[0]).all():
-                return f"all {side} are equal"
-    return ""
+# ---------------------------------------------------------------------------------------------------------- formulas
 
 
 class Counts(NamedTuple):
-    """What scores of classes are made of, each a number or an array with the same leading axes (resamples of rows)."""
+    """What classification scores are computed from. Leading axes (...) are resamples of the rows, if any."""
 
     rows: np.ndarray  # (...)
-    right: np.ndarray  # (...): rows predicted right; in multi-label those of which all labels are
+    right: np.ndarray  # (...): rows predicted right; in multi-label, rows with all labels right
     hits: np.ndarray  # (..., classes): rows predicted right, by class
-    predicted: np.ndarray  # (..., classes): rows that each class is predicted for
-    actual: np.ndarray  # (..., classes): rows that each class is the reference of
-    classes: np.ndarray  # (...): in how many of them an average over classes divides
+    predicted: np.ndarray  # (..., classes): rows for which each class is predicted
+    actual: np.ndarray  # (..., classes): rows whose reference is each class
+    classes: np.ndarray  # (...): the number of classes that a macro average divides by
 
 
 def count_classes(predictions, references, times=None):
-    """Return the Counts of rows, each of which counts `times` (..., rows) times, or once; of classes that occur."""
+    """Return the Counts of rows; `times` (..., rows) is how often each row counts, once by default."""
     from scipy.sparse import csr_array
 
     if references.ndim == 2:
@@ -177,29 +194,29 @@ def count_classes(predictions, references, times=None):
         right = predictions == references
     times = np.ones(len(references)) if times is None else np.asarray(times, np.float64)
     hits, predicted, actual = (times @ part for part in (predicted * actual, predicted, actual))
-    # With one label a row scikit-learn leaves a class that does not occur out of an average; with several it does not.
+    # scikit-learn leaves classes that do not occur out of a macro average, but only with one label per row.
     number = np.sum((predicted + actual > 0) | (references.ndim == 2), axis=-1)
     return Counts(times.sum(axis=-1), times @ right, hits, predicted, actual, number)
 
 
 def safe_divide(part, whole):
-    """Return part / whole, and 0 where the whole is 0."""
+    """Return part / whole, and 0 where the denominator is 0."""
     return part / np.where(whole == 0, 1, whole)
 
 
 def accuracy(counts):
-    """Rows predicted right / rows; in multi-label a row is right where all of its labels are."""
+    """Rows predicted right / rows; in multi-label a row is right if all of its labels are."""
     return safe_divide(counts.right, counts.rows)
 
 
-def f1_of_classes(counts):
+def f1_by_class(counts):
     """2 tp / (2 tp + fp + fn) of each class (van Rijsbergen 1979), shape (..., classes)."""
     return safe_divide(2 * counts.hits, counts.predicted + counts.actual)
 
 
 def f1(counts):
     """F1 of the positive class, which is the last (GLUE's MRPC and QQP)."""
-    return f1_of_classes(counts)[..., -1]
+    return f1_by_class(counts)[..., -1]
 
 
 def f1_micro(counts):
@@ -208,13 +225,13 @@ def f1_micro(counts):
 
 
 def f1_macro(counts):
-    """Plain mean of each class's F1, of the classes that occur; in multi-label of all, 0 for one that does not."""
-    return safe_divide(f1_of_classes(counts).sum(axis=-1), counts.classes)
+    """Unweighted mean of F1 over the classes that occur; in multi-label over all, 0 for one that does not occur."""
+    return safe_divide(f1_by_class(counts).sum(axis=-1), counts.classes)
 
 
 def f1_weighted(counts):
     """Mean of each class's F1, weighted by its rows in the references."""
-    return safe_divide((f1_of_classes(counts) * counts.actual).sum(axis=-1), counts.rows)
+    return safe_divide((f1_by_class(counts) * counts.actual).sum(axis=-1), counts.rows)
 
 
 def precision_weighted(counts):
@@ -233,7 +250,7 @@ def matthews_correlation(counts):
 def pearson(predictions, references):
     """Covariance / (standard deviation * standard deviation) (Pearson 1895), as scipy.stats.pearsonr computes it."""
     deviations = [values - values.mean(axis=-1, keepdims=True) for values in (predictions, references)]
-    # Scaled to a largest value of 1 first: the squares of tiny deviations would be 0.
+    # Scaled to a largest value of 1 first: the squares of tiny deviations would underflow to 0.
     x, y = (values / np.abs(values).max(axis=-1, keepdims=True) for values in deviations)
     covariance, variances = (x * y).sum(axis=-1), (x * x).sum(axis=-1) * (y * y).sum(axis=-1)
     return np.clip(covariance / np.sqrt(variances), -1.0, 1.0)  # rounding may give 1 + 2e-16
@@ -252,109 +269,113 @@ def mse(predictions, references):
 
 
 recall_weighted = accuracy  # each class's recall, weighted by its rows in the references: the same number
-# Counts -> score, and in regression (predictions, references) -> score: where why_undefined has no objection.
+# A function of Counts, or of (predictions, references) in regression; valid where why_undefined returns "".
 FORMULAS = {name: globals()[name] for name in DIRECTION}
 
+# -------------------------------------------------------------------------------------------------------- intervals
+
 RESAMPLES, LEVEL = 10_000, 0.95
-ROUNDING = 1e-4  # of a score's scale: what sums in another order may change
-NUMBERS_AT_A_TIME = 10**7  # that resamples are drawn in: 80 MB
+NUMBERS_AT_A_TIME = 10**7  # drawn for resamples: 80 MB
 
 
 def intervals(names, predictions, references, resamples=RESAMPLES):
-    """Return {name: [low, high]} of metrics by their names; None for a score that has no value, or one row alone."""
-    scores = _resampled(names, references, predictions, resamples=resamples)
-    return {name: _interval(of_model) for name, (of_model,) in scores.items()}
+    """Return {name: [low, high]}, 95 % intervals by the percentile bootstrap; None if undefined or for a single row."""
+    scores = _resample(names, references, predictions, resamples=resamples)
+    return {name: _quantiles(*scores[name]) if name in scores else None for name in names}
 
 
-def differences(names, predictions, others, references, resamples=RESAMPLES):
-    """Return {name: [low, high]} of the score of predictions - that of others: both meet the same resamples."""
-    scores = _resampled(names, references, predictions, others, resamples=resamples)
-    return {name: _interval(ours - theirs) for name, (ours, theirs) in scores.items()}
+def difference_intervals(names, predictions, others, references, resamples=RESAMPLES):
+    """Return {name: [low, high]} of the score of predictions - that of others, on the same resamples."""
+    scores = _resample(names, references, predictions, others, resamples=resamples)
+    return {name: _quantiles(np.subtract(*scores[name])) if name in scores else None for name in names}
 
 
-def rounding_margin(name, score, other):
-    """Return how far two scores of a metric may lie apart by rounding alone.
-
-    An error has the scale of its labels, every other score that of 1.
-    """
-    return ROUNDING * (max(score, other) if DIRECTION[name] == "min" else 1)
-
-
-def is_beyond_margin(interval, margin):
-    """Return whether an interval of a difference lies on one side of 0, and beyond the margin of `rounding`.
-
-    The margin, since another order of sums shifts the errors of all rows alike: by a millionth, but then in every
-    resample, and the interval leaves out 0.
-    """
-    return interval[0] > margin or interval[1] < -margin
-
-
-def format_difference(difference):
-    """Return a difference as a word that is 0 only where there is none: +0.0123, -9.0e-07, 0."""
-    if difference == 0:
-        return "0"
-    return f"{difference:+.4f}" if abs(difference) >= 5e-5 else f"{difference:+.1e}"
-
-
-def format_intervals(of_metrics):
-    """Return intervals as words: `f1 0.8192 to 0.8805, accuracy none`."""
+def format_intervals(values):
+    """Return {name: interval} as text: `f1 0.8192 to 0.8805, accuracy none`."""
     return ", ".join(
         f"{name} {interval[0]:.4f} to {interval[1]:.4f}" if interval else f"{name} none"
-        for name, interval in of_metrics.items()
+        for name, interval in values.items()
     )
 
 
-def _interval(scores):
-    if len(scores) == 0 or not np.isfinite(scores).all():
+def _quantiles(scores):
+    if not np.isfinite(scores).all():
         return None
     outside = (1 - LEVEL) / 2
     return np.quantile(scores, [outside, 1 - outside]).tolist()
 
 
-def _resampled(names, references, *models, resamples):
-    """Return {name: [scores (resamples,) of each model]}; models: the predictions of each. All draw the same rows."""
+def _resample(names, references, *models, resamples):
+    """Return {name: [scores (resamples,) of each model]} of the metrics that are defined; empty for a single row.
+
+    models: the predictions of each. All models are scored on the same resamples.
+    """
     references, models = np.asarray(references), [np.asarray(predictions) for predictions in models]
     rows, generator = len(references), np.random.default_rng(0)
-    scores = {name: [[] for _ in models] for name in names}
-    undefined = {name for name in names if any(why_undefined(name, of, references) for of in models)}
-    of_classes = bool(names) and names[0] not in REGRESSION
-    if of_classes:
-        # Rows with the same label and predictions are interchangeable. How often each kind is drawn is multinomial:
-        # a few numbers for a resample, however many rows there are.
+    scores = {
+        name: [[] for _ in models]
+        for name in names
+        if rows > 1 and not any(why_undefined(name, predictions, references) for predictions in models)
+    }
+    is_regression = not names or names[0] in REGRESSION
+    if is_regression:  # the rows themselves are drawn: fewer resamples of very many rows
+        resamples = min(resamples, max(1000, 3 * 10**6 // max(rows, 1)))
+    else:
+        # Rows with the same label and predictions are interchangeable, so how often each kind of row is drawn is
+        # multinomial: a few numbers per resample, however many rows there are.
         kinds, counts = np.unique(np.column_stack([references, *models]), axis=0, return_counts=True)
         columns = np.split(kinds, 1 + len(models), axis=1)
         references, *models = (column if references.ndim == 2 else column[:, 0] for column in columns)
-    else:  # nothing but the rows themselves to draw: fewer resamples where there are very many
-        resamples = min(resamples, max(1000, 3 * 10**6 // max(rows, 1)))
-    size = len(references)
-    at_a_time = max(1, NUMBERS_AT_A_TIME // max(size, 1))
-    for first in range(0, resamples if rows > 1 else 0, at_a_time):
+    at_a_time = max(1, NUMBERS_AT_A_TIME // max(len(references), 1))
+    for first in range(0, resamples if scores else 0, at_a_time):
         number = min(at_a_time, resamples - first)
-        if of_classes:
-            times = generator.multinomial(rows, counts / rows, size=number)
-            given = [(count_classes(predictions, references, times),) for predictions in models]
-        else:
+        if is_regression:
             drawn = generator.integers(0, rows, (number, rows))
-            given = [(predictions[drawn], references[drawn]) for predictions in models]
+            inputs = [(predictions[drawn], references[drawn]) for predictions in models]
+        else:
+            times = generator.multinomial(rows, counts / rows, size=number)
+            inputs = [(count_classes(predictions, references, times),) for predictions in models]
         with np.errstate(invalid="ignore"):  # a resample of equal values has no correlation
-            for name, of_models in scores.items():
-                for of_model, of_resamples in zip(given, of_models, strict=True):
-                    of_resamples.append(FORMULAS[name](*of_model))
-    none = np.zeros(0)
-    return {
-        name: [none if name in undefined or not parts else np.concatenate(parts) for parts in of_models]
-        for name, of_models in scores.items()
-    }
+            for name, parts_by_model in scores.items():
+                for model_inputs, parts in zip(inputs, parts_by_model, strict=True):
+                    parts.append(FORMULAS[name](*model_inputs))
+    return {name: [np.concatenate(parts) for parts in parts_by_model] for name, parts_by_model in scores.items()}
 
 
-def mcnemar(is_right, is_right_of_other):
-    """Return ({only one, only the other}: counts, p): the exact test of McNemar, https://doi.org/10.1007/BF02295996.
+# ------------------------------------------------------------------------------------------ differences of two models
 
-    is_right: (rows,), bools. p: how likely counts as uneven as these are where both models are right equally often.
+ROUNDING = 1e-4  # of a score's scale: what summing in another order may change
+
+
+def rounding_margin(name, score, other):
+    """Return how far two scores may differ by rounding alone. The scale of an error is itself, of other scores 1."""
+    return ROUNDING * (max(score, other) if DIRECTION[name] == "min" else 1)
+
+
+def is_beyond_margin(interval, margin):
+    """Return whether an interval of a difference is on one side of 0 and beyond the margin of `rounding_margin`.
+
+    Excluding 0 is not enough: summing in another order shifts all errors alike, by a millionth, in every resample.
+    """
+    return interval[0] > margin or interval[1] < -margin
+
+
+def format_difference(difference):
+    """Return a difference as text that is 0 only if the difference is: +0.0123, -9.0e-07, 0."""
+    if difference == 0:
+        return "0"
+    return f"{difference:+.4f}" if abs(difference) >= 5e-5 else f"{difference:+.1e}"
+
+
+def mcnemar(is_right, other_is_right):
+    """Return (rows only one gets right, rows only the other gets right, p): McNemar's exact test.
+
+    is_right, other_is_right: (rows,), bools. p: how likely counts at least this uneven are if both models are right
+    equally often. https://doi.org/10.1007/BF02295996
     """
     from scipy.stats import binomtest
 
-    only_one = int((is_right & ~is_right_of_other).sum())
-    only_other = int((~is_right & is_right_of_other).sum())
+    only_one = int((is_right & ~other_is_right).sum())
+    only_other = int((~is_right & other_is_right).sum())
     differ = only_one + only_other
     return only_one, only_other, float(binomtest(only_one, differ).pvalue) if differ else 1.0

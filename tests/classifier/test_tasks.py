@@ -294,7 +294,7 @@ def test_an_unknown_task_is_told_with_the_nearest_name():
         ({"labels": ["a", "b", "c"], "metrics": ["f1"]}, "f1 is for two labels, this task has 3"),
         ({"labels": ["a", "b"], "metrics": ["pearson"]}, "pearson is for regression"),
         ({"labels": "regression", "metrics": ["f1_macro"]}, "f1_macro is for classification"),
-        ({"labels": ["a", "b"], "metrics": ["acuracy"]}, "did you mean accuracy"),
+        ({"labels": ["a", "b"], "metrics": ["acuracy"]}, 'did you mean "accuracy"'),
         (
             {"labels": ["a", "b"], "metrics": ["matthews_correlation"], "problem": "multi_label"},
             "several labels a text",
