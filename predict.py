@@ -27,7 +27,7 @@ from classifier.data.labels import prediction_columns, prediction_rows
 from classifier.data.reader import check_file, count_rows, lines_of_text, read_rows, table_format
 from classifier.data.tasks import delimiter
 from classifier.files import CannotWrite, digest, sha256, write_json
-from classifier.messages import BadInput, BadRow, format_duration, location, log, nearest, without_skip
+from classifier.messages import BadInput, BadRow, format_duration, location, log, nearest
 from classifier.predictor import start_exported
 
 SECONDS_BETWEEN_LINES = 10
@@ -74,29 +74,26 @@ def read_rows_to_label(path, task, columns, args, bad_rows):
 
     columns: those that the predictions add.
     """
-
-    def on_bad_row(bad_row):
-        if args.on_bad_row == "fail":
-            raise BadInput(bad_row.reason, bad_row.advice if args.output else without_skip(bad_row.advice))
-        bad_rows.append({"file": str(path), "row": bad_row.line, "reason": bad_row.flaw})
-
     reading = {"encoding": args.encoding, "delimiter": args.delimiter, "texts": task.text}
     is_first = True
-    for line, row in read_rows(path, **reading, on_bad_row=on_bad_row):
-        for column in task.text:
-            if column not in row and is_first:
-                words = f'{location(path, line)}: the column "{column}" is not there{nearest(column, row)}'
-                raise BadInput(words, f"Columns: {', '.join(row)}.")
-        if clash := next((column for column in columns if column in row), None):
-            raise BadInput(
-                f'{location(path, line)}: there is a column "{clash}" already', "Rename or drop it in the input."
-            )
-        is_first = False
-        wrong = next((column for column in task.text if not isinstance(row.get(column), str)), None)
-        if wrong is None:
-            yield line, row
-        else:
-            on_bad_row(BadRow(path, line, f'the column "{wrong}" holds {row.get(wrong)!r}, not text'))
+    for line, row in read_rows(path, **reading, on_bad_row="yield"):
+        if not isinstance(row, BadRow):
+            absent = next((column for column in task.text if column not in row), None)
+            if absent and is_first:
+                reason = f'{location(path, line)}: the column "{absent}" is not there{nearest(absent, row)}'
+                raise BadInput(reason, f"Columns: {', '.join(row)}.")
+            is_first = False
+            if clash := next((column for column in columns if column in row), None):
+                reason = f'{location(path, line)}: there is a column "{clash}" already'
+                raise BadInput(reason, "Rename or drop it in the input.")
+            wrong = next((column for column in task.text if not isinstance(row.get(column), str)), None)
+            if wrong is None:
+                yield line, row
+                continue
+            row = BadRow(path, line, f'the column "{wrong}" holds {row.get(wrong)!r}, not text')
+        if args.on_bad_row == "fail":
+            raise BadInput(row.reason, row.advice if args.output else row.fix)
+        bad_rows.append({"file": str(path), "row": row.line, "reason": row.problem})
 
 
 def arriving_lines(stream, encoding):
@@ -194,7 +191,7 @@ def read_lines(task, encoding):
             rows = []
             for line, row, _ in lines_of_text("standard input", lines, task.text):
                 if isinstance(row, BadRow):
-                    raise BadInput(f"standard input, line {before + line}: {row.flaw}", without_skip(row.advice))
+                    raise BadInput(f"standard input, line {before + line}: {row.problem}", row.fix)
                 rows.append((before + line, row))
             before += len(lines)
             yield rows

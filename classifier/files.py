@@ -1,4 +1,4 @@
-"""Files and folders that are complete or absent; their digests."""
+"""Files and folders that are complete or absent, content digests, JSON."""
 
 import hashlib
 import json
@@ -10,8 +10,17 @@ from pathlib import Path
 from classifier.messages import BadInput
 
 
+class CannotWrite(BadInput):
+    """The disk is full, or the folder may not be written to; the input is fine."""
+
+    def __init__(self, path, error):
+        super().__init__(
+            f"{path}: cannot be written ({error.strerror or error})", "Free some space, or choose another place."
+        )
+
+
 def digest(*parts):
-    """A name for content: 32 hexadecimal digits of the SHA-256 of `parts`, which must be JSON values."""
+    """Return a name for content: the first 32 hexadecimal digits of the SHA-256 of `parts`, which are JSON values."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -21,8 +30,11 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+# --------------------------------------------------------------------------------------------------------------- files
+
+
 def write_text(path, text):
-    """Write a file under a temporary name and rename it: it is complete or absent, after a power cut too."""
+    """Write a file atomically: it is complete or absent, even after a power cut."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
@@ -35,22 +47,52 @@ def write_text(path, text):
 
 
 def write_json(path, content):
+    """Write JSON atomically. Raises ValueError for NaN and infinity, which JSON does not have."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+@contextmanager
+def read_json(path):
+    """Open a JSON file of a saved model and yield its content.
+
+    Raises BadInput where it is no JSON, or where the body of the `with` misses a key or finds a value of another type.
+    """
+    try:
+        yield json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        reason = f"{path}: is damaged ({type(error).__name__}: {error})"
+        raise BadInput(reason, "Copy the model folder again, or train again.") from None
+
+
+@contextmanager
+def atomic_file(path):
+    """Yield a temporary path for a file that is renamed to `path` at the end, unless an error came."""
+    temporary = Path(f"{path}.tmp")  # the same for every process: the next one overwrites what a killed one left
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise CannotWrite(path, error) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- folders
+
+
 def check_output_folder(folder):
-    """Raise BadInput where a file stands in the place of a folder that is to be written."""
+    """Raise BadInput where a folder cannot be made because a file is in its place or in that of a parent."""
     for path in (folder, *folder.parents):
         try:
-            is_other = path.exists() and not path.is_dir()
-        except OSError as error:  # a name too long
+            is_file = path.exists() and not path.is_dir()
+        except OSError as error:  # a name that is too long
             raise BadInput(f"{path}: cannot be a folder ({error.strerror})", "Choose another --output_dir.") from None
-        if is_other:
+        if is_file:
             raise BadInput(f"{path}: is a file, not a folder", "Choose another --output_dir.")
 
 
 def replace_folder(temporary, path):
-    """Rename a whole folder to its name, all of it on the disk first; one that is there is moved aside until then."""
+    """Flush a complete folder to disk and rename it to `path`; an existing folder is moved aside until then."""
     mask = os.umask(0)
     os.umask(mask)
     for file in temporary.iterdir():
@@ -67,7 +109,7 @@ def replace_folder(temporary, path):
 
 
 def recover_folder(path):
-    """Bring back a folder that was moved aside for a new one that never came; remove what was to be the new one."""
+    """Restore a folder that replace_folder had moved aside when it was killed; remove the unfinished replacement."""
     old = path.with_name(f"{path.name}.old")
     if old.exists() and not path.exists():
         os.replace(old, path)
@@ -76,33 +118,11 @@ def recover_folder(path):
 
 
 def sync(path):
-    """Wait until a file, or the names in a folder, are on the disk and not only in memory."""
-    if path.is_dir() and os.name == "nt":  # Windows opens no folders
+    """Flush a file, or the directory entries of a folder, to disk."""
+    if path.is_dir() and os.name == "nt":  # Windows cannot open folders
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-class CannotWrite(BadInput):
-    """A disk that is full, a folder that may not be written to: nothing is wrong with the rows."""
-
-    def __init__(self, path, error):
-        super().__init__(
-            f"{path}: cannot be written ({error.strerror or error})", "Make room there, or choose another place."
-        )
-
-
-@contextmanager
-def atomic_file(path):
-    """Yield a temporary name for a file, which gets its own at the end, where no error came."""
-    temporary = Path(f"{path}.tmp")  # always the same: what a killed process left is written anew
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise CannotWrite(path, error) from None
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What the scripts say: the log, errors of two lines, numbers as text."""
+"""The log, errors of two lines, and numbers formatted as text."""
 
 import logging
 from difflib import get_close_matches
@@ -7,11 +7,56 @@ log = logging.getLogger("classifier")
 
 
 class Preempted(KeyboardInterrupt):
-    """A signal asked the run to end; the same command goes on. Like Ctrl-C, it passes through `except Exception`."""
+    """A signal asked the run to stop; the same command resumes it. Like Ctrl-C, it passes `except Exception`."""
 
 
 class RunFailed(Exception):
-    """What the user is to know of a run that could not go on."""
+    """The run cannot continue; the message is shown to the user without a traceback."""
+
+
+class BadInput(Exception):
+    """Unusable input from the user: one line of reason and one of advice, shown without a traceback, exit code 2."""
+
+    def __init__(self, reason, advice):
+        self.reason = _one_line(reason)
+        self.advice = _one_line(advice)
+        super().__init__(f"{self.reason}\n{self.advice}")
+
+
+class BadRow(BadInput):
+    """A mistake in a single row: the rest of the table can be used, with --on_bad_row skip.
+
+    `line` is the row's number, `problem` the reason without its place, `fix` the advice where rows cannot be skipped.
+    """
+
+    def __init__(self, path, line, problem, fix="Fix this row"):
+        super().__init__(f"{location(path, line)}: {problem}", f"{fix}, or skip such rows: --on_bad_row skip.")
+        self.line = line
+        self.problem = _one_line(problem)
+        self.fix = f"{_one_line(fix)}."
+
+
+def _one_line(text):
+    """Return text that may quote a file or a library as a single line that UTF-8 can encode."""
+    line = " ".join(part.strip() for part in text.splitlines())
+    return line.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def nearest(name, names):
+    """Return ` (did you mean "x"?)` for the closest match among `names`, or an empty string."""
+    matches = get_close_matches(str(name), [str(known) for known in names], n=1)
+    return f' (did you mean "{matches[0]}"?)' if matches else ""
+
+
+def location(path, number):
+    """Return how messages name a row of a file: `FILE, line 7`, or `FILE, record 7` in JSON and Parquet."""
+    has_records = str(path).lower().removesuffix(".gz").endswith((".json", ".parquet"))
+    return f"{path}, {'record' if has_records else 'line'} {number}"
+
+
+def in_red(text):
+    """Return text in the terminal's red; unchanged where the log goes to a file or a pipe."""
+    return f"\x1b[1;31m{text}\x1b[0m" if log.handlers and log.handlers[0].stream.isatty() else text
 
 
 def format_duration(seconds):
@@ -21,58 +66,10 @@ def format_duration(seconds):
 
 
 def format_score(number):
-    """Return a score as a word: 0.8123, or undefined."""
+    """Return a score with four decimals, or `undefined` for None."""
     return "undefined" if number is None else f"{number:.4f}"
 
 
-def format_scores(values):
-    """Return scores as words: `f1 0.8123, accuracy 0.6838`."""
-    return ", ".join(f"{name} {format_score(value)}" for name, value in values.items())
-
-
-SKIP = "or leave such rows out: --on_bad_row skip."
-
-
-class BadInput(Exception):
-    """What a user gave cannot be used: one line of reason and one of advice, shown without a traceback, exit code 2."""
-
-    def __init__(self, reason, advice):
-        self.reason = _one_line(reason)
-        self.advice = _one_line(advice)
-        super().__init__(f"{self.reason}\n{self.advice}")
-
-
-class BadRow(BadInput):
-    """A mistake in one row, which says nothing against the others: --on_bad_row skip leaves it out and goes on."""
-
-    def __init__(self, where, line, flaw, advice="Mend this row,"):
-        super().__init__(f"{location(where, line)}: {flaw}", f"{advice} {SKIP}")
-        self.line = line
-        self.flaw = _one_line(flaw)
-
-
-def _one_line(words):
-    """Return words that quote a file or a library without line breaks, and without what UTF-8 cannot write."""
-    return " ".join(words.splitlines()).encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def nearest(name, names):
-    """Return ` (did you mean "x"?)` for the name in `names` most like `name`, or an empty string."""
-    matches = get_close_matches(str(name), [str(known) for known in names], n=1)
-    return f' (did you mean "{matches[0]}"?)' if matches else ""
-
-
-def location(path, number):
-    """Return the words for a row of a file, as messages name it: `FILE, line 7`, or `FILE, record 7`."""
-    has_records = str(path).lower().removesuffix(".gz").endswith((".json", ".parquet"))
-    return f"{path}, {'record' if has_records else 'line'} {number}"
-
-
-def without_skip(advice):
-    """Return the advice about a row without that of leaving it out, for where this cannot be done."""
-    return advice.removesuffix(SKIP).rstrip(" ,") + "."
-
-
-def in_red(words):
-    """Return words as a terminal shows them in red; as they are where the log goes elsewhere."""
-    return f"\x1b[1;31m{words}\x1b[0m" if log.handlers and log.handlers[0].stream.isatty() else words
+def format_scores(scores):
+    """Return {metric: score} as text: `f1 0.8123, accuracy 0.6838`."""
+    return ", ".join(f"{name} {format_score(score)}" for name, score in scores.items())

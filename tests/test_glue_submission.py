@@ -440,7 +440,7 @@ import glue
 for name in ("mrpc", "cola", "stsb"):
     task, splits = glue.read_data(name, False)
     rows = splits["test"]
-    print(name, glue.column_of(task, "test", rows, "idx") == [str(row) for row in range(len(rows))])
+    print(name, glue.read_column(task, "test", rows, "idx") == [str(row) for row in range(len(rows))])
     glue.say_score(name, task, [1] * len(rows), glue.array_of(rows, "label"))
 """
     hub = [sys.executable, str(real_data / "tools/loopback_hub.py"), "--root", str(real_data / "hub"), "--"]

@@ -1,6 +1,6 @@
-"""The cache: Arrow tables of rows and of tokens, named by their content, and files from URLs.
+"""The cache: Arrow tables named by a digest of their content, files from URLs, pinned commits of the Hub.
 
-Tables are memory-mapped, so that a second run makes nothing again, and a large data set needs no memory.
+Tables are memory-mapped: a second run recomputes nothing, and a large data set needs no memory.
 """
 
 import os
@@ -15,6 +15,7 @@ from classifier.messages import BadInput
 
 
 def cache_folder():
+    """Return this project's folder in the cache of `datasets`."""
     from datasets import config
 
     folder = Path(config.HF_DATASETS_CACHE) / "text-classification-scripts"
@@ -22,45 +23,48 @@ def cache_folder():
     return folder
 
 
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
 def table_path(key):
     return cache_folder() / f"{key}.arrow"
 
 
 def load_table(key):
-    """Return the table named `key` of the cache: a Dataset, memory-mapped."""
+    """Return the cached table named `key`: a memory-mapped Dataset."""
     from datasets import Dataset
 
     return Dataset.from_file(str(table_path(key)))
 
 
 def write_table(key, schema, columns):
-    """Write the table named `key`: `columns` yields those of some rows at a time. The file is complete or absent."""
+    """Write the table named `key` atomically; `columns` yields {column: values} of some rows at a time."""
     import pyarrow as pa
 
     path = table_path(key)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-            for some in columns:
-                writer.write_batch(pa.RecordBatch.from_pydict(some, schema=schema))
+            for batch in columns:
+                writer.write_batch(pa.RecordBatch.from_pydict(batch, schema=schema))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def cached_table(key, schema, make_columns):
-    """Return (Dataset, made): the table named `key` from the cache, written by make_columns() where it is not there."""
-    made = not table_path(key).exists()
-    if made:
-        write_table(key, schema, make_columns())
-    return load_table(key), made
+def cached_table(key, schema, columns):
+    """Return (Dataset, whether it is new) of the table named `key`, written by write_table where it is not cached."""
+    is_new = not table_path(key).exists()
+    if is_new:
+        write_table(key, schema, columns)
+    return load_table(key), is_new
 
 
 def one_process_at_a_time():
-    """A lock for preparing data: one process of a machine makes the tables, the others wait and read its cache."""
+    """Return a lock for preparing data: one process of a machine makes the tables, the others wait and read them."""
     from filelock import FileLock
 
-    # Not a barrier: a process that waits there dies of the collective's timeout when the data are large.
+    # Not a barrier: with large data, processes waiting at one would hit the collective's timeout.
     return FileLock(cache_folder() / "prepare.lock")
 
 
@@ -72,15 +76,21 @@ def arrow_column(rows, column):
 
 
 def column_array(rows, column):
-    """Return a column of a Dataset as an array: shape (rows,); the labels in multi-label: (rows, labels)."""
+    """Return a column of a Dataset as an array, shape (rows,); lists, such as multi-label labels: (rows, labels)."""
     values = arrow_column(rows, column)
     if hasattr(values, "offsets"):  # lists
         return values.flatten().to_numpy().reshape(len(rows), -1)
     return values.to_numpy(zero_copy_only=False)
 
 
+# ----------------------------------------------------------------------------------------------------- files from URLs
+
+
 def download_file(url, refresh):
-    """Return the path of a URL's file in the cache, downloaded once; a part after :: names a member of an archive."""
+    """Return the path of a URL's file in the cache, downloaded once; a suffix ::MEMBER of the URL is kept.
+
+    Raises BadInput where the file cannot be downloaded completely.
+    """
     url, mark, member = url.partition("::")
     path = cache_folder() / "downloads" / digest(url) / Path(url.partition("?")[0]).name
     if refresh or not path.exists():
@@ -90,21 +100,23 @@ def download_file(url, refresh):
             with urlopen(url, timeout=60) as answer, open(temporary, "wb") as file:
                 shutil.copyfileobj(answer, file)
                 length = answer.headers["Content-Length"]
-                if length and file.tell() != int(length):  # read() of a part of an answer does not complain
+                if length and file.tell() != int(length):  # read() raises nothing where the connection ends early
                     raise OSError(f"the connection ended after {file.tell():,} of {int(length):,} bytes")
             os.replace(temporary, path)
-        # URLError and HTTPError are OSErrors; ValueError: not a URL; HTTPException: an answer that is none.
+        # URLError and HTTPError are OSErrors; ValueError: not a URL; HTTPException: not an HTTP answer.
         except (OSError, ValueError, HTTPException) as error:
-            words = str(error).removeprefix("<urlopen error ").removesuffix(">")
-            raise BadInput(
-                f"{url}: cannot be downloaded ({words})", "Check the address, or download it and give the file's path."
-            ) from None
+            reason = f"{url}: cannot be downloaded ({str(error).removeprefix('<urlopen error ').removesuffix('>')})"
+            raise BadInput(reason, "Check the address, or download it and give the file's path.") from None
         finally:
             temporary.unlink(missing_ok=True)
     return f"{path}{mark}{member}"
 
 
+# ------------------------------------------------------------------------------------------------------------- the Hub
+
+
 def download(path, name, commit):
+    """Return the DatasetDict of a Hub data set's configuration at a commit. Raises BadInput."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HTTPError
@@ -112,16 +124,16 @@ def download(path, name, commit):
     try:
         return load_dataset(path, name, revision=commit)
     except (DatasetsError, FileNotFoundError, ValueError) as error:
-        words = f"{path}{f' ({name})' if name else ''}: {' '.join(str(error).split())[:300]}"
-        raise BadInput(words, "Check `dataset: {path, name}` of the task.") from None
+        reason = f"{path}{f' ({name})' if name else ''}: {' '.join(str(error).split())[:300]}"
+        raise BadInput(reason, "Check `dataset: {path, name}` in the task.") from None
     except (OSError, HTTPError) as error:  # ConnectionError is an OSError
         raise unreachable_hub(path, error) from None
 
 
 def hub_commit(repository, kind, revision=None, refresh=False):
-    """Return the commit of a Hub repository: the one it had when it was first used here; `refresh` asks the Hub again.
+    """Return the commit of a Hub repository, pinned when it was first used here; `refresh` asks the Hub again.
 
-    kind is "model" or "dataset"; a revision that is a commit needs no asking.
+    kind: "model" or "dataset". A revision that is a commit is returned without a request. Raises BadInput.
     """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
@@ -133,13 +145,17 @@ def hub_commit(repository, kind, revision=None, refresh=False):
         return pin.read_text()
     try:
         commit = HfApi().repo_info(repository, repo_type=kind, revision=revision, timeout=30).sha
-    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):  # the first: or it is gated
+    except (
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+        HFValidationError,
+    ):  # the first is also raised for a gated one
         raise BadInput(
             f'the Hub has no {kind} "{repository}"{f" at {revision}" if revision else ""} that you may read',
             f"Check the name, log in with `hf auth login`, or give a {'folder' if kind == 'model' else 'file'}.",
         ) from None
-    except (OSError, HTTPError) as error:  # HTTPError is of the library underneath: a refused connection, a time-out
-        # Somebody may have downloaded it with another tool, for a cluster's compute nodes without a network.
+    except (OSError, HTTPError) as error:  # HTTPError: from the HTTP library, a refused connection or a timeout
+        # Another tool may have downloaded it, for a cluster's compute nodes without a network.
         known = Path(constants.HF_HUB_CACHE, f"{kind}s--{repository.replace('/', '--')}", "refs", revision or "main")
         if not known.exists():
             raise unreachable_hub(repository, error) from None
@@ -149,28 +165,28 @@ def hub_commit(repository, kind, revision=None, refresh=False):
 
 
 def was_loaded(repository, commit):
-    """Return whether a model was loaded whole from the Hub before, at this commit, and is still in the cache."""
+    """Return whether a model was completely downloaded at this commit before, and is still in the cache."""
     from huggingface_hub import constants
 
     folder = f"models--{repository.replace('/', '--')}"
-    return _mark(repository, commit).exists() and Path(constants.HF_HUB_CACHE, folder, "snapshots", commit).is_dir()
+    return _marker(repository, commit).exists() and Path(constants.HF_HUB_CACHE, folder, "snapshots", commit).is_dir()
 
 
 def note_loaded(repository, commit):
-    """Note for was_loaded that all files of a model are in the cache: a download that broke off leaves a part."""
-    write_text(_mark(repository, commit), commit)
+    """Record for was_loaded that all files of a model are cached; an interrupted download leaves only some of them."""
+    write_text(_marker(repository, commit), commit)
 
 
-def _mark(repository, commit):
+def _marker(repository, commit):
     return cache_folder() / f"model--{repository.replace('/', '--')}--{commit}.loaded"
 
 
 def unreachable_hub(repository, error):
+    """Return the BadInput for a Hub that cannot be reached."""
     from huggingface_hub import constants
 
-    words = " ".join(str(error).split())[:200]
     return BadInput(
-        f"cannot download {repository} from {constants.ENDPOINT} ({words})",
+        f"cannot download {repository} from {constants.ENDPOINT} ({' '.join(str(error).split())[:200]})",
         "Check the network or set HF_ENDPOINT to a mirror, give local files (--train_file, --model FOLDER), "
         "or try `--task demo`, which needs no network.",
     )

@@ -57,13 +57,13 @@ def with_label_names(task, sources):
     words = [name for name in names if not is_whole(name)]
     if whole and words and not is_list:
         raise BadInput(
-            f'{source.where}: the label column "{task.label}" mixes numbers ({whole[0]}: {first_place(whole[0])}) '
+            f'{source.origin}: the label column "{task.label}" mixes numbers ({whole[0]}: {first_place(whole[0])}) '
             f"and names ({words[0]}: {first_place(words[0])})",
             "Write all labels as names or all as numbers, or list them in a YAML: labels: [...].",
         )
     if len(names) < 2:
         raise BadInput(
-            f'{source.where}: the label column "{task.label}" has {len(names)} value(s): {", ".join(names)}',
+            f'{source.origin}: the label column "{task.label}" has {len(names)} value(s): {", ".join(names)}',
             "A classifier needs two or more; is it the right column (--label_column)?",
         )
     return replace(task, labels=sorted(whole, key=lambda name: (int(name), name)) + sorted(words))
@@ -131,7 +131,7 @@ def with_label_ids(task, split, source):
             )
         else:
             words = f"{len(flawed)} of {len(rows)} rows of {split} have no label; they are left out"
-            log.warning(f"WARNING: {source.where}: {words}")
+            log.warning(f"WARNING: {source.origin}: {words}")
     rows = rows.remove_columns("label").add_column("label", _arrow_column(ids))
     if len(flawed):
         rows = rows.select(np.setdiff1d(np.arange(len(rows)), flawed))

@@ -1,7 +1,7 @@
-"""Strict tables: CSV, TSV, JSON, JSONL, lines of text (each also .gz) and Parquet -> rows with their line numbers.
+"""A strict reader of tables: CSV, TSV, JSON, JSONL, lines of text (optionally gzipped) and Parquet.
 
-Text stays as it is written: no type is guessed, "None", "00456" and "1e5" arrive as these very characters. A file that
-is not a clean table ends with BadInput, which names the file, the line, what was found and what to do.
+Rows come with their line numbers. No type is guessed: "None", "00456" and "1e5" stay these very strings. A file that is
+not a clean table raises BadInput with the file, the line, the value, and how to fix it.
 """
 
 import codecs
@@ -17,47 +17,43 @@ from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
-from classifier.messages import BadInput, BadRow, location, nearest, without_skip
+from classifier.messages import BadInput, BadRow, location, nearest
 
-# Characters in a field. Python's own limit of 131,072 is too low for documents, and without any limit one unclosed
-# quote makes the rest of a file a single field.
+# Characters in a field. Python's default limit of 131,072 is too low for documents; without a limit, one unclosed quote
+# turns the rest of the file into a single field.
 LONGEST_FIELD = 10_000_000
 csv.field_size_limit(LONGEST_FIELD)
 
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character, or a byte that could not be decoded
-BLANKS = " \t\r\n"  # of JSON
-
-
-def fail(bad_row):
-    """What happens to a BadRow unless the caller of read_rows knows better."""
-    raise bad_row
+BLANKS = " \t\r\n"  # the whitespace of JSON
 
 
 def table_format(path, has_lines=False):
-    """Return "csv", "tsv", "json", "jsonl" or "parquet" by the name of a file, with or without .gz.
+    """Return "csv", "tsv", "json", "jsonl" or "parquet" by a file's name, ignoring .gz; with has_lines, also "txt".
 
-    has_lines: "txt", too, where the rows are lines of text.
+    Raises BadInput for any other name.
     """
     name = str(path).lower().removesuffix(".gz")
     kind = name.rpartition(".")[2]
     if kind not in ("csv", "tsv", "json", "jsonl", "parquet", *(["txt"] if has_lines else [])):
         raise BadInput(
             f"{path}: cannot tell the format of this file by its name",
-            "Name it .csv (quoted), .tsv (unquoted), .jsonl (an object a line) or .json (a list), each perhaps with "
-            ".gz, or .parquet; a file in an archive: archive.zip::folder/name.csv.",
+            "Name it .csv (quoted), .tsv (unquoted), .jsonl (one object per line), .json (a list), any of these with "
+            ".gz, or .parquet. A file in an archive: archive.zip::folder/name.csv.",
         )
     return kind
 
 
-def read_rows(path, columns=None, quoting=None, encoding="utf-8", delimiter=None, on_bad_row=fail, texts=None):
-    """Yield (line, row) of a table: the line where a row starts (in JSON and Parquet its number), from 1, and a dict.
+def read_rows(path, columns=None, quoting=None, encoding="utf-8", delimiter=None, on_bad_row="fail", texts=None):
+    """Yield (line, row) for each row of a table: row is a dict, line counts from 1 (in JSON and Parquet: records).
 
-    CSV is read quoted (RFC 4180), TSV unquoted (as GLUE's files are) unless `quoting` says otherwise; their values are
-    str. `columns` names the columns of a file without a header. A value in JSON is what JSON makes of it. With `texts`,
-    .txt files are read, too: their lines are values of this column, or of these two, with a tab between. A row that is
-    ragged, undecodable, over-long or holds NUL goes to `on_bad_row` as a BadRow.
-    Raises BadInput for a file that is missing, in another encoding, without a good row, or no table.
+    CSV is read quoted (RFC 4180) and TSV unquoted (as in GLUE) unless `quoting` overrides it; their values are strings.
+    columns: the names, for files without a header. texts: read .txt files too, one text per line for one name, two
+    separated by a tab for two names.
+    on_bad_row: what happens to a row that is ragged, undecodable, too long or holds NUL. "fail" raises its BadRow,
+    "skip" leaves the row out, "yield" yields (line, BadRow).
+    Raises BadInput for a file that is missing, in another encoding, not a table, or without a single good row.
     """
     kind, first_bad, has_good, is_scanned = table_format(path, has_lines=texts), None, False, False
     try:
@@ -66,46 +62,50 @@ def read_rows(path, columns=None, quoting=None, encoding="utf-8", delimiter=None
                 if kind == "parquet":
                     rows = _parquet_rows(path, raw)
                 elif kind in DELIMITERS:
-                    rows = _delimited_rows(path, _text(raw, encoding), kind, columns, quoting, delimiter)
+                    rows = _delimited_rows(path, _text_stream(raw, encoding), kind, columns, quoting, delimiter)
                 elif kind == "txt":
-                    rows = lines_of_text(path, _text(raw, encoding), texts)
+                    rows = lines_of_text(path, _text_stream(raw, encoding), texts)
                 else:
-                    rows = _json_rows(path, _text(raw, encoding), kind)
+                    rows = _json_rows(path, _text_stream(raw, encoding), kind)
                 for line, row, text in rows:
-                    if not isinstance(row, BadRow) and (flaw := _flaw(row, text)):
-                        row = BadRow(path, line, flaw)
+                    if not isinstance(row, BadRow) and (problem := _find_problem(row, text)):
+                        row = BadRow(path, line, problem)
                     if not isinstance(row, BadRow):
                         has_good = True
                         yield line, row
                         continue
-                    if "is not UTF-8, after" in row.flaw and not is_scanned:  # only the first one: it reads the file
+                    if "is not UTF-8, after" in row.problem and not is_scanned:  # once, as it reads the file again
                         is_scanned = True
-                        # A bad byte in JSON is always told as such: the first of the file is in this row.
-                        at, advice = _about_encoding(path, 0 if kind == "json" or kind == "jsonl" else line)
-                        row = BadRow(path, line, row.flaw + at, advice)
+                        # In JSON every undecodable byte makes a bad row, so the file's first one is in this row.
+                        offset, fix = _diagnose_encoding(path, 0 if kind in ("json", "jsonl") else line)
+                        row = BadRow(path, line, row.problem + offset, fix)
                     first_bad = first_bad or row
-                    on_bad_row(row)
+                    if on_bad_row == "fail":
+                        raise row
+                    if on_bad_row == "yield":
+                        yield line, row
             except UnicodeError as error:
-                raise BadInput(f"{path}: is not {encoding} ({error})", without_skip(_about_encoding(path)[1])) from None
+                raise BadInput(f"{path}: is not {encoding} ({error})", f"{_diagnose_encoding(path)[1]}.") from None
     except (FileNotFoundError, NotADirectoryError):
         file = Path(str(path).partition("::")[0])
         siblings = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
         raise BadInput(f"{path}: no such file{nearest(file.name, siblings)}", "Check the path of the file.") from None
     except IsADirectoryError:
-        raise BadInput(f"{path}: is a folder, not a file", "Name one file of it.") from None
+        raise BadInput(f"{path}: is a folder, not a file", "Name a file inside it.") from None
     except (gzip.BadGzipFile, zipfile.BadZipFile, EOFError, zlib.error) as error:
-        raise BadInput(f"{path}: is not a whole .gz or .zip file ({error})", "Download or compress it again.") from None
+        reason = f"{path}: is not a complete .gz or .zip file ({error})"
+        raise BadInput(reason, "Download or compress it again.") from None
     except OSError as error:
-        words = error.strerror or str(error)
-        raise BadInput(f"{path}: cannot be read ({words})", "Check the path and the permissions.") from None
-    if first_bad and not has_good:  # a mistake about the whole file, such as its encoding, must not look like no rows
-        raise BadInput(f"{first_bad.reason} (every row of this file is bad)", without_skip(first_bad.advice))
+        reason = f"{path}: cannot be read ({error.strerror or error})"
+        raise BadInput(reason, "Check the path and the permissions.") from None
+    if first_bad and not has_good:  # a problem of the whole file, such as its encoding, must not look like no rows
+        raise BadInput(f"{first_bad.reason} (every row of this file is bad)", first_bad.fix)
     if not has_good:
         raise BadInput(f"{path}: has no rows", "A table needs a header with the column names and at least one row.")
 
 
 def count_rows(path):
-    """Return about how many rows a table has, by its line ends; exactly that of a Parquet file; None if unknown."""
+    """Return a table's approximate number of rows, by its line ends; exact for Parquet, None where unknown."""
     kind = table_format(path, has_lines=True)
     try:
         if kind == "parquet":
@@ -114,13 +114,13 @@ def count_rows(path):
             return parquet.read_metadata(path).num_rows
         with open_bytes(path) as raw:
             ends = sum(block.count(b"\n") for block in iter(lambda: raw.read(2**20), b""))
-    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, ValueError):  # told where the rows are read
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, ValueError):  # read_rows will report it
         return None
     return None if kind == "json" else ends - (kind in DELIMITERS)
 
 
 def check_file(path):
-    """Raise the BadInput of read_rows where a file is not there, so that this is said before torch is imported."""
+    """Raise read_rows' BadInput for a missing file: an early check, before the slow import of torch."""
     if not os.path.exists(str(path).partition("::")[0]):
         next(read_rows(path, texts=["text"]), None)
 
@@ -130,7 +130,7 @@ def check_file(path):
 
 @contextmanager
 def open_bytes(path):
-    """Open a file, a .gz file, or a member of a zip archive (ARCHIVE.zip::MEMBER) for reading bytes."""
+    """Open a file, a .gz file, or a member of a zip archive (ARCHIVE.zip::MEMBER) to read bytes."""
     if "\0" in str(path):
         raise FileNotFoundError(path)  # open() would raise ValueError
     archive, _, member = str(path).partition("::")
@@ -143,10 +143,8 @@ def open_bytes(path):
                 )
             try:
                 raw = files.open(member)
-            except RuntimeError as error:  # encrypted, or compressed in a way unknown here (NotImplementedError)
-                raise BadInput(
-                    f"{path}: cannot be unpacked ({error})", "Unpack it, and name the file itself."
-                ) from None
+            except RuntimeError as error:  # encrypted, or an unsupported compression (NotImplementedError)
+                raise BadInput(f"{path}: cannot be unpacked ({error})", "Unpack it and name the file itself.") from None
             with raw, gzip.open(raw) if member.lower().endswith(".gz") else raw as stream:
                 yield stream
     else:
@@ -154,80 +152,80 @@ def open_bytes(path):
             yield stream
 
 
-def _text(raw, encoding):
-    """Return a text stream. Of UTF-8, a byte that cannot be decoded arrives as a lone surrogate, found in its row."""
+def _text_stream(raw, encoding):
+    """Return a text stream. In UTF-8, an undecodable byte becomes a lone surrogate, which is later found in its row."""
     # newline="" leaves line ends inside quoted fields alone; utf-8-sig drops a byte order mark.
     try:
         if codecs.lookup(encoding).name not in ("utf-8", "utf-8-sig"):
             return io.TextIOWrapper(raw, encoding, newline="")
-    except (LookupError, ValueError):  # TextIOWrapper takes no codec such as rot13, which does not decode bytes
+    except (LookupError, ValueError):  # TextIOWrapper rejects codecs that do not decode bytes, such as rot13
         raise BadInput(f"--encoding {encoding}: unknown", "Known are utf-8, gb18030, latin-1, utf-16, ...") from None
     start = raw.peek(1000)[:1000]
     if likely := _utf_16(start):
-        at = 0 if likely == "utf-16" else start.index(0)
-        raise UnicodeError(f"byte {at} of the file is {start[at]:#04x}")
+        offset = 0 if likely == "utf-16" else start.index(0)
+        raise UnicodeError(f"byte {offset} of the file is {start[offset]:#04x}")
     return io.TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="")
 
 
-def _flaw(row, text=None):
-    """Return what is wrong with the characters of a row, in words, or an empty string; `text` is as of _undecodable."""
-    flaw = ""
+def _find_problem(row, text=None):
+    """Return what is wrong with the characters of a row, or an empty string; `text` is that of _undecodable."""
+    problem = ""
     for column, value in row.items():
         is_text, is_nested = isinstance(value, str), isinstance(value, (list, dict))
         string = value if is_text else json.dumps(value, ensure_ascii=False, default=str) if is_nested else ""
         if undecodable := _undecodable(column, text) or _undecodable(string, text):
             return f'column "{column}": {undecodable}'
         if is_text and len(value) > LONGEST_FIELD:
-            flaw = flaw or f'column "{column}": the field has more than {LONGEST_FIELD:,} characters'
+            problem = problem or f'column "{column}": the field has more than {LONGEST_FIELD:,} characters'
         if is_text and "\0" in value:
-            flaw = flaw or f'column "{column}": the field holds a NUL character'
-    return flaw
+            problem = problem or f'column "{column}": the field holds a NUL character'
+    return problem
 
 
 def _undecodable(string, text=None):
-    """Return the words for the first surrogate of a string, or an empty string.
+    """Return a description of the first surrogate in a string, or an empty string.
 
-    `text` is the JSON that the string is made of: a surrogate that is not in there was written as an escape.
+    text: the JSON that the string was parsed from. A surrogate that is not in there was written as an escape.
     """
-    if string.isascii() or not (found := SURROGATE.search(string)):
+    if string.isascii() or not (match := SURROGATE.search(string)):
         return ""
-    is_byte = "\udc80" <= found[0] <= "\udcff" and (text is None or found[0] in text)
-    what = f"byte {ord(found[0]) - 0xDC00:#04x} is not UTF-8" if is_byte else "half of a character"
-    return f"{what}, after {string[: found.start()][-20:]!r}"
+    is_byte = "\udc80" <= match[0] <= "\udcff" and (text is None or match[0] in text)
+    what = f"byte {ord(match[0]) - 0xDC00:#04x} is not UTF-8" if is_byte else "an unpaired surrogate (half a character)"
+    return f"{what}, after {string[: match.start()][-20:]!r}"
 
 
-def _about_encoding(path, line=0):
-    """Return (words for the place of the first byte that is not UTF-8, from a line on; advice on the encoding)."""
+def _diagnose_encoding(path, line=0):
+    """Return (the offset of the first byte from a line on that is not UTF-8, as text; advice on the encoding)."""
     with open_bytes(path) as raw:
         utf_16 = _utf_16(raw.peek(1000)[:1000])
         before = io.TextIOWrapper(raw, "utf-8", errors="surrogateescape", newline="").read(100_000)
     offset, after = 0, ""
     with open_bytes(path) as raw:
         stream = io.TextIOWrapper(raw, "utf-8", errors="surrogateescape", newline="")
-        pieces = stream if line else iter(lambda: stream.read(1 << 16), "")  # a JSON list may be one long line
-        for number, text in enumerate(pieces, start=1):
-            found = SURROGATE.search(text) if number >= line and not text.isascii() else None
-            offset += len(text[: found.start() if found else None].encode("utf-8", "surrogateescape"))
-            if found:
-                after = text[found.start() :] + stream.read(100_000)
+        blocks = stream if line else iter(lambda: stream.read(1 << 16), "")  # a JSON list may be one long line
+        for number, text in enumerate(blocks, start=1):
+            match = SURROGATE.search(text) if number >= line and not text.isascii() else None
+            offset += len(text[: match.start() if match else None].encode("utf-8", "surrogateescape"))
+            if match:
+                after = text[match.start() :] + stream.read(100_000)
                 break
-    at, broken = f" (byte {offset:,} of the file)", len(SURROGATE.findall(before + after))
+    place, broken = f" (byte {offset:,} of the file)", len(SURROGATE.findall(before + after))
     if not utf_16 and len(re.findall(r"[^\0-\x7f]", before + after)) > 2 * broken > 0:
-        return at, "Most of the file is UTF-8, and this byte is damaged: mend it,"
+        return place, "Most of the file is UTF-8 and this byte is damaged: fix it"
     # Chinese in GB18030 comes in pairs of high bytes; the accents of Latin-1 stand alone.
     high = re.findall(rb"[\x80-\xff]+", after.encode("utf-8", "surrogateescape"))
     likely = utf_16 or ("gb18030" if sum(map(len, high)) > 1.5 * len(high) else "latin-1" if broken else "utf-8")
-    advice = f"The file looks like {likely}: give --encoding {likely},"
-    return at, advice if likely == "utf-8" else f"{advice} or convert it to UTF-8,"
+    advice = f"The file looks like {likely}: give --encoding {likely}"
+    return place, advice if likely == "utf-8" else f"{advice}, or convert it to UTF-8"
 
 
 def _utf_16(start):
-    """Return the kind of UTF-16 that a file is by its first bytes, or None."""
+    """Return which UTF-16 a file is in by its first bytes, or None."""
     if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         return "utf-16"
     is_utf8 = not SURROGATE.search(start.decode("utf-8", "surrogateescape")[:-3])  # the last character may be cut off
-    units = [start[at : at + 2] for at in range(0, len(start), 2)]
-    # Only the ends of lines may hold NUL in Chinese; in UTF-8, NUL there is a slip, but not at the start of the file.
+    units = [start[position : position + 2] for position in range(0, len(start), 2)]
+    # In Chinese text only line ends hold NUL. A NUL in UTF-8 is a slip, but not at the start of the file.
     if not is_utf8 and (b"\n\0" in units or b"\0\n" in units):
         return "utf-16-le" if b"\n\0" in units else "utf-16-be"
     return {0: "utf-16-be", 1: "utf-16-le"}.get(start[:2].find(0))
@@ -238,9 +236,11 @@ def _utf_16(start):
 
 def _delimited_rows(path, stream, kind, header, quoting, delimiter):
     """Yield (line, dict or BadRow, None) of CSV and TSV."""
-    mark, quoted = delimiter or DELIMITERS[kind], kind == "csv" if quoting is None else quoting
-    table = csv.reader(stream, delimiter=mark, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE, strict=True)
-    width_of = "the task names" if header else "the header has"
+    separator, quoted = delimiter or DELIMITERS[kind], kind == "csv" if quoting is None else quoting
+    table = csv.reader(
+        stream, delimiter=separator, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE, strict=True
+    )
+    expected = "the task names" if header else "the header has"
     _check_names(f"{path}: the task names the column", header or [])
     line = 1
     while True:
@@ -250,71 +250,72 @@ def _delimited_rows(path, stream, kind, header, quoting, delimiter):
         except StopIteration:
             return
         except csv.Error as error:
-            # One physical line is one bad row; a field that ran over many lines is a quote that never closes.
+            # A field that is too long within one line is a bad row; over many lines it is a quote that never closes.
             if "field larger" not in str(error) or table.line_num > start:
                 hint = "is a quote left open?" if quoted else "one field is far too long"
-                raise BadInput(f"{path}, from line {start}: {error} ({hint})", "Mend this row, run again.") from None
+                raise BadInput(f"{path}, from line {start}: {error} ({hint})", "Fix this row.") from None
         line = table.line_num + 1
         if fields is None:
-            flaw = f"a field has more than {LONGEST_FIELD:,} characters"
+            problem = f"a field has more than {LONGEST_FIELD:,} characters"
             if header is None:
-                raise BadInput(f"{path}, line {start}, header: {flaw}", "Write the column names into the first line.")
-            yield start, BadRow(path, start, flaw, "Shorten it,"), None
+                raise BadInput(f"{path}, line {start}, header: {problem}", "Put the column names in the first line.")
+            yield start, BadRow(path, start, problem, "Shorten it"), None
         elif not fields:  # an empty line
             pass
         elif header is None:
             header = fields
-            _check_header(path, start, header, quoted, mark, is_told=bool(delimiter))
+            _check_header(path, start, header, quoted, separator, is_given=bool(delimiter))
         elif len(fields) != len(header):
-            hint = "Quote a field that holds a delimiter," if quoted else "Take tabs and line breaks out of fields,"
-            columns = f"{width_of} {len(header)} columns ({', '.join(header)})"
-            yield start, BadRow(path, start, f"{len(fields)} fields, but {columns}", hint), None
+            fix = "Quote fields that contain a delimiter" if quoted else "Remove tabs and line breaks from fields"
+            problem = f"{len(fields)} fields, but {expected} {len(header)} columns ({', '.join(header)})"
+            yield start, BadRow(path, start, problem, fix), None
         else:
             yield start, dict(zip(header, fields, strict=True)), None
 
 
 def lines_of_text(path, lines, columns):
-    """Yield (line, dict or BadRow, None) of lines: each the value of one column, or of two with a tab between."""
+    """Yield (line, dict or BadRow, None) of lines of text: one column per line, or two separated by a tab."""
     for line, text in enumerate(lines, start=1):
         fields = text.rstrip("\r\n").split("\t") if len(columns) == 2 else [text.rstrip("\r\n")]
         if len(fields) == len(columns):
             yield line, dict(zip(columns, fields, strict=True)), None
         else:
-            flaw = f"{len(fields)} text(s), the model reads {len(columns)}"
-            yield line, BadRow(path, line, flaw, "Put one tab between the two texts of a pair,"), None
+            problem = f"{len(fields)} text(s), the model reads {len(columns)}"
+            yield line, BadRow(path, line, problem, "Separate the two texts of a pair with one tab"), None
 
 
-def _check_header(path, line, header, quoted, mark, is_told):
-    where = f"{path}, line {line}"
-    if flaw := _flaw(dict(zip(header, header, strict=True))):
-        advice = "Mend the header,"
-        if "is not UTF-8, after" in flaw:
-            at, advice = _about_encoding(path, line)
-            flaw += at
-        raise BadInput(f"{where}, header: {flaw}", without_skip(advice))
-    _check_names(f"{where}: the header names the column", header)
+def _check_header(path, line, header, quoted, separator, is_given):
+    """Raise BadInput for a header that cannot be decoded, names a column twice, or was split or quoted otherwise."""
+    if problem := _find_problem(dict(zip(header, header, strict=True))):
+        advice = "Fix the header"
+        if "is not UTF-8, after" in problem:
+            offset, advice = _diagnose_encoding(path, line)
+            problem += offset
+        raise BadInput(f"{path}, line {line}, header: {problem}", f"{advice}.")
+    _check_names(f"{path}, line {line}: the header names the column", header)
     other = next((other for other in ";\t|," if len(header) == 1 and other in header[0]), None)
-    if other and not is_told:
-        one, two = ("tab" if each == "\t" else repr(each) for each in (other, mark))
+    if other and not is_given:
+        shown, current = ("tab" if each == "\t" else repr(each) for each in (other, separator))
         raise BadInput(
-            f"{where}: the header is one column, {header[0]!r}, divided by {mark!r}",
-            f"If {one} divides its columns: --delimiter {one}. If it is one column: --delimiter {two}.",
+            f"{path}, line {line}: the header is one column, {header[0]!r}, divided by {separator!r}",
+            f"If {shown} separates its columns: --delimiter {shown}. If it is one column: --delimiter {current}.",
         )
     if not quoted and any(len(name) > 1 and name[0] == name[-1] == '"' for name in header):
         raise BadInput(
-            f"{where}: the header is quoted, and this file is read unquoted",
-            "Write `quoting: true` into the task's YAML, or name the file .csv and give --delimiter tab.",
+            f"{path}, line {line}: the header is quoted, but this file is read unquoted",
+            "Set `quoting: true` in the task's YAML, or name the file .csv and give --delimiter tab.",
         )
 
 
-def _check_names(who_names, names):
+def _check_names(subject, names):
+    """Raise BadInput, `SUBJECT "NAME" twice`, where a name is repeated."""
     if len(set(names)) < len(names):
         repeated = next(name for name in names if names.count(name) > 1)
-        raise BadInput(f'{who_names} "{repeated}" twice', "Give every column its own name.")
+        raise BadInput(f'{subject} "{repeated}" twice', "Give every column its own name.")
 
 
 def _json_rows(path, stream, kind):
-    """Yield (line, dict or BadRow, its text) of JSON lines, or (record, ...) where a .json file holds one list."""
+    """Yield (line, dict or BadRow, its JSON) of JSON lines, or (record, ...) where a .json file holds one list."""
     while (first := stream.read(1)) and first in BLANKS:
         pass
     is_list = kind == "json" and first == "["
@@ -322,8 +323,8 @@ def _json_rows(path, stream, kind):
         stream.seek(0)
     for number, value, text in _list_elements(path, stream) if is_list else _line_values(path, stream):
         if not isinstance(value, (dict, BadRow)):
-            flaw = _undecodable(text) or f"is not a JSON object but {text.strip()[:40]}"
-            value = BadRow(path, number, flaw, 'Write each row as {"text": "...", "label": "..."},')
+            problem = _undecodable(text) or f"is not a JSON object but {text.strip()[:40]}"
+            value = BadRow(path, number, problem, 'Write each row as {"text": "...", "label": "..."}')
         yield number, value, text
 
 
@@ -332,15 +333,15 @@ def _line_values(path, stream):
     for line, text in enumerate(stream, start=1):
         if text.strip():
             try:
-                value = _decoded(path, line, decode, text)
+                value = _decode(path, line, decode, text)
             except (ValueError, RecursionError) as error:
-                flaw = _undecodable(text) or f"is not JSON ({error})"
-                value = BadRow(path, line, flaw, "Put one whole object on the line,")
+                problem = _undecodable(text) or f"is not JSON ({error})"
+                value = BadRow(path, line, problem, "Put one complete object on the line")
             yield line, value, text
 
 
-def _list_elements(path, stream, characters_at_a_time=1 << 16):
-    """Yield the elements of a JSON list, past its bracket, of which only a part is in memory."""
+def _list_elements(path, stream, block_size=1 << 16):
+    """Yield the elements of a JSON list whose bracket has been read, with only some of the file in memory."""
     decode = json.JSONDecoder(object_pairs_hook=_object).raw_decode
     blanks = re.compile(f"[{BLANKS}]*")
     text, after_last, number = "", 0, 1
@@ -350,38 +351,38 @@ def _list_elements(path, stream, characters_at_a_time=1 << 16):
                 if not text.startswith(",", start):
                     raise ValueError("no comma before it")
                 start = blanks.match(text, start + 1).end()
-            value, end = _decoded(path, number, decode, text, start)
+            value, end = _decode(path, number, decode, text, start)
             if isinstance(value, (int, float)) and not text[end:].strip("+-.0123456789eE"):
-                raise ValueError("the list is not closed")  # or the number goes on in the next piece
+                raise ValueError("the list is not closed")  # or the number continues in the next block
         except (ValueError, RecursionError) as error:
-            more = stream.read(max(characters_at_a_time, len(text)))  # twice as much: few attempts at a long element
+            more = stream.read(max(block_size, len(text)))  # doubling: few attempts at a long element
             if more:
                 text, after_last = text[after_last:] + more, 0
                 continue
-            reason = (
-                f"{location(path, number)}: is not JSON ({getattr(error, 'msg', error)})"  # without its place in text
-            )
-            at, advice = _about_encoding(path) if _undecodable(text) else ("", "Mend the file at this place,")
-            raise BadInput(reason + (at and f", and the file is not UTF-8{at}"), without_skip(advice)) from None
+            # msg: json's message without a position, which would be that in the block.
+            reason = f"{location(path, number)}: is not JSON ({getattr(error, 'msg', error)})"
+            offset, advice = _diagnose_encoding(path) if _undecodable(text) else ("", "Fix the file at this place")
+            raise BadInput(reason + (offset and f", and the file is not UTF-8{offset}"), f"{advice}.") from None
         yield number, value, text[start:end]
         number, after_last = number + 1, end
     rest = text[start + 1 :]
     while not rest.strip(BLANKS):
-        if not (rest := stream.read(characters_at_a_time)):
+        if not (rest := stream.read(block_size)):
             return
     reason = f"{path}: is not one JSON list: after its end comes {rest.strip()[:40]!r}"
     raise BadInput(reason, "Put all rows into one list, or one object on each line.")
 
 
-def _decoded(path, number, decode, *arguments):
+def _decode(path, number, decode, *arguments):
+    """Return decode(*arguments); adds the location to a BadInput of _object, which does not know it."""
     try:
         return decode(*arguments)
-    except BadInput as error:  # of _object, which does not know the place
+    except BadInput as error:
         raise BadInput(f"{location(path, number)}: {error.reason}", error.advice) from None
 
 
 def _object(pairs):
-    """Make a dict of a JSON object's pairs; json itself would keep the last of two equal keys."""
+    """Return a JSON object's pairs as a dict. Raises BadInput for equal keys, of which json would keep the last."""
     row = dict(pairs)
     if len(row) < len(pairs):
         _check_names("a JSON object names", [name for name, _ in pairs])
@@ -400,5 +401,5 @@ def _parquet_rows(path, raw):
             yield number, row, None
     except UnicodeDecodeError as error:
         raise BadInput(f"{path}: holds text that is not UTF-8 ({error})", "Write it again, in UTF-8.") from None
-    except (pa.ArrowException, OSError) as error:  # OSError is a damaged page
+    except (pa.ArrowException, OSError) as error:  # OSError: a damaged page
         raise BadInput(f"{path}: is not a Parquet file ({error})", "Write it again, or give a CSV.") from None

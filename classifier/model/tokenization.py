@@ -119,7 +119,7 @@ def tokenize(task, rows, fingerprint, model, tokenizer):
     # The labels' order is part of the key: `label` holds ids.
     settings = [columns, task.text, task.labels, max_length, task.truncate]
     key = digest("tokens", fingerprint, type(tokenizer).__name__, vocabulary, settings)
-    examples, made = cached_table(key, pa.schema([*schema, ("label", label_type)]), tokens)
+    examples, made = cached_table(key, pa.schema([*schema, ("label", label_type)]), tokens())
     largest = max((int(chunk.values.to_numpy().max()) for chunk in examples.data.column("input_ids").chunks), default=0)
     vocabulary_size = model.get_input_embeddings().num_embeddings
     if largest >= vocabulary_size:

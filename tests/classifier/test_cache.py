@@ -36,16 +36,16 @@ def test_a_digest_is_the_same_everywhere():
 # ------------------------------------------------------------------------------------------------------------- tables
 
 
-def pieces():
+def batches():
     yield {"text": ["one", "two"], "row": [2, 3]}
     yield {"text": ["中"], "row": [4]}
 
 
 def test_a_table_is_made_once_and_memory_mapped(empty_cache):
-    rows, made = cache.cached_table("key", SCHEMA, pieces)
-    assert made and rows.to_dict() == {"text": ["one", "two", "中"], "row": [2, 3, 4]}
-    again, made = cache.cached_table("key", SCHEMA, lambda: pytest.fail("made again"))
-    assert not made and again.to_dict() == rows.to_dict()
+    rows, is_new = cache.cached_table("key", SCHEMA, batches())
+    assert is_new and rows.to_dict() == {"text": ["one", "two", "中"], "row": [2, 3, 4]}
+    again, is_new = cache.cached_table("key", SCHEMA, (pytest.fail("made again") for _ in "1"))
+    assert not is_new and again.to_dict() == rows.to_dict()
     assert [file["filename"] for file in again.cache_files] == [str(empty_cache / "key.arrow")]
     assert [file.name for file in empty_cache.iterdir()] == ["key.arrow"]
 
@@ -57,9 +57,9 @@ def test_a_table_that_is_not_finished_leaves_nothing(empty_cache, error):
         raise error
 
     with pytest.raises(type(error)):
-        cache.cached_table("key", SCHEMA, broken)
+        cache.cached_table("key", SCHEMA, broken())
     assert list(empty_cache.iterdir()) == []
-    assert cache.cached_table("key", SCHEMA, pieces)[1]
+    assert cache.cached_table("key", SCHEMA, batches())[1]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""reader.py against Python's csv, json and gzip, pyarrow, and tables written by hand, byte by byte."""
+"""The reader against Python's csv, json and gzip, pyarrow, and tables written by hand, byte by byte."""
 
 import csv
 import gzip
@@ -12,7 +12,7 @@ import pytest
 from pyarrow import parquet
 
 from classifier.data.reader import count_rows, read_rows, table_format
-from classifier.messages import BadInput, BadRow, nearest
+from classifier.messages import BadInput, BadRow
 
 FORMATS = ["csv", "tsv", "jsonl", "json", "parquet"]
 TOO_LONG = "x" * 10_000_001
@@ -66,9 +66,9 @@ def refusal(path, kind=BadInput, **options):
     assert str(path).partition("::")[0] in error.reason
     assert "\n" not in error.reason and error.advice
     assert str(error) == f"{error.reason}\n{error.advice}"
-    if kind is BadInput:  # nothing but a row can be left out
+    if kind is BadInput:  # only rows can be skipped
         with pytest.raises(BadInput) as again:
-            list(read_rows(path, on_bad_row=lambda bad_row: None, **options))
+            list(read_rows(path, on_bad_row="skip", **options))
         assert str(again.value) == str(error) and type(again.value) is BadInput
     return error
 
@@ -245,7 +245,7 @@ def test_a_file_that_is_not_in_the_named_encoding(tmp_path, encoding, text):
         list(read_rows(file, encoding="utf-9"))
 
 
-# --------------------------------------------------------------------------------------------- rows that are left out
+# ------------------------------------------------------------------------------------------------ rows that are skipped
 
 
 PARQUET = [{"text": "a"}, {"text": "\0"}, {"text": None}, {"text": TOO_LONG}, {"text": "b"}]
@@ -267,13 +267,13 @@ PARQUET = [{"text": "a"}, {"text": "\0"}, {"text": None}, {"text": TOO_LONG}, {"
             b'{"text": "a"}\nno\n\n["b"]\n{"text": "c"}\n{"text": "\\ud800"}\n{"text": "d\xff"}\n{"text": "\\u0000"}\n'
             b'{"text": "e"\n{"text": "f"}{}\n{"text": "\\ud83d\\ude00"}\n',
             [(1, "a"), (5, "c"), (11, "\U0001f600")],
-            {2: "not JSON", 4: 'but ["b"]', 6: "half of", 7: "(byte 68 of", 8: "NUL", 9: "not JSON", 10: "not JSON"},
+            {2: "not JSON", 4: 'but ["b"]', 6: "unpaired", 7: "(byte 68 of", 8: "NUL", 9: "not JSON", 10: "not JSON"},
         ),
         (
             "a.json.gz",
             b'[{"text": "a"}, 5, "b", {"text": "\\ude00"}, {"text": "c"}, [{"text": "d"}], {"text": "\xff"}]',
             [(1, "a"), (5, "c")],
-            {2: "is not a JSON object but 5", 3: 'but "b"', 4: "half of a character", 6: "but [{", 7: "0xff"},
+            {2: "is not a JSON object but 5", 3: 'but "b"', 4: "an unpaired surrogate", 6: "but [{", 7: "0xff"},
         ),
         ("a.parquet", table("parquet", PARQUET), [(1, "a"), (3, None), (5, "b")], {2: "NUL", 4: "10,000,000"}),
         # LONG becomes a field that is one character too long; an open quote of one line harms no other line.
@@ -286,23 +286,26 @@ PARQUET = [{"text": "a"}, {"text": "\0"}, {"text": None}, {"text": TOO_LONG}, {"
     ],
     ids=lambda value: value if isinstance(value, str) and len(value) < 10 else "",
 )
-def test_exactly_the_bad_rows_are_left_out(tmp_path, name, content, good, bad):
+def test_exactly_the_bad_rows_are_skipped(tmp_path, name, content, good, bad):
     content = content.replace("LONG", TOO_LONG) if isinstance(content, str) else content
-    file, left_out = put(tmp_path / name, content), []
-    assert [(number, row["text"]) for number, row in read_rows(file, on_bad_row=left_out.append)] == good
+    file = put(tmp_path / name, content)
+    assert [(number, row["text"]) for number, row in read_rows(file, on_bad_row="skip")] == good
+    rows = list(read_rows(file, on_bad_row="yield"))
+    assert [number for number, _ in rows] == sorted([*(number for number, _ in good), *bad])  # each in its place
+    bad_rows = [row for _, row in rows if isinstance(row, BadRow)]
     word = "line" if name.partition(".")[2] in ("csv", "csv.gz", "tsv", "tsv.gz", "jsonl") else "record"
-    for bad_row, (number, words) in zip(left_out, bad.items(), strict=True):
-        assert type(bad_row) is BadRow and words in bad_row.flaw and bad_row.line == number
-        assert bad_row.reason == f"{file}, {word} {number}: {bad_row.flaw}" and "--on_bad_row skip" in bad_row.advice
-    assert sum("of the file)" in bad_row.flaw for bad_row in left_out) <= 1  # the place is found by reading it again
-    assert str(refusal(file, kind=BadRow)) == str(left_out[0])
+    for bad_row, (number, problem) in zip(bad_rows, bad.items(), strict=True):
+        assert problem in bad_row.problem and bad_row.line == number
+        assert bad_row.reason == f"{file}, {word} {number}: {bad_row.problem}"
+        assert bad_row.advice == f"{bad_row.fix[:-1]}, or skip such rows: --on_bad_row skip."
+    assert sum("of the file)" in bad_row.problem for bad_row in bad_rows) <= 1  # the place is found by reading it again
+    assert str(refusal(file, kind=BadRow)) == str(bad_rows[0])
 
 
 @pytest.mark.parametrize("record", ['"open,2\nb,3\n', '"shut"no,2\nb,3\n', '"open' + "a line\n" * 1_500_000], ids="123")
 def test_a_stray_quote_ends_the_reading_with_the_line_where_its_record_starts(tmp_path, record):
-    left_out = []
-    rows = read_rows(put(tmp_path / "a.csv", "text,label\nragged\na,1\n" + record), on_bad_row=left_out.append)
-    assert next(rows) == (3, {"text": "a", "label": "1"}) and len(left_out) == 1
+    rows = read_rows(put(tmp_path / "a.csv", "text,label\nragged\na,1\n" + record), on_bad_row="yield")
+    assert isinstance(next(rows)[1], BadRow) and next(rows) == (3, {"text": "a", "label": "1"})
     with pytest.raises(BadInput, match=r"from line 4: .*is a quote left open") as caught:
         next(rows)
     assert type(caught.value) is BadInput
@@ -367,7 +370,7 @@ def test_a_missing_member_of_an_archive(tmp_path):
 
 
 WHOLE = b"text\n" + b"".join(b"row %d\n" % number for number in range(500))
-DAMAGED = "is not a whole .gz or .zip file"
+DAMAGED = "is not a complete .gz or .zip file"
 FINE = "text,label\nA fine film,good\n"
 WIDE = {"a.csv": FINE, "a.tsv": f"文\n{CHINESE}\n", "a.jsonl": f'{{"文": "{CHINESE}"}}', "a.json": f'["{CHINESE}"]'}
 UTF_16 = [(*item, name) for item in WIDE.items() for name in ("utf-16", "utf-16-le", "utf-16-be")]
@@ -435,8 +438,8 @@ def not_utf8(names):
         # The name of a column, nested text and escapes.
         ("a.jsonl", b'{"te\xffxt": "a"}', {}, r"not UTF-8, after 'te' \(byte 4 of"),
         ("a.jsonl", b'["\xff"]', {}, r"not UTF-8, after .* \(byte 2 of"),
-        *(("a.jsonl", row, {}, "half of") for row in ('{"\\ud800xt": ""}', '{"a": ["\\ud800"]}', '{"a": "\\udc80"}')),
-        ("a.json", '[{"a": {"\\udc80": 1}}]', {}, "half of"),
+        *(("a.jsonl", row, {}, "unpaired") for row in ('{"\\ud800xt": ""}', '{"a": ["\\ud800"]}', '{"a": "\\udc80"}')),
+        ("a.json", '[{"a": {"\\udc80": 1}}]', {}, "unpaired"),
         # The place of a mistake is told.
         ("a.jsonl", '{"x": 1}\n{"x": 1, "x": 1}\n', {}, r"a\.jsonl, line 2: .* \"x\" twice"),
         ("a.json", '[{"x": 1}, {"y": {"x": 1, "x": 2}}]', {}, r"a\.json, record 2: .* \"x\" twice"),
@@ -457,7 +460,7 @@ def not_utf8(names):
         ("a.parquet", not_utf8(["x", "y", "x"]), {}, 'the file names the column "x" twice'),
         ("a.parquet", not_utf8(["x", "y"]), {}, "(?s)^(?!.*--encoding).*not UTF-8"),
         ("a.parquet", DAMAGED_PAGE, {}, "(?s)^(?!.*permissions).*is not a Parquet file"),
-        *(("a.zip::a.csv.gz", TRUNCATED, {"encoding": name}, "is not a whole .gz") for name in ("utf-8", "utf-16")),
+        *(("a.zip::a.csv.gz", TRUNCATED, {"encoding": name}, "is not a complete .gz") for name in ("utf-8", "utf-16")),
     ],
 )
 def test_what_is_wrong_is_told_in_one_line_with_its_place(tmp_path, name, content, options, message):
@@ -467,18 +470,12 @@ def test_what_is_wrong_is_told_in_one_line_with_its_place(tmp_path, name, conten
     assert str(caught.value).count("\n") == 1
 
 
-def test_a_file_of_bad_rows_is_told_when_such_rows_are_left_out(tmp_path):
-    file, left_out = put(tmp_path / "a.csv", "text,label\n好,1\n坏,2\n".encode("gb18030")), []
+def test_a_file_of_bad_rows_alone_is_refused_where_such_rows_are_skipped(tmp_path):
+    rows = read_rows(put(tmp_path / "a.csv", "text,label\n好,1\n坏,2\n".encode("gb18030")), on_bad_row="yield")
+    assert [next(rows)[1].line, next(rows)[1].line] == [2, 3]
     with pytest.raises(BadInput, match=r"line 2: .*byte 11 of the file\) \(every row") as caught:
-        list(read_rows(file, on_bad_row=left_out.append))
-    assert [row.line for row in left_out] == [2, 3]
+        next(rows)
     assert caught.value.advice == "The file looks like gb18030: give --encoding gb18030, or convert it to UTF-8."
-
-
-def test_nearest():
-    assert nearest("lable", ["text", "label"]) == ' (did you mean "label"?)'
-    assert nearest("xyz", ["text", "label"]) == ""
-    assert nearest(False, ["text"]) == ""  # YAML's `no`
 
 
 @pytest.mark.parametrize(
