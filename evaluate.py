@@ -85,7 +85,7 @@ def write_evaluation(folder, task, rows, result, content, left_out, others):
     from classifier.evaluation import analysis, page
 
     folder.mkdir(parents=True, exist_ok=True)
-    numbers, losses = analysis.mistakes(result)
+    numbers, losses = analysis.worst_mistakes(result)
     write_predictions(folder, task, rows, result["logits"], numbers, losses)
     write_json(folder / "evaluation.json", content)
     mistakes = page.mistakes_of(task, rows, result["logits"], numbers, losses)
@@ -110,7 +110,7 @@ def other_predictions(path, task, splits, fingerprints, args, accelerator):
     if not Path(path).exists():
         raise BadInput(f"--compare {path}: is not there", "Give a run, an evaluation folder, or a file of predictions.")
     if Path(path).is_file() or Path(path, "predictions.csv").is_file():
-        return {name: analysis.predictions_in(path, task, rows) for name, rows in splits.items()}
+        return {name: analysis.read_predictions(path, task, rows) for name, rows in splits.items()}
     folder = model_folder(path)
     model, tokenizer, facts = load_model(folder, refresh=args.refresh)
     its_own = tasks.read_saved_task(folder)[0] or task
@@ -217,7 +217,7 @@ def main():
         }
         if args.compare:
             both = (args.model, args.compare)
-            content["comparison"] = analysis.compare(task, both, result["predictions"], others[name], labels)
+            content["comparison"] = analysis.compare_models(task, both, result["predictions"], others[name], labels)
         if content["warning"]:
             log.warning(in_red(f"WARNING: {content['warning']}"))
         log.info(analysis.format_evaluation(content))

@@ -1,6 +1,6 @@
-"""What a score is made of: each class, the confusion, calibration, parts of the data, the worst mistakes.
+"""What a score is made of: classes, confusion, calibration, slices, worst mistakes; and how two models differ.
 
-All of it is a function of logits and labels; nothing here knows of models or files.
+Pure functions of logits, labels and texts; nothing here knows models, and only `read_predictions` opens a file.
 """
 
 from pathlib import Path
@@ -12,34 +12,37 @@ from classifier.data.reader import read_rows
 from classifier.evaluation import metrics
 from classifier.messages import BadInput, format_score, format_scores, nearest
 
-BINS = 15
-EXAMPLES_OF_A_BAR = 32
-LISTED = 20  # classes, and parts of the data
+CALIBRATION_BINS = 15
+BATCH_OF_SCORES = 32  # examples per bar of the plot of scores by batch
+MOST_LISTED = 20  # classes, and slices of a column
+
+# -------------------------------------------------------------------------------------------------------- one model
 
 
 def analyse(task, evaluation, lengths, columns):
-    """Return what evaluation.json says beside the scores and their intervals.
+    """Return the parts of evaluation.json that break a score down; the scores themselves come from the caller.
 
-    evaluation: of common.score_logits; lengths: (examples,), in tokens; columns: {name: a word for each example}. The
-    examples that share a word, or a quarter of the lengths, are scored alone.
+    evaluation: the result of common.score_logits; lengths: (examples,), in tokens; columns: {name: a value for each
+    example}, to score each value as a slice of its own.
     """
     predictions, labels, names = evaluation["predictions"], evaluation["labels"], task.metrics
-    parts = {"length": parts_by_length(lengths)} | {name: parts_by_word(words) for name, words in columns.items()}
-    content = {"slices": {name: list(part_scores(names, predictions, labels, of)) for name, of in parts.items()}}
+    slices = {"length": slices_by_length(lengths)}
+    slices |= {column: slices_by_value(values) for column, values in columns.items()}
+    content = {"slices": {name: score_slices(names, predictions, labels, parts) for name, parts in slices.items()}}
     if task.is_regression:
         return content
     content["classes"] = class_scores(task, predictions, labels)
     content["never_predicted"] = [row["label"] for row in content["classes"] if row["support"] and not row["predicted"]]
     content["calibration"] = calibration(probabilities(task, evaluation["logits"]), predictions, labels)
     if not task.is_multi_label:
-        content["confusion"] = confusion(len(task.labels), predictions, labels)
+        content["confusion"] = confusion_counts(len(task.labels), predictions, labels)
     if "matthews_correlation" in names:
         content["batches"] = batch_scores("matthews_correlation", predictions, labels)
     return content
 
 
 def class_scores(task, predictions, labels):
-    """Return precision, recall, F1 and number of rows of each class; None where a rate is 0/0."""
+    """Return precision, recall, F1, support and number of predictions of each class; None for a rate of 0/0."""
     if not task.is_multi_label:
         classes = np.arange(len(task.labels))
         predictions, labels = predictions[:, None] == classes, labels[:, None] == classes
@@ -54,8 +57,8 @@ def class_scores(task, predictions, labels):
     return rows
 
 
-def confusion(classes, predictions, labels):
-    """Return counts as lists: a row for each label, a column for each prediction."""
+def confusion_counts(classes, predictions, labels):
+    """Return counts as nested lists: a row for each label, a column for each prediction."""
     cells = np.bincount(labels * classes + predictions, minlength=classes**2)
     return cells.reshape(classes, classes).tolist()
 
@@ -63,181 +66,149 @@ def confusion(classes, predictions, labels):
 def calibration(probabilities, predictions, labels):
     """Return the expected calibration error and its bins (Guo et al. 2017, https://arxiv.org/abs/1706.04599).
 
-    In each of 15 bins of like confidence: how sure the model is on average, and how often it is right. The error is the
-    mean distance of the two, weighted by examples. In multi-label each label of each example counts as a prediction.
+    Each of 15 bins holds predictions of similar confidence and has their mean confidence and their accuracy. The error
+    is the mean distance of the two, weighted by examples. In multi-label each label of each example is a prediction.
     """
     if labels.ndim == 2:
         confidence, is_right = np.maximum(probabilities, 1 - probabilities).ravel(), (predictions == labels).ravel()
     else:
         confidence, is_right = probabilities.max(axis=1), predictions == labels
-    of_example = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    bin_numbers = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
     bins, error = [], 0.0
-    for number in np.unique(of_example):
-        inside = of_example == number
+    for number in np.unique(bin_numbers):
+        inside = bin_numbers == number
         mean, rate = float(confidence[inside].mean()), float(is_right[inside].mean())
         error += inside.mean() * abs(mean - rate)
-        edges = {"low": float(number / BINS), "high": float((number + 1) / BINS)}
+        edges = {"low": float(number / CALIBRATION_BINS), "high": float((number + 1) / CALIBRATION_BINS)}
         bins.append({**edges, "examples": int(inside.sum()), "confidence": mean, "accuracy": rate})
     return {"expected_calibration_error": float(error), "bins": bins}
 
 
-def parts_by_word(words):
-    """Return [(word, numbers of the examples that have it)], the largest part first; beyond 20, the rest as one."""
-    words, of_example, counts = np.unique(np.asarray(words, dtype=str), return_inverse=True, return_counts=True)
-    parts = [(str(words[code]), np.flatnonzero(of_example == code)) for code in np.argsort(-counts, kind="stable")]
-    if len(parts) > LISTED:
-        rest = np.sort(np.concatenate([numbers for _, numbers in parts[LISTED:]]))
-        parts[LISTED:] = [(f"({len(parts) - LISTED} others)", rest)]
-    return parts
+def slices_by_value(values):
+    """Return [(value, numbers of its examples)], the largest slice first; beyond 20, the rest is one slice."""
+    values, codes, counts = np.unique(np.asarray(values, dtype=str), return_inverse=True, return_counts=True)
+    slices = [(str(values[code]), np.flatnonzero(codes == code)) for code in np.argsort(-counts, kind="stable")]
+    if len(slices) > MOST_LISTED:
+        rest = np.sort(np.concatenate([numbers for _, numbers in slices[MOST_LISTED:]]))
+        slices[MOST_LISTED:] = [(f"({len(slices) - MOST_LISTED} others)", rest)]
+    return slices
 
 
-def parts_by_length(lengths):
-    """Return [(words, numbers of the examples)] of four parts of about equal size, the shortest first."""
+def slices_by_length(lengths):
+    """Return [(range of lengths, numbers of the examples)], quarters of about equal size, the shortest first."""
     edges = np.unique(np.quantile(lengths, [0.25, 0.5, 0.75], method="lower"))
-    of_example = np.searchsorted(edges, lengths)
-    parts = [np.flatnonzero(of_example == number) for number in np.unique(of_example)]
-    ends = [(lengths[numbers].min(), lengths[numbers].max()) for numbers in parts]
-    words = [f"{low} tokens" if low == high else f"{low} to {high} tokens" for low, high in ends]
-    return list(zip(words, parts, strict=True))
+    codes = np.searchsorted(edges, lengths)
+    slices = []
+    for code in np.unique(codes):
+        numbers = np.flatnonzero(codes == code)
+        low, high = lengths[numbers].min(), lengths[numbers].max()
+        slices.append((f"{low} tokens" if low == high else f"{low} to {high} tokens", numbers))
+    return slices
 
 
-def part_scores(names, predictions, labels, parts):
-    """Yield the scores of each part of the examples, with their intervals."""
-    for word, numbers in parts:
-        given = names, predictions[numbers], labels[numbers]
-        scores = {"scores": metrics.compute_metrics(*given, warns=False), "intervals": metrics.intervals(*given)}
-        yield {"slice": word, "examples": len(numbers), **scores}
+def score_slices(names, predictions, labels, slices):
+    """Return the scores of each slice, with their intervals."""
+    rows = []
+    for name, numbers in slices:
+        columns = predictions[numbers], labels[numbers]
+        scores = metrics.compute_metrics(names, *columns, warns=False)
+        intervals = metrics.intervals(names, *columns)
+        rows.append({"slice": name, "examples": len(numbers), "scores": scores, "intervals": intervals})
+    return rows
 
 
 def batch_scores(name, predictions, labels):
-    """Return a metric of each 32 examples in their order: how much a score of few examples wanders."""
-    starts = range(0, len(labels), EXAMPLES_OF_A_BAR)
-    parts = [slice(start, start + EXAMPLES_OF_A_BAR) for start in starts]
-    return [metrics.compute_metrics([name], predictions[part], labels[part], warns=False)[name] for part in parts]
+    """Return a metric of every 32 examples, in order: how much the score of a small sample varies."""
+    starts = range(0, len(labels), BATCH_OF_SCORES)
+    batches = [slice(start, start + BATCH_OF_SCORES) for start in starts]
+    return [metrics.compute_metrics([name], predictions[part], labels[part], warns=False)[name] for part in batches]
 
 
-def mistakes(evaluation):
-    """Return (numbers, losses) of the examples that are wrong, worst first; in regression of all that are not exact."""
-    labels, losses = evaluation["labels"], evaluation["losses"]
-    is_wrong = (evaluation["predictions"] != labels).reshape(len(labels), -1).any(axis=1)
-    numbers = np.flatnonzero(is_wrong)
+def worst_mistakes(evaluation):
+    """Return (numbers, losses) of the wrong examples, highest loss first; in regression of all that are not exact."""
+    losses = evaluation["losses"]
+    numbers = np.flatnonzero(~is_right(evaluation["predictions"], evaluation["labels"]))
     numbers = numbers[np.argsort(-losses[numbers], kind="stable")]
     return numbers, losses[numbers]
 
 
-def format_evaluation(content):
-    """Return what evaluation.json says, as lines for the terminal."""
-    scores, of_majority = content["scores"], content["majority_baseline"]
-    examples, left_out = content["examples"], content["bad_rows"]
-    number = f"scored {examples} of {examples + left_out} examples" if left_out else f"{examples} examples"
-    lines = [
-        f"{content['split']}: {format_scores(scores)}, loss {content['loss']:.4f}, {number} "
-        f"(majority: {format_scores(of_majority)})",
-        f"95 % intervals: {metrics.format_intervals(content['intervals'])}",
-        *(f"{name}: {format_scores(scores)}" for name, scores in content["baselines"].items()),
-    ]
-    if "classes" in content:
-        width = max(len(row["label"]) for row in content["classes"][:LISTED])
-        lines.append(f"{'':{width}}  precision  recall      f1  examples")
-        for row in content["classes"][:LISTED]:
-            rates = "".join(
-                f"{'none' if row[rate] is None else format(row[rate], '.4f'):>{column}}"
-                for rate, column in (("precision", 11), ("recall", 8), ("f1", 8))
-            )
-            lines.append(f"{row['label']:{width}}{rates}{row['support']:10}")
-        if len(content["classes"]) > LISTED:
-            lines.append(f"... {len(content['classes']) - LISTED} more classes in evaluation.json")
-        if content["never_predicted"]:
-            lines.append(f"never predicted: {', '.join(content['never_predicted'][:LISTED])}")
-        error = content["calibration"]["expected_calibration_error"]
-        lines.append(f"calibration: how sure the model is and how often it is right differ by {error:.4f} on average")
-    for column, parts in content["slices"].items():
-        lines += [f"by {column}", *(f"  {part['slice']}: {_format_part(part)}" for part in parts)]
-    if "comparison" in content:
-        lines.append(content["comparison"]["conclusion"])
-        if of_errors := content["comparison"].get("mcnemar"):
-            lines.append(
-                f"right here alone: {of_errors['only_here_right']}, there alone: {of_errors['only_other_right']} "
-                f"(McNemar's exact test: p = {of_errors['p']:.4f})"
-            )
-    return "\n".join(lines)
+def is_right(predictions, labels):
+    """Return whether each example is predicted right, shape (examples,); in multi-label if all its labels are."""
+    return (predictions == labels).reshape(len(labels), -1).all(axis=1)
 
 
-def _format_part(part):
-    name, score = next(iter(part["scores"].items()))
-    interval = part["intervals"][name]
-    words = f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
-    return f"{name} {format_score(score)}{words}, {part['examples']} example{'s' * (part['examples'] > 1)}"
+# -------------------------------------------------------------------------------------------------------- two models
 
 
-def predictions_in(path, task, rows):
-    """Return the predictions that a file holds for rows, found by their texts: ids, values, or 0 and 1.
+def read_predictions(path, task, rows):
+    """Return the predictions for `rows` from a file, matched by text: ids, values in regression, or 0 and 1.
 
-    path: a table as evaluate.py and predict.py write it, or a folder with such a predictions.csv.
+    path: a table as evaluate.py and predict.py write it, or a folder with such a predictions.csv. Raises BadInput for
+    a missing column, an unknown label, or a row without a prediction.
     """
     path = Path(path)
     path = path / "predictions.csv" if path.is_dir() else path
     column = "predicted_value" if task.is_regression else "predicted_label"
-    found = {}
+    predictions_by_text = {}
     for line, row in read_rows(str(path)):
         for name in (*task.text, column):
             if name not in row:
-                words = f'{path}, line {line}: has no column "{name}"{nearest(name, row)}'
-                raise BadInput(words, "Give a table that evaluate.py or predict.py wrote of these examples.")
-        found.setdefault(tuple(row[name] for name in task.text), []).append(
-            _parse_prediction(task, row[column], path, line)
-        )
+                reason = f'{path}, line {line}: has no column "{name}"{nearest(name, row)}'
+                raise BadInput(reason, "Give a table that evaluate.py or predict.py wrote for these examples.")
+        texts = tuple(row[name] for name in task.text)
+        prediction = _parse_prediction(task, row[column], path, line)
+        predictions_by_text.setdefault(texts, []).append(prediction)
     predictions = []
     for number, texts in enumerate(zip(*(rows[name] for name in task.text), strict=True)):
-        if not found.get(texts):
-            words = f"{path}: has no prediction for example {number}, {' / '.join(texts)[:80]!r}"
-            raise BadInput(words, "Give predictions of the very examples that are scored here.")
-        predictions.append(found[texts].pop(0))  # texts that occur twice come in order
+        if not predictions_by_text.get(texts):
+            reason = f"{path}: has no prediction for example {number}, {' / '.join(texts)[:80]!r}"
+            raise BadInput(reason, "Give predictions for exactly the examples that are scored here.")
+        predictions.append(predictions_by_text[texts].pop(0))  # duplicate texts come in the same order
     return np.array(predictions)
 
 
-def _parse_prediction(task, word, path, line):
+def _parse_prediction(task, text, path, line):
     try:
         if task.is_regression:
-            return float(word)
+            return float(text)
         if task.is_multi_label:
-            names = [name.strip() for name in word.split(task.separator) if name.strip()]
+            names = [name.strip() for name in text.split(task.separator) if name.strip()]
             ids = [task.labels.index(name) for name in names]
             return np.isin(np.arange(len(task.labels)), ids).astype(int)
-        return task.labels.index(word)
+        return task.labels.index(text)
     except ValueError:
-        labels = "a number" if task.is_regression else ", ".join(task.labels)
-        words = f"{path}, line {line}: {word!r} is no prediction of this task"
-        raise BadInput(words, f"It predicts: {labels}.") from None
+        allowed = "a number" if task.is_regression else ", ".join(task.labels)
+        reason = f"{path}, line {line}: {text!r} is not a prediction of this task"
+        raise BadInput(reason, f"Allowed: {allowed}.") from None
 
 
-def compare(task, names, predictions, others, labels):
-    """Return what evaluation.json says of two models, here and other, on the same examples.
+def compare_models(task, names, predictions, others, labels):
+    """Return the comparison in evaluation.json: two models, `here` and `other`, on the same examples.
 
-    names: (here, other), in words; predictions, others, labels: (examples,), or (examples, labels) of 0 and 1.
+    names: (here, other), as the user knows them; predictions, others, labels: (examples,), or (examples, labels) of 0
+    and 1.
     """
-    here, other = (metrics.compute_metrics(task.metrics, of, labels, warns=False) for of in (predictions, others))
+    here, other = (metrics.compute_metrics(task.metrics, side, labels, warns=False) for side in (predictions, others))
     intervals = metrics.difference_intervals(task.metrics, predictions, others, labels)
     content = {"other": names[1], "scores": other, "differences": {}}
     for metric in task.metrics:
-        both = None not in (here[metric], other[metric])
-        difference = here[metric] - other[metric] if both else None
-        content["differences"][metric] = {"difference": difference, "interval": intervals[metric] if both else None}
+        is_defined = None not in (here[metric], other[metric])
+        content["differences"][metric] = {
+            "difference": here[metric] - other[metric] if is_defined else None,
+            "interval": intervals[metric] if is_defined else None,
+        }
     if not task.is_regression:
-        is_right, is_right_of_other = (
-            (of == labels).reshape(len(labels), -1).all(axis=1) for of in (predictions, others)
-        )
-        only_here, only_other, p = metrics.mcnemar(is_right, is_right_of_other)
+        only_here, only_other, p = metrics.mcnemar(is_right(predictions, labels), is_right(others, labels))
         content["mcnemar"] = {"only_here_right": only_here, "only_other_right": only_other, "p": p}
-    content["conclusion"] = conclusion(names, task.metrics[0], len(labels), content)
+    content["conclusion"] = draw_conclusion(names, task.metrics[0], len(labels), content)
     return content
 
 
-def conclusion(names, metric, examples, content):
-    """Return in one sentence what the examples allow to say of two models."""
+def draw_conclusion(names, metric, examples, content):
+    """Return one sentence: what the examples show about two models. content: the dict of compare_models so far."""
     difference, interval = content["differences"][metric].values()
     if interval is None:
-        return f"Nothing can be said: {metric} has no value for one of the two."
+        return f"No conclusion is possible: {metric} is undefined for one of the two models."
     low, high = map(metrics.format_difference, interval)
     figures = f"{metrics.format_difference(difference)}, 95 % interval {low} to {high}, {examples} examples"
     if interval[0] <= 0 <= interval[1]:
@@ -246,15 +217,67 @@ def conclusion(names, metric, examples, content):
     margin = metrics.rounding_margin(metric, other + difference, other)
     if not metrics.is_beyond_margin(interval, margin):
         return (
-            f"These examples show no difference of {names[0]} and {names[1]} by {metric} beyond the {margin:.1e} that "
-            f"rounding explains: it is {figures}."
+            f"These examples show no difference between {names[0]} and {names[1]} by {metric} beyond the {margin:.1e} "
+            f"that rounding explains: it is {figures}."
         )
-    is_better = metrics.is_better(metric, difference, 0)
-    better, worse = names if is_better else names[::-1]
-    return f"{better} is better than {worse} by {metric}, with these two trainings: the difference is {figures}."
+    better, worse = names if metrics.is_better(metric, difference, 0) else names[::-1]
+    return f"{better} is better than {worse} by {metric}, for these two trainings: the difference is {figures}."
 
 
 def only_one_right(predictions, others, labels):
-    """Return the numbers of the examples that one model gets right and the other does not, shape (examples,)."""
-    is_right, is_right_of_other = ((of == labels).reshape(len(labels), -1).all(axis=1) for of in (predictions, others))
-    return np.flatnonzero(is_right != is_right_of_other)
+    """Return the numbers of the examples that exactly one of two models gets right."""
+    return np.flatnonzero(is_right(predictions, labels) != is_right(others, labels))
+
+
+# ---------------------------------------------------------------------------------------------------- on the terminal
+
+
+def format_evaluation(content):
+    """Return the content of evaluation.json as lines for the terminal."""
+    scores, majority = content["scores"], content["majority_baseline"]
+    examples, skipped = content["examples"], content["bad_rows"]
+    number = f"scored {examples} of {examples + skipped} examples" if skipped else f"{examples} examples"
+    lines = [
+        f"{content['split']}: {format_scores(scores)}, loss {content['loss']:.4f}, {number} "
+        f"(majority: {format_scores(majority)})",
+        f"95 % intervals: {metrics.format_intervals(content['intervals'])}",
+        *(f"{name}: {format_scores(scores)}" for name, scores in content["baselines"].items()),
+    ]
+    if "classes" in content:
+        lines += _format_classes(content["classes"])
+        if content["never_predicted"]:
+            lines.append(f"never predicted: {', '.join(content['never_predicted'][:MOST_LISTED])}")
+        error = content["calibration"]["expected_calibration_error"]
+        lines.append(f"calibration: confidence and accuracy differ by {error:.4f} on average")
+    for column, slices in content["slices"].items():
+        lines += [f"by {column}", *(f"  {row['slice']}: {_format_slice(row)}" for row in slices)]
+    if "comparison" in content:
+        lines.append(content["comparison"]["conclusion"])
+        if mcnemar := content["comparison"].get("mcnemar"):
+            lines.append(
+                f"right only here: {mcnemar['only_here_right']}, only there: {mcnemar['only_other_right']} "
+                f"(McNemar's exact test: p = {mcnemar['p']:.4f})"
+            )
+    return "\n".join(lines)
+
+
+def _format_classes(classes):
+    """Return the rows of class_scores as the lines of a table."""
+    listed = classes[:MOST_LISTED]
+    width = max(len(row["label"]) for row in listed)
+    lines = [f"{'':{width}}  precision  recall      f1  examples"]
+    for row in listed:
+        precision, recall, f1 = (
+            "none" if row[rate] is None else f"{row[rate]:.4f}" for rate in ("precision", "recall", "f1")
+        )
+        lines.append(f"{row['label']:{width}}{precision:>11}{recall:>8}{f1:>8}{row['support']:10}")
+    if len(classes) > MOST_LISTED:
+        lines.append(f"... {len(classes) - MOST_LISTED} more classes in evaluation.json")
+    return lines
+
+
+def _format_slice(row):
+    name, score = next(iter(row["scores"].items()))
+    interval = row["intervals"][name]
+    bounds = f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
+    return f"{name} {format_score(score)}{bounds}, {row['examples']} example{'s' * (row['examples'] > 1)}"

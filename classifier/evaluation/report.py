@@ -116,7 +116,7 @@ def write_page(folder, task, results, evaluations, splits, examples):
                 "intervals": results["intervals"][split],
                 "warning": collapse_warning(task, split, evaluation),
                 **analysis.analyse(task, evaluation, column_array(examples[split], "length"), {}),
-                "mistakes": page.mistakes_of(task, splits[split], evaluation["logits"], *analysis.mistakes(evaluation)),
+                "mistakes": page.mistakes_of(task, splits[split], evaluation["logits"], *analysis.worst_mistakes(evaluation)),
             }
         )
     lines = read_metric_lines(folder)

@@ -1,18 +1,25 @@
-"""analysis.py against scikit-learn and values worked out by hand."""
+"""analysis.py against scikit-learn and hand-computed values; predictions matched by text; what two scores allow to say."""
+
+import csv
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from sklearn import metrics as sklearn_metrics
 
 import common
 from classifier.data.tasks import Task
 from classifier.evaluation import analysis
+from classifier.messages import BadInput
 
-TASK = Task("letters", text=["text"], labels=["a", "b", "c"], metrics=["accuracy", "f1_macro"])
-SEVERAL = Task("tags", text=["text"], labels=["x", "y"], problem="multi_label", metrics=["f1_micro"])
+LETTERS = Task("letters", text=["text"], labels=["a", "b", "c"], metrics=["accuracy", "f1_macro"])
+TWO = Task("two", text=["text"], labels=["no", "yes"], metrics=["f1", "accuracy"])
+PAIRS = Task("pairs", text=["first", "second"], labels="regression", metrics=["pearson"])
+TAGS = Task("tags", text=["text"], labels=["x", "y", "z"], problem="multi_label", separator=";", metrics=["f1_micro"])
+TAGGED = Task("tags", text=["text"], labels=["x", "y"], problem="multi_label", metrics=["f1_micro"])
 
 
-def of_classes(seed, rows=200):
+def make_logits(seed, rows=200):
     """Return (logits, labels) of a model that is right more often than not."""
     generator = np.random.default_rng(seed)
     labels = generator.integers(0, 3, rows)
@@ -22,20 +29,23 @@ def of_classes(seed, rows=200):
 
 
 def test_classes_and_confusion_are_those_of_scikit_learn():
-    logits, labels = of_classes(0)
+    logits, labels = make_logits(0)
     predictions = logits.argmax(axis=1)
     expected = sklearn_metrics.precision_recall_fscore_support(labels, predictions)
-    rows = analysis.class_scores(TASK, predictions, labels)
+    rows = analysis.class_scores(LETTERS, predictions, labels)
     assert [row["label"] for row in rows] == ["a", "b", "c"]
     for name, values in zip(("precision", "recall", "f1", "support"), expected, strict=True):
         assert [row[name] for row in rows] == pytest.approx(values.tolist())
-    assert analysis.confusion(3, predictions, labels) == sklearn_metrics.confusion_matrix(labels, predictions).tolist()
+    assert (
+        analysis.confusion_counts(3, predictions, labels)
+        == sklearn_metrics.confusion_matrix(labels, predictions).tolist()
+    )
 
 
 def test_several_labels_have_a_row_each():
     labels = np.array([[1, 0], [1, 1], [0, 0], [0, 0]])
     predictions = np.array([[1, 0], [0, 0], [1, 0], [0, 0]])
-    first, second = analysis.class_scores(SEVERAL, predictions, labels)
+    first, second = analysis.class_scores(TAGGED, predictions, labels)
     assert first == {"label": "x", "precision": 0.5, "recall": 0.5, "f1": 0.5, "support": 2, "predicted": 2}
     assert second == {"label": "y", "precision": None, "recall": 0.0, "f1": 0.0, "support": 1, "predicted": 0}
 
@@ -65,34 +75,34 @@ def test_a_model_that_says_how_sure_it_is_has_no_calibration_error():
 def test_mistakes_come_worst_first():
     logits = np.array([[2.0, 0, 0], [0, 1.0, 0], [0, 3.0, 0], [0, 0, 1.0]], dtype=np.float32)
     labels = np.array([0, 0, 0, 2])
-    numbers, losses = analysis.mistakes(common.score_logits(TASK, logits, labels, majority=0))
+    numbers, losses = analysis.worst_mistakes(common.score_logits(LETTERS, logits, labels, majority=0))
     assert numbers.tolist() == [2, 1]
     assert losses == pytest.approx([np.log(2 + np.e**3), np.log(2 + np.e)])
 
 
 def test_parts_of_the_data():
-    parts = analysis.parts_by_word(["b", "a", "b", "c"])
+    parts = analysis.slices_by_value(["b", "a", "b", "c"])
     assert [(word, numbers.tolist()) for word, numbers in parts] == [("b", [0, 2]), ("a", [1]), ("c", [3])]
-    many = analysis.parts_by_word([str(number % 30) for number in range(61)])
+    many = analysis.slices_by_value([str(number % 30) for number in range(61)])
     assert len(many) == 21 and many[0][0] == "0" and many[-1][0] == "(10 others)"
     assert sorted(np.concatenate([numbers for _, numbers in many])) == list(range(61))
     lengths = np.array([9, 1, 2, 3, 4, 5, 6, 7])
-    parts = analysis.parts_by_length(lengths)
+    parts = analysis.slices_by_length(lengths)
     assert [(word, sorted(lengths[numbers])) for word, numbers in parts] == [
         ("1 to 2 tokens", [1, 2]),
         ("3 to 4 tokens", [3, 4]),
         ("5 to 6 tokens", [5, 6]),
         ("7 to 9 tokens", [7, 9]),
     ]
-    assert [word for word, _ in analysis.parts_by_length(np.full(5, 7))] == ["7 tokens"]
-    assert [word for word, _ in analysis.parts_by_length(np.array([3]))] == ["3 tokens"]
+    assert [word for word, _ in analysis.slices_by_length(np.full(5, 7))] == ["7 tokens"]
+    assert [word for word, _ in analysis.slices_by_length(np.array([3]))] == ["3 tokens"]
 
 
 def test_scores_of_a_part_are_those_of_its_examples():
-    logits, labels = of_classes(1)
+    logits, labels = make_logits(1)
     predictions = logits.argmax(axis=1)
     numbers = np.flatnonzero(np.arange(200) % 3 == 0)
-    (part,) = analysis.part_scores(["accuracy"], predictions, labels, [("third", numbers)])
+    (part,) = analysis.score_slices(["accuracy"], predictions, labels, [("third", numbers)])
     expected = sklearn_metrics.accuracy_score(labels[numbers], predictions[numbers])
     assert part["scores"]["accuracy"] == pytest.approx(expected) and part["examples"] == 67
     low, high = part["intervals"]["accuracy"]
@@ -108,10 +118,10 @@ def test_bars_are_scores_of_32_examples_each():
 
 
 def test_what_analyse_says_of_each_kind_of_task():
-    logits, labels = of_classes(2)
+    logits, labels = make_logits(2)
     lengths = np.arange(200) % 50 + 3
-    result = common.score_logits(TASK, logits, labels, majority=0)
-    content = analysis.analyse(TASK, result, lengths, {"source": ["web"] * 100 + ["book"] * 100})
+    result = common.score_logits(LETTERS, logits, labels, majority=0)
+    content = analysis.analyse(LETTERS, result, lengths, {"source": ["web"] * 100 + ["book"] * 100})
     assert set(content) == {"slices", "classes", "never_predicted", "calibration", "confusion"}
     assert [part["slice"] for part in content["slices"]["source"]] == ["book", "web"]
     assert sum(part["examples"] for part in content["slices"]["length"]) == 200
@@ -124,6 +134,125 @@ def test_what_analyse_says_of_each_kind_of_task():
 
     logits = np.array([[3.0, -3.0], [3.0, -1.0]], dtype=np.float32)
     labels = np.array([[1, 0], [1, 1]])
-    result = common.score_logits(SEVERAL, logits, labels, majority=[1, 0])
-    content = analysis.analyse(SEVERAL, result, np.array([3, 4]), {})
+    result = common.score_logits(TAGGED, logits, labels, majority=[1, 0])
+    content = analysis.analyse(TAGGED, result, np.array([3, 4]), {})
     assert content["never_predicted"] == ["y"] and "confusion" not in content
+
+
+# ------------------------------------------------------------------------------------------------------- two models
+
+
+def write_rows(path, rows):
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_predictions_are_found_by_their_texts(tmp_path):
+    rows = Dataset.from_dict({"text": ["a", 'b, "b"', "a", "c\nc"]})
+    found = [("c\nc", "yes"), ("a", "no"), ("not scored here", "no"), ('b, "b"', "yes"), ("a", "yes")]
+    file = write_rows(tmp_path / "predictions.csv", [{"text": text, "predicted_label": label} for text, label in found])
+    for path in (file, tmp_path):
+        assert analysis.read_predictions(path, TWO, rows).tolist() == [0, 1, 1, 1]
+
+
+def test_predictions_of_values_and_of_several_labels(tmp_path):
+    rows = Dataset.from_dict({"first": ["a", "a"], "second": ["b", "c"]})
+    values = [{"first": "a", "second": second, "predicted_value": value} for second, value in (("c", 1.5), ("b", -2))]
+    assert analysis.read_predictions(write_rows(tmp_path / "a.csv", values), PAIRS, rows).tolist() == [-2.0, 1.5]
+    rows = Dataset.from_dict({"text": ["a", "b"]})
+    tags = [{"text": "a", "predicted_label": "z;x"}, {"text": "b", "predicted_label": ""}]
+    found = analysis.read_predictions(write_rows(tmp_path / "b.csv", tags), TAGS, rows)
+    assert found.tolist() == [[1, 0, 1], [0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"text": "other", "predicted_label": "no"}, "has no prediction for example 0, 'a'"),
+        ({"text": "a", "predicted_label": "maybe"}, "line 2: 'maybe' is not a prediction of this task"),
+        ({"text": "a", "predicted_labels": "no"}, 'has no column "predicted_label" (did you mean "predicted_labels"?)'),
+        ({"texts": "a", "predicted_label": "no"}, 'has no column "text" (did you mean "texts"?)'),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused(tmp_path, row, words):
+    with pytest.raises(BadInput) as refused:
+        analysis.read_predictions(write_rows(tmp_path / "a.csv", [row]), TWO, Dataset.from_dict({"text": ["a"]}))
+    assert words in refused.value.reason
+
+
+def compare_at_random(other_is_right, rows=500):
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 2, rows)
+    here, other = (np.where(generator.random(rows) < rate, labels, 1 - labels) for rate in (0.85, other_is_right))
+    content = analysis.compare_models(TWO, ("here", "there"), here, other, labels)
+    return content, here, other, labels
+
+
+def test_a_clear_difference_is_said():
+    content, here, other, labels = compare_at_random(other_is_right=0.6)
+    for metric, score in (("f1", sklearn_metrics.f1_score), ("accuracy", sklearn_metrics.accuracy_score)):
+        difference = score(labels, here) - score(labels, other)
+        assert content["differences"][metric]["difference"] == pytest.approx(difference)
+        low, high = content["differences"][metric]["interval"]
+        assert 0 < low < difference < high
+    assert content["mcnemar"]["p"] < 1e-6
+    assert content["conclusion"].startswith("here is better than there by f1")
+    assert (
+        "there is better than here"
+        in analysis.compare_models(TWO, ("here", "there"), other, here, labels)["conclusion"]
+    )
+
+
+def test_a_difference_that_may_be_chance_is_not_one():
+    content, here, other, labels = compare_at_random(other_is_right=0.85)
+    assert content["conclusion"].startswith("These examples do not tell here and there apart by f1")
+    only = analysis.only_one_right(here, other, labels)
+    assert ((here[only] == labels[only]) != (other[only] == labels[only])).all()
+    assert len(only) == content["mcnemar"]["only_here_right"] + content["mcnemar"]["only_other_right"]
+
+
+def test_where_a_score_has_no_value_nothing_is_said():
+    constant, values = np.zeros(9), np.arange(9.0)
+    content = analysis.compare_models(PAIRS, ("here", "there"), constant, values, values)
+    assert content["differences"]["pearson"] == {"difference": None, "interval": None}
+    assert content["conclusion"].startswith("No conclusion is possible") and "mcnemar" not in content
+
+
+def test_a_smaller_error_is_better():
+    task = Task("r", text=["text"], labels="regression", metrics=["mse"])
+    values = np.random.default_rng(0).normal(size=200)
+    content = analysis.compare_models(task, ("here", "there"), values + 0.1, values + 1.0, values)
+    assert content["conclusion"].startswith("here is better than there by mse")
+
+
+def test_a_difference_that_is_rounding_is_none():
+    task = Task("r", text=["text"], labels="regression", metrics=["mse"])
+    values = np.random.default_rng(0).normal(size=200)
+    for shift, words in (
+        (
+            9e-07,
+            "These examples show no difference between here and there by mse beyond the 1.0e-04 that rounding explains",
+        ),
+        (0.0, "These examples do not tell here and there apart by mse: the difference is 0, 95 % interval 0 to 0, 200"),
+        (0.01, "there is better than here by mse"),
+    ):
+        for scale in (1e-2, 1, 1e2):
+            there, labels = scale * (values + 1), scale * values
+            sentence = analysis.compare_models(task, ("here", "there"), there + scale * shift, there, labels)[
+                "conclusion"
+            ]
+            assert sentence.startswith(words.replace("1.0e-04", f"{1e-4 * scale**2:.1e}"))
+            assert "0.0000" not in sentence
+
+
+def test_a_few_rows_of_100_000_are_no_difference():
+    task = Task("two", text=["text"], labels=["no", "yes"], metrics=["accuracy"])
+    labels = np.zeros(100_000, dtype=int)
+    for wrong, words in ((5, "These examples show no difference"), (50, "there is better than here by accuracy")):
+        here = (np.arange(100_000) < wrong).astype(int)
+        content = analysis.compare_models(task, ("here", "there"), here, labels, labels)
+        assert content["differences"]["accuracy"]["interval"][1] < 0
+        assert content["conclusion"].startswith(words) and "0.0000" not in content["conclusion"]
