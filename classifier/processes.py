@@ -1,6 +1,7 @@
-"""What this machine does best: threads and precision, each with words for one log line.
+"""The processes of a script: start, agree, end, exit codes; and the precision and threads that suit the hardware.
 
-Pure functions of plain values, without torch: so they are tested for hardware that the tests do not run on.
+The choice of precision and threads is a pure table of plain values, without torch, so that it is tested for hardware
+that the tests do not run on.
 """
 
 import ctypes
@@ -15,55 +16,213 @@ from pathlib import Path, PurePosixPath
 
 from classifier.messages import BadInput, Preempted, RunFailed, log
 
-# torch then asks for memory in pages of 2 MB, of which a CPU has fewer to get: see keep_freed_memory for the rest.
+# Makes torch ask for memory in pages of 2 MB, of which a CPU has to fetch fewer. See also keep_freed_memory.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-# Flags of CPUs that multiply matrices in bf16, of x86 and of Arm; with AVX-512 alone, oneDNN only emulates it.
+# CPU flags of native bf16 matrix products, on x86 and Arm. With plain AVX-512, oneDNN only emulates them.
 CPU_BF16_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")
 
 
-def choose_threads(requested, omp_num_threads, available_cores, local_processes, launched=True):
-    """Return (threads for torch in this process, where the number came from in words).
+# -------------------------------------------------------------------------------------------------------- start to end
 
-    --threads, else OMP_NUM_THREADS, else the cores of this process. Launchers set OMP_NUM_THREADS when nobody did: to
-    1, or (accelerate with `use_cpu`) to the cores of the whole machine, whatever a container allows. So when `launched`
-    only a value above 1 and up to `available_cores` counts as somebody's wish.
+
+def run(main):
+    """Call main() and exit with 0, or with the code of what it raised: 2 bad input, 75 preempted, 1 anything else.
+
+    main returns its Accelerator, or None. Its processes end here, once no variable of main refers to the model.
     """
-    if requested is not None:
-        if requested < 1:
-            raise ValueError(f"--threads {requested}: at least 1 is needed\nleave it out to use the cores there are")
-        return requested, f"{_count(requested, 'thread')} (--threads)"
-    # OpenMP allows a list, one number per level of nesting ("4,1"); torch uses the first.
-    first = (omp_num_threads or "").split(",")[0].strip()
-    wanted = int(first) if first.isdecimal() else 0
-    if wanted >= 1 and (not launched or 1 < wanted <= available_cores):
-        return wanted, f"{_count(wanted, 'thread')} (OMP_NUM_THREADS)"
-    threads = max(1, available_cores // local_processes)
-    words = f"{_count(available_cores, 'core')} / {_count(local_processes, 'process')}"
-    if wanted >= 1 and wanted != threads:
-        words += f"; OMP_NUM_THREADS={wanted} was set by the launcher, --threads {wanted} if you meant it"
-    elif omp_num_threads and wanted < 1:
-        words += f"; OMP_NUM_THREADS={omp_num_threads!r} is not a number of threads"
-    return threads, f"{_count(threads, 'thread')} ({words})"
+    script = Path(sys.argv[0]).name
+    # Imports create millions of permanent objects; searching them for garbage again and again takes 0.6 s. load_model
+    # turns the garbage collector on again, after the last import.
+    gc.disable()
+    try:
+        empty = next((word for word in sys.argv[1:] if word == "" or (word[:2] == "--" and word[-1] == "=")), None)
+        if empty is not None:
+            raise BadInput(f"an argument is empty: {' '.join(map(repr, sys.argv[1:]))}", "Is a shell variable not set?")
+        finish(main())
+        return
+    except BadInput as error:
+        code, message = 2, f"{script}: error: {error.reason}\n{script}: {error.advice}"
+    except (FloatingPointError, RunFailed) as error:
+        code, message = 1, f"{script}: error: {error}"
+    except Preempted as error:
+        code, message = 75, f"{script}: {error}"
+    except KeyboardInterrupt:
+        code, message = 1, f"\n{script}: interrupted"
+    finally:
+        gc.enable()
+    # All processes find the same mistake. Rank 0 reports it, and the launcher ends the others while they wait here; a
+    # process that fails alone reports after the wait. Being ended by the launcher is not worth a message.
+    is_first = os.environ.get("RANK", "0") == "0"
+    if not is_first:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(3)
+    if is_first or code != 75:
+        print(message, file=sys.stderr, flush=True)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # The process group is still up, and its threads would abort an ordinary exit and hide the exit code.
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def start(args, stream=None, **accelerator_options):
+    """Return this process's Accelerator, with precision and threads chosen and libraries quiet.
+
+    The main process logs to `stream` (default: standard output), the others log errors only. Raises BadInput for a
+    precision that the device lacks, and where the launcher's processes form no group.
+    """
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import GradientAccumulationPlugin
+
+    quieten_libraries()
+    environment = os.environ
+    device = "cpu" if environment.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") else best_device()
+    if device == "cpu":
+        keep_freed_memory()
+    capability = torch.cuda.get_device_capability() if device in ("cuda", "rocm") else None
+    launcher_precision = environment.get("ACCELERATE_MIXED_PRECISION")
+    try:
+        precision, precision_text = choose_precision(
+            args.mixed_precision, launcher_precision, device, capability, cpu_flags()
+        )
+        threads, threads_text = choose_threads(
+            args.threads,
+            environment.get("OMP_NUM_THREADS"),
+            available_cores(),
+            int(environment.get("LOCAL_WORLD_SIZE", "1")),
+            launched=launcher_precision is not None or "TORCHELASTIC_RUN_ID" in environment,
+        )
+    except ValueError as error:
+        reason, _, advice = str(error).partition("\n")
+        raise BadInput(reason, advice) from None
+    accelerator = Accelerator(
+        cpu=device == "cpu",  # without this, two processes on a machine without a GPU are both rank 0 of 1
+        mixed_precision=precision,
+        # Only a plugin overrides the launcher's accumulation: --batch_size alone is the size of a step.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        **accelerator_options,
+    )
+    torch.set_num_threads(threads)
+    log_to(stream or sys.stdout, logging.INFO if accelerator.is_main_process else logging.ERROR)
+    check_processes(accelerator.num_processes)
+    number = _count(accelerator.num_processes, "process")
+    log.info(f"{accelerator.device.type}, {number}, precision {precision_text}, {threads_text}")
+    accumulation = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if accumulation != "1":
+        log.info(
+            f"the launcher's gradient_accumulation_steps={accumulation} is ignored: --batch_size is the size of a "
+            "step, --micro_batch_size splits it"
+        )
+    return accelerator
+
+
+def quieten_libraries():
+    """Silence the libraries' progress bars and load reports; their errors stay."""
+    import datasets
+    import transformers
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else tokenizers warns in workers, and uses one core
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+def best_device():
+    """Return the device that torch would use: "cuda", "rocm", "mps", "cpu", ..."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        return "cpu"
+    kind = torch.accelerator.current_accelerator().type
+    return "rocm" if kind == "cuda" and torch.version.hip else kind
+
+
+def keep_freed_memory():
+    """Let glibc keep freed tensors' memory for the next ones: new memory from the system costs up to a quarter of a
+    step (benchmarks/RESULTS.md).
+
+    See mallopt(3) in Linux's manual. Other C libraries have no such function.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt:
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing goes back to the system
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: tensors up to 1 GiB share the memory that is kept
+
+
+def log_to(stream, level=logging.INFO):
+    """Send the log lines of this process to a stream."""
+    log.handlers = [logging.StreamHandler(stream)]
+    log.setLevel(level)
+    log.propagate = False
+
+
+def check_processes(number):
+    """Raise BadInput unless the launcher started, and meant to start, one group of `number` processes."""
+    if asked_for_more_processes(os.environ):
+        raise BadInput(
+            "the launcher was asked for several processes, but started one (as accelerate does with --cpu, MULTI_CPU)",
+            "Launch with --config_file accelerate_configs/multi_cpu.yaml or torchrun --nproc_per_node N; "
+            "for one process, drop --num_processes and unset MASTER_ADDR.",
+        )
+    started = int(os.environ.get("WORLD_SIZE", number))
+    if started != number:
+        raise BadInput(
+            f"the launcher started {started} processes, but each believes it is one of {number}",
+            "Launch with: accelerate launch --config_file accelerate_configs/multi_cpu.yaml (or multi_gpu.yaml).",
+        )
+
+
+def on_main_process(accelerator, function, *arguments):
+    """Call a function on the main process only; return its result, or raise its BadInput, on all processes."""
+    from accelerate.utils import broadcast_object_list
+
+    answer = [None, None]
+    if accelerator.is_main_process:
+        try:
+            answer[0] = function(*arguments)
+        except BadInput as error:
+            answer[1] = (error.reason, error.advice)
+    broadcast_object_list(answer)
+    if answer[1]:
+        raise BadInput(*answer[1])
+    return answer[0]
+
+
+def finish(accelerator):
+    """End the processes. Without these calls in this order, a third of two-process gloo runs abort on exit."""
+    if accelerator is None:
+        return
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()
+    gc.collect()
+    accelerator.end_training()
+
+
+# ----------------------------------------------------------------------------------------------- precision and threads
 
 
 def choose_precision(requested, launcher, device, capability, cpu_flags):
-    """Return (mixed precision `no`, `fp16` or `bf16`, where it came from in words).
+    """Return (mixed precision: no, fp16 or bf16; the same with its source, for the log).
 
-    The first that says something wins: `requested` unless `auto`, `launcher` unless `no` (which it also sends when
-    nobody chose), the hardware. `device` is a torch device type, or `rocm`; `capability` that of CUDA, or None.
+    The first of these decides: `requested` unless auto; `launcher` unless no, which is also its default; the hardware.
+    device: a torch device type, or rocm; capability: CUDA's, or None. Raises ValueError, "reason\\nadvice".
     """
     if requested not in ("auto", "no", "fp16", "bf16"):
         raise ValueError(f"--mixed_precision {requested}: unknown\nallowed are auto, no, fp16 and bf16")
-    native, native_words = native_precision(device, capability, cpu_flags)
+    native, native_source = native_precision(device, capability, cpu_flags)
     if requested != "auto":
-        precision, words = requested, "--mixed_precision"
+        precision, source = requested, "--mixed_precision"
     elif launcher in ("fp16", "bf16"):
-        precision, words = launcher, "from the launcher"
+        precision, source = launcher, "from the launcher"
     elif launcher in (None, "", "no"):
-        precision, words = native, native_words
+        precision, source = native, native_source
         if launcher == "no" and native != "no":
-            words += "; the launcher's 'no' is also its default, --mixed_precision no if you meant it"
+            source += "; the launcher's 'no' is also its default, --mixed_precision no if you meant it"
     else:
         raise ValueError(
             f"mixed precision {launcher!r} from the launcher: these scripts know no, fp16 and bf16\n"
@@ -71,18 +230,18 @@ def choose_precision(requested, launcher, device, capability, cpu_flags):
         )
     if precision == "fp16" and device == "cpu":
         raise ValueError(
-            f"fp16 on a CPU ({words}): torch would silently compute in fp32\n"
+            f"fp16 on a CPU ({source}): torch would silently compute in fp32\n"
             f"use --mixed_precision {native}, the best on this CPU"
         )
     if precision == "bf16" and native != "bf16":
-        words += f"; not native on this device, {native!r} is likely faster"
-    return precision, f"{precision} ({words})"
+        source += f"; not native on this device, {native!r} is likely faster"
+    return precision, f"{precision} ({source})"
 
 
 def native_precision(device, capability, cpu_flags):
-    """Return (the 16-bit type the hardware multiplies matrices in, or `no`; why, in words).
+    """Return (the 16-bit type in which the hardware multiplies matrices, or no; the reason).
 
-    Not by torch's is_bf16_supported(): it is True where bf16 is emulated (github.com/pytorch/pytorch/issues/148322).
+    Not torch's is_bf16_supported(): it is True where bf16 is emulated (github.com/pytorch/pytorch/issues/148322).
     """
     if device == "cpu":
         flags = [flag for flag in CPU_BF16_FLAGS if flag in cpu_flags]
@@ -94,22 +253,50 @@ def native_precision(device, capability, cpu_flags):
         precision = "bf16" if major >= 8 else "fp16" if major == 7 else "no"
     else:
         # gfx90a (MI200) reports 9.0, MI300 9.4, RDNA 3 and 4 11.x and 12.x; RDNA 1 and 2 (10.x) lack bf16 products.
-        # MI100 reports 9.0 too and has them at half the rate; so does MI50, which has none: it needs the flag.
+        # MI100 reports 9.0 too and has them at half the rate. So does MI50, which has none and needs the flag.
         precision = "bf16" if major == 9 or major >= 11 else "no"
-    found = "native on" if precision != "no" else "no native 16-bit matrix products on"
-    return precision, f"{found} {device} {major}.{minor}"
+    support = "native on" if precision != "no" else "no native 16-bit matrix products on"
+    return precision, f"{support} {device} {major}.{minor}"
+
+
+def choose_threads(requested, omp_num_threads, available_cores, local_processes, launched=True):
+    """Return (threads of torch in this process, the same with its source, for the log). Raises ValueError.
+
+    --threads, else OMP_NUM_THREADS, else this process's part of the cores. Launchers set OMP_NUM_THREADS where nobody
+    did: to 1, or (accelerate with `use_cpu`) to the cores of the machine, whatever a container allows. So if
+    `launched`, only a value above 1 and up to `available_cores` counts as the user's.
+    """
+    if requested is not None:
+        if requested < 1:
+            raise ValueError(f"--threads {requested}: at least 1 is needed\nleave it out to use all available cores")
+        return requested, f"{_count(requested, 'thread')} (--threads)"
+    # OpenMP allows a list, one number per level of nesting ("4,1"); torch uses the first.
+    first = (omp_num_threads or "").split(",")[0].strip()
+    wanted = int(first) if first.isdecimal() else 0
+    if wanted >= 1 and (not launched or 1 < wanted <= available_cores):
+        return wanted, f"{_count(wanted, 'thread')} (OMP_NUM_THREADS)"
+    threads = max(1, available_cores // local_processes)
+    source = f"{_count(available_cores, 'core')} / {_count(local_processes, 'process')}"
+    if wanted >= 1 and wanted != threads:
+        source += f"; OMP_NUM_THREADS={wanted} was set by the launcher, --threads {wanted} if you meant it"
+    elif omp_num_threads and wanted < 1:
+        source += f"; OMP_NUM_THREADS={omp_num_threads!r} is not a number of threads"
+    return threads, f"{_count(threads, 'thread')} ({source})"
 
 
 def asked_for_more_processes(environment):
     """Return whether `accelerate launch` was asked for several processes, but started one."""
-    # Its one-process launcher sets the meeting point only where more than one was asked for, and never a world size.
+    # Its one-process launcher sets a rendezvous address only if more than one was asked for, and never a world size.
     sizes = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
     launched_alone = "ACCELERATE_MIXED_PRECISION" in environment and not any(name in environment for name in sizes)
     return launched_alone and environment.get("MASTER_ADDR") == "127.0.0.1" and "MASTER_PORT" in environment
 
 
 def cpu_flags(cpuinfo="/proc/cpuinfo"):
-    """Return the instruction-set flags of the first CPU, as Linux spells them; an empty set on other systems."""
+    """Return the instruction-set flags of the first CPU, as Linux spells them; an empty set on other systems.
+
+    Not torch.cpu.get_capabilities(), which also reports bf16 on Apple's CPUs, where it has not been tried.
+    """
     for line in _read(Path(cpuinfo)).splitlines():
         name, _, value = line.partition(":")
         if name.strip() in ("flags", "Features"):  # x86, Arm
@@ -118,18 +305,18 @@ def cpu_flags(cpuinfo="/proc/cpuinfo"):
 
 
 def available_cores(root="/"):
-    """Return the physical cores that affinity and control groups allow this process, at least 1 (`root`: for tests)."""
+    """Return the physical cores that affinity and cgroups allow this process, at least 1 (`root`: for tests)."""
     if not hasattr(os, "sched_getaffinity"):  # outside Linux: the logical CPUs
         return os.cpu_count() or 1
     cpus = Path(root, "sys/devices/system/cpu")
-    # Two hardware threads of one core share its multipliers, so they count once.
+    # Two hardware threads share one core's multipliers, so they count once.
     cores = {_read(cpus / f"cpu{cpu}/topology/thread_siblings_list") or cpu for cpu in os.sched_getaffinity(0)}
     # Rounded up: with a quota of 1.5, two throttled threads get more done than one.
     return max(1, math.ceil(min(len(cores), _cgroup_quota(Path(root)))))
 
 
 def _cgroup_quota(root):
-    """Return the CPU seconds per second that this process's control groups and their parents allow, else infinity."""
+    """Return the CPU seconds per second that this process's cgroups and their parents allow, else infinity."""
     # In Linux's documentation: admin-guide/cgroup-v2.rst (cpu.max), scheduler/sched-bwc.rst (version 1).
     quota = math.inf
     for line in _read(root / "proc/self/cgroup").splitlines():
@@ -138,7 +325,7 @@ def _cgroup_quota(root):
             continue
         mount = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
         for group in [PurePosixPath(path), *PurePosixPath(path).parents]:
-            folder = mount / str(group).lstrip("/")  # a container may show the host's path: then it is not there
+            folder = mount / str(group).lstrip("/")  # a container may show the host's path, which it does not have
             if controllers:
                 limit = [_read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")]
             else:
@@ -158,181 +345,3 @@ def _read(path):
 def _count(number, noun):
     plural = "es" if noun.endswith("s") else "s"
     return f"{number} {noun}{plural if number != 1 else ''}"
-
-
-# --------------------------------------------------------------------------------------------------------- processes
-
-
-def run(main):
-    """Call main() and turn what it raises into an exit code: 2 with a reason and an advice for bad input, 1 else.
-
-    main returns its accelerator, whose processes end here: once nothing in main refers to the model any more.
-    """
-    script = Path(sys.argv[0]).name
-    # The libraries' imports make millions of objects that stay: to look for garbage among them, again and again, takes
-    # 0.6 s. load_model, after the last of them, turns it on again.
-    gc.disable()
-    try:
-        empty = next((word for word in sys.argv[1:] if word == "" or (word[:2] == "--" and word[-1] == "=")), None)
-        if empty is not None:
-            raise BadInput(f"an argument is empty: {' '.join(map(repr, sys.argv[1:]))}", "Is a shell variable not set?")
-        finish(main())
-        return
-    except BadInput as error:
-        code, words = 2, f"{script}: error: {error.reason}\n{script}: {error.advice}"
-    except (FloatingPointError, RunFailed) as error:  # a run that diverged: which step and examples, and what to try
-        code, words = 1, f"{script}: error: {error}"
-    except Preempted as error:
-        code, words = 75, f"{script}: {error}"
-    except KeyboardInterrupt:
-        code, words = 1, f"\n{script}: interrupted"
-    finally:
-        gc.enable()
-    # Every process finds the same mistake. The first one says it, and the launcher ends the others while they wait
-    # here; a process that fails alone gets to say it too. Being ended is no news of its own.
-    is_first = os.environ.get("RANK", "0") == "0"
-    if not is_first:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(3)
-    if is_first or code != 75:
-        print(words, file=sys.stderr, flush=True)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # The process group is still up, and its threads would abort an ordinary exit and hide the code.
-        sys.stdout.flush()
-        os._exit(code)
-    sys.exit(code)
-
-
-def start(args, stream=None, **accelerator_options):
-    """Return the Accelerator for this process: precision and threads chosen, libraries quiet, processes counted.
-
-    Log lines of the main process go to `stream` (standard output).
-    """
-    import torch
-    from accelerate import Accelerator
-    from accelerate.utils import GradientAccumulationPlugin
-
-    quieten_libraries()
-    environment = os.environ
-    device = "cpu" if environment.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") else best_device()
-    if device == "cpu":
-        keep_freed_memory()
-    capability = torch.cuda.get_device_capability() if device in ("cuda", "rocm") else None
-    launcher_precision = environment.get("ACCELERATE_MIXED_PRECISION")
-    try:
-        precision, precision_words = choose_precision(
-            args.mixed_precision, launcher_precision, device, capability, cpu_flags()
-        )
-        threads, threads_words = choose_threads(
-            args.threads,
-            environment.get("OMP_NUM_THREADS"),
-            available_cores(),
-            int(environment.get("LOCAL_WORLD_SIZE", "1")),
-            launched=launcher_precision is not None or "TORCHELASTIC_RUN_ID" in environment,
-        )
-    except ValueError as error:
-        reason, _, advice = str(error).partition("\n")
-        raise BadInput(reason, advice) from None
-    accelerator = Accelerator(
-        cpu=device == "cpu",  # without this, two processes on a machine without a GPU are both rank 0 of 1
-        mixed_precision=precision,
-        # A plugin is the one way to overrule the launcher: --batch_size alone says how large a step is.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        **accelerator_options,
-    )
-    torch.set_num_threads(threads)
-    log_to(stream or sys.stdout, logging.INFO if accelerator.is_main_process else logging.ERROR)
-    number = accelerator.num_processes
-    check_processes(number)
-    processes = f"{number} process{'es' if number > 1 else ''}"
-    log.info(f"{accelerator.device.type}, {processes}, precision {precision_words}, {threads_words}")
-    accumulation = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    if accumulation != "1":
-        log.info(
-            f"the launcher's gradient_accumulation_steps={accumulation} is ignored: --batch_size is the size of a "
-            "step, --micro_batch_size cuts it"
-        )
-    return accelerator
-
-
-def log_to(stream, level=logging.INFO):
-    """Send the log lines of this process to a stream."""
-    log.handlers = [logging.StreamHandler(stream)]
-    log.setLevel(level)
-    log.propagate = False
-
-
-def keep_freed_memory():
-    """Let glibc keep what tensors give back for the next ones: fresh memory from the system costs up to a quarter of a
-    step (benchmarks/RESULTS.md).
-
-    See mallopt(3) in Linux's manual. Other C libraries have no such function.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt:
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing goes back to the system
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: tensors of up to 1 GiB share the memory that is kept
-
-
-def check_processes(number):
-    """Raise BadInput where a launcher started, or was to start, other than this number of processes as one group."""
-    if asked_for_more_processes(os.environ):
-        raise BadInput(
-            "the launcher was asked for several processes, but started one (as accelerate does with --cpu, MULTI_CPU)",
-            "Launch with --config_file accelerate_configs/multi_cpu.yaml or torchrun --nproc_per_node N; "
-            "for one process, drop --num_processes and unset MASTER_ADDR.",
-        )
-    started = int(os.environ.get("WORLD_SIZE", number))
-    if started != number:
-        raise BadInput(
-            f"the launcher started {started} processes, but each believes it is one of {number}",
-            "Launch with: accelerate launch --config_file accelerate_configs/multi_cpu.yaml (or multi_gpu.yaml).",
-        )
-
-
-def best_device():
-    """Return "cuda", "rocm", "mps", "cpu", ...: the device that torch would use."""
-    import torch
-
-    if not torch.accelerator.is_available():
-        return "cpu"
-    kind = torch.accelerator.current_accelerator().type
-    return "rocm" if kind == "cuda" and torch.version.hip else kind
-
-
-def quieten_libraries():
-    """Keep the libraries' progress bars and load reports off the terminal; their errors stay."""
-    import datasets
-    import transformers
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else tokenizers warns in workers, and uses one core
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-
-
-def on_main_process(accelerator, function, *arguments):
-    """Call a function on the main process alone; return its answer on all of them, or raise its BadInput on all."""
-    from accelerate.utils import broadcast_object_list
-
-    answer = [None, None]
-    if accelerator.is_main_process:
-        try:
-            answer[0] = function(*arguments)
-        except BadInput as error:
-            answer[1] = (error.reason, error.advice)
-    broadcast_object_list(answer)
-    if answer[1]:
-        raise BadInput(*answer[1])
-    return answer[0]
-
-
-def finish(accelerator):
-    """End the processes. Without this order of calls, a third of 2-process runs on gloo abort at their very end."""
-    accelerator.wait_for_everyone()
-    accelerator.free_memory()
-    gc.collect()
-    accelerator.end_training()
