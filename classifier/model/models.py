@@ -1,4 +1,4 @@
-"""A model and its tokenizer: of the Hub, of a folder, or new from config values; checked before a step is taken."""
+"""Load a model and its tokenizer from the Hub, a folder or config values, and check them before the first step."""
 
 import gc
 import inspect
@@ -13,8 +13,9 @@ from classifier.messages import BadInput, log, nearest
 def load_model(name, task=None, refresh=False):
     """Return (model, tokenizer, facts) of a Hub id, a folder, or a mapping of config values (trained from scratch).
 
-    With a task, a head that does not fit its labels is replaced by a new one. Weights are float32 whatever the
-    checkpoint's type. `facts` holds `model`, `commit` and `new`: the names of newly initialised weights.
+    With a task, a head for other labels is replaced by a new one. Weights are float32 whatever the checkpoint's dtype.
+    `facts` holds `model`, `commit` and `new`, the names of newly initialised weights. refresh: ask the Hub for a newer
+    commit. Raises BadInput for anything that is not a text classifier in working order.
     """
     import torch
 
@@ -33,52 +34,52 @@ def load_model(name, task=None, refresh=False):
     else:
         model, tokenizer, facts = _pretrained_model(str(name), head, task, refresh)
     gc.enable()  # see processes.run
-    if facts["new"] and task:  # without a task, nothing is learnt, and with_labels_of refuses the model
-        parts = sorted({key.rsplit(".", 1)[0] for key in facts["new"]})
-        log.info(f"newly initialised: {', '.join(parts)} (not in the checkpoint: learnt in this training)")
+    if facts["new"] and task:  # without a task nothing is trained, and with_head_labels refuses the model
+        modules = sorted({key.rsplit(".", 1)[0] for key in facts["new"]})
+        log.info(f"newly initialised: {', '.join(modules)} (not in the checkpoint)")
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes an empty one where it finds no files
-        where = name["vocab"] if isinstance(name, dict) else name
-        hint = "Copy the tokenizer's files (tokenizer.json, ...) into the folder."
-        raise BadInput(f"{where}: holds no vocabulary", hint)
-    # Types such as token_type_ids are made by some tokenizers for models that do not know them.
+        source = name["vocab"] if isinstance(name, dict) else name
+        advice = "Copy the tokenizer's files (tokenizer.json, ...) into the folder."
+        raise BadInput(f"{source}: has no vocabulary", advice)
+    # Some tokenizers return columns, such as token_type_ids, that their model does not take.
     known = inspect.signature(model.forward).parameters
     tokenizer.model_input_names = [key for key in tokenizer.model_input_names if key in known]
-    # NaN spreads to both extremes. One pass and no copy: isfinite of every weight takes ten times as long.
+    # aminmax propagates NaN, takes one pass and copies nothing: isfinite on every weight takes ten times as long.
     extremes = {key: torch.stack(value.detach().aminmax()) for key, value in model.named_parameters() if value.numel()}
     if broken := [key for key, values in extremes.items() if not values.isfinite().all()]:
-        raise BadInput(f"{name}: the weights {broken[0]} hold NaN or infinity", "Take another checkpoint.")
+        raise BadInput(f"{name}: the weights {broken[0]} hold NaN or infinity", "Use another checkpoint.")
     return model, tokenizer, facts
 
 
-def _new_model(mapping, head, where):
-    """Return (model, tokenizer) of a task's `model:` mapping, with random weights."""
+def _new_model(mapping, head, prefix):
+    """Return (model, tokenizer) for a task's `model:` mapping, with random weights. prefix: of error messages."""
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification, BertTokenizer
 
     if not Path(mapping["vocab"]).is_file():
-        raise BadInput(f"{mapping['vocab']}: no such vocabulary file", "Mend `vocab` in the task's `model`.")
+        raise BadInput(f"{mapping['vocab']}: no such vocabulary file", "Fix `vocab` in the task's `model`.")
     values = {key: value for key, value in mapping.items() if key != "vocab"}
     try:
         tokenizer = BertTokenizer(mapping["vocab"])
         config = AutoConfig.for_model(**{"vocab_size": len(tokenizer), **values}, **head)
         model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
-    except Exception as error:  # of a library, about any of the values
+    except Exception as error:  # the libraries raise almost anything for a wrong value
         raise BadInput(
-            f"{where}`model` cannot be built ({_format_error(error)})",
-            "Mend its keys: model_type, vocab, and values of that model's config.json.",
+            f"{prefix}`model` cannot be built ({_format_error(error)})",
+            "Fix its keys: model_type, vocab, and values of that model's config.json.",
         ) from None
-    # transformers takes any key, and does nothing with one that it does not know.
+    # transformers accepts any key, and ignores one that it does not know.
     known = [*config.attribute_map, *type(config)().to_dict()]
     if unknown := [key for key in values if key not in known]:
         raise BadInput(
-            f'{where}unknown key "{unknown[0]}" in `model`{nearest(unknown[0], known)}',
+            f'{prefix}unknown key "{unknown[0]}" in `model`{nearest(unknown[0], known)}',
             f"Keys are vocab and those of a {config.model_type} config.json.",
         )
     return model, tokenizer
 
 
 def _pretrained_model(name, head, task, refresh):
-    """Return (model, tokenizer, facts) of a Hub id or a folder, as load_model."""
+    """Return (model, tokenizer, facts) of a Hub id or a folder; see load_model."""
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -87,7 +88,7 @@ def _pretrained_model(name, head, task, refresh):
     if is_of_hub:
         _check_hub_name(name)
         options["revision"] = hub_commit(name, "model", refresh=refresh)
-        # transformers would ask the Hub each time which files there are, and wait where it is out of reach.
+        # transformers would list the files on the Hub each time, and hang where it is unreachable.
         options["local_files_only"] = was_loaded(name, options["revision"])
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
@@ -95,19 +96,19 @@ def _pretrained_model(name, head, task, refresh):
         model, info = AutoModelForSequenceClassification.from_pretrained(
             name, **options, **head, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
         )
-    except Exception as error:  # a damaged file makes the libraries raise almost anything
+    except Exception as error:  # the libraries raise almost anything for a damaged file
         if _is_unreachable(error):
             raise unreachable_hub(name, error) from None
         raise BadInput(
             f"{name}: cannot be loaded as a text classifier ({_format_error(error)})",
-            "Check --model: it needs config.json, the tokenizer and whole weights; copy or download them again.",
+            "Check --model: it needs config.json, the tokenizer and complete weights. Copy or download them again.",
         ) from None
     if is_of_hub:
         note_loaded(name, options["revision"])
     new = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     _check_encoder(name, model, info)
     if not new and task and not task.is_regression and list(labels_before.values()) != task.labels:
-        # A head of the right size, but for other labels: its classes would be taken for ours by position.
+        # A head of the right size, but for other labels: its classes would be mapped to ours by position.
         fresh = AutoModelForSequenceClassification.from_config(model.config, dtype=torch.float32)
         for child, module in fresh.named_children():
             if child != model.base_model_prefix:
@@ -117,23 +118,22 @@ def _pretrained_model(name, head, task, refresh):
 
 
 def _check_hub_name(name):
-    """Raise BadInput where a name that is no folder was meant for one, before the Hub is asked for it."""
+    """Raise BadInput for a name that was meant as a folder, instead of asking the Hub for it."""
     path = Path(name)
     if path.is_file():
-        hint = "Give the folder with config.json, or a name of the Hub."
-        raise BadInput(f"{name}: is a file, not a model folder", hint)
+        raise BadInput(f"{name}: is a file, not a model folder", "Give the folder with config.json, or a Hub id.")
     if name.startswith((".", "/", "~")):
-        siblings = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
         raise BadInput(f"{name}: no such folder{nearest(path.name, siblings)}", "Check --model.")
 
 
 def _format_error(error):
-    """Return what an exception of a library says, in one short line."""
+    """Return a library's exception as one short line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300].rstrip(": ")
 
 
 def _is_unreachable(error):
-    """Return whether a file of the Hub is what was missing: transformers raises an OSError of its own about it."""
+    """Return whether a file of the Hub was missing: transformers wraps that in an OSError of its own."""
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
     while error and not isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)):
@@ -142,21 +142,26 @@ def _is_unreachable(error):
 
 
 def _check_encoder(name, model, info):
-    """Raise BadInput where the weights are not those of the model that config.json describes: transformers would
-    replace them by random ones. A new head or pooler is nothing unusual."""
+    """Raise BadInput where the weights do not match config.json: transformers would replace them by random ones.
+
+    A new head or pooler is fine.
+    """
     encoder = f"{model.base_model_prefix}."
     keys = {key for key, _ in model.named_parameters() if key.startswith(encoder)}
     if wrong := sorted(key for key, *_ in info["mismatched_keys"] if key.startswith(encoder)):
-        reason = f"{name}: {len(wrong)} weights have another shape than config.json says, the first: {wrong[0]}"
+        reason = f"{name}: {len(wrong)} weights have another shape than in config.json, the first: {wrong[0]}"
     elif lacking := sorted(key for key in keys & set(info["missing_keys"]) if "pooler" not in key):
         reason = f"{name}: config.json describes {len(keys)} weights, the checkpoint lacks {len(lacking)}: {lacking[0]}"
     else:
         return
-    raise BadInput(reason, "Take config.json and the weights from the same checkpoint.")
+    raise BadInput(reason, "Use config.json and the weights of the same checkpoint.")
 
 
 def with_head_labels(model, facts, task):
-    """Return the task with its labels in the order of the model's head; matched by name, never by position."""
+    """Return the task with its labels in the order of the model's head, matched by name, never by position.
+
+    Raises BadInput where the head is new or for other labels.
+    """
     name, names = facts["model"], list(model.config.id2label.values())
     head_is_multi_label = model.config.problem_type == "multi_label_classification"
     head_is_regression = model.config.num_labels == 1 and not head_is_multi_label
@@ -170,15 +175,15 @@ def with_head_labels(model, facts, task):
             f"{' (any number of them)' if head_is_multi_label else ''}; the labels of the task {task.name} are "
             f"{', '.join(task.labels) if isinstance(task.labels, list) else task.labels}"
             f"{' (any number of them)' if task.is_multi_label else ''}",
-            f"Score it on data like those it was trained on, or fine-tune it first: train.py --model {name}",
+            f"Use data with its labels, or fine-tune it first: train.py --model {name}",
         )
     return task if task.is_regression else replace(task, labels=names)
 
 
 def freeze(model, part):
-    """Stop the gradients of a pretrained part: none, encoder, embeddings, or N (embeddings and the first N layers).
+    """Freeze a pretrained part: none, encoder, embeddings, or N (embeddings and the first N layers).
 
-    Its dropout is off, too, in model.train() as well: what is not trained needs no noise.
+    Its dropout stays off, even after model.train(): what is not trained needs no noise.
     """
     from torch.nn import ModuleList
 
@@ -194,14 +199,11 @@ def freeze(model, part):
         raise BadInput(f"--freeze {part}: no such part of this model", f"Parts: {', '.join(parts)}.")
     for module in parts[part]:
         module.requires_grad_(False)
-        module.eval().train = lambda mode=True, module=module: module  # model.train() calls this, and changes nothing
+        module.eval().train = lambda mode=True, module=module: module  # a no-op for model.train()
 
 
 def saved_metrics(folder):
-    """Return (mixed precision that the scores of a saved model were computed in, what its majority baseline predicts).
-
-    ("auto", None) where they are not known.
-    """
+    """Return (mixed precision of a saved model's scores, prediction of its majority baseline), or ("auto", None)."""
     path = Path(folder) / "metrics.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -211,18 +213,18 @@ def saved_metrics(folder):
 
 
 def base_model(folder, task):
-    """Return the name of the pretrained model that a saved one was trained from; None where its weights were new."""
+    """Return the name of the pretrained model that a saved one was trained from, or None where it was new."""
     results = Path(folder).parent / "results.json"
     model = json.loads(results.read_text(encoding="utf-8"))["model"] if results.is_file() else task.model
     return model if isinstance(model, str) else None
 
 
 def model_folder(path):
-    """Return the folder of a saved model: the path itself, or model/ of a run. A Hub id comes back as it is."""
+    """Return the folder of a saved model: the path itself, or model/ of a run. A Hub id is returned unchanged."""
     if (Path(path) / "model" / "config.json").is_file():
         return str(Path(path) / "model")
     if (Path(path) / "model.onnx").is_file():
-        raise BadInput(f"{path}: is an exported model", "predict.py takes it. Here: the model it was exported from.")
+        raise BadInput(f"{path}: is an exported model", "Only predict.py takes it. Use the model it was exported from.")
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise BadInput(f"{path}: holds no model", "Give a model folder, or the folder of a finished run.")
     return str(path)

@@ -1,9 +1,9 @@
-"""Examples laid end to end: no work on padding, and the numbers of the padded model.
+"""Sequence packing: no computation on padding, and the numbers of the padded model.
 
-A micro-batch is one row of the tokens of all its examples, so that linear layers, norms and activations see real tokens
-alone. Three parts make that right: attention, which sees each example by itself (attend); position ids that begin
-anew with each example; and heads, which read the first token of each row: where the encoder ends, the first tokens of
-the examples become rows. A model that needs more than that is found out by `agrees`, and runs padded.
+A packed batch is one sequence: the tokens of all its examples, concatenated. Linear layers, norms and activations see
+real tokens only. Three changes keep the numbers right: attention stays within each example (packed_attention), position
+ids restart at each example, and at the end of the encoder the first token of each example becomes a row, which is what
+heads read. `matches_padded` finds models that need more than that; they run padded.
 """
 
 from functools import partial
@@ -16,31 +16,31 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from classifier.messages import log
-from classifier.model.dropout import scale
+from classifier.model.dropout import draws_from_torch, install, scale
 from classifier.model.tokenization import padded
 
-GROUP_LIMIT = 2**19  # attention weights in a group, where it has more than one example: what a core's cache holds
-LONG = 96  # tokens from which on torch's own attention is faster on a CPU, where nothing is dropped
+GROUP_LIMIT = 2**19  # attention weights in a group of more than one example: they fit into a core's cache
+LONG = 96  # tokens from which torch's own attention is faster on a CPU, without dropout
 
 
 class LengthGroup:
-    """Examples of like length that lie side by side in the row; in attention, a rectangle (examples, width)."""
+    """Neighbouring examples of similar length in a packed batch. Attention pads them to (examples, width)."""
 
     def __init__(self, examples, lengths, first_slot, device):
         self.examples, self.number = examples, len(lengths)
-        self.width = -(-int(lengths[0]) // 8) * 8  # the longest comes first; see rounded
+        self.width = -(-int(lengths[0]) // 8) * 8  # the longest comes first; see round_up
         self.first_slot, self.slots = first_slot, self.number * self.width
         self.is_real = np.arange(self.width) < lengths[:, None]
         self.device = device
         self._forbidden = {}
 
     def forbidden(self, heads, window, dtype):
-        """Return what is added to the weights so that a query sees no padding, and no key as far as `window`; or None.
+        """Return the mask added to the attention weights, (examples x heads, queries or 1, keys), or None.
 
-        Shape (examples x heads, queries or 1, keys).
+        It hides padding, and keys at a distance of `window` or more.
         """
-        name = heads, window, dtype
-        if name not in self._forbidden:
+        key = heads, window, dtype
+        if key not in self._forbidden:
             allowed = self.is_real[:, None, None, :]
             if window is not None and self.width > window:
                 position = np.arange(self.width)
@@ -48,31 +48,31 @@ class LengthGroup:
             is_forbidden = torch.from_numpy(~allowed).to(self.device)
             mask = torch.zeros(allowed.shape, dtype=dtype, device=self.device)
             mask.masked_fill_(is_forbidden, torch.finfo(dtype).min)
-            self._forbidden[name] = None if allowed.all() else mask.expand(-1, heads, -1, -1).flatten(0, 1)
-        return self._forbidden[name]
+            self._forbidden[key] = None if allowed.all() else mask.expand(-1, heads, -1, -1).flatten(0, 1)
+        return self._forbidden[key]
 
 
 class PackedBatch:
-    """How the examples of a micro-batch lie end to end: `example` and `position` of each token, groups of examples.
+    """The geometry of a packed batch: the `example` and `position` of each token, and the groups for attention.
 
-    lengths: (examples,), longest first; heads: of the model's attention.
+    lengths: (examples,), longest first; heads: the number of attention heads.
     """
 
     def __init__(self, lengths, heads, device):
         lengths = np.asarray(lengths)
         self.starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
         self.tokens = round_up(int(lengths.sum()))
-        filling = np.zeros(self.tokens - lengths.sum(), dtype=np.int64)
+        filler = np.zeros(self.tokens - lengths.sum(), dtype=np.int64)
         example = np.repeat(np.arange(len(lengths)), lengths)
         position = np.arange(lengths.sum()) - self.starts[example]
         self.first_tokens = torch.from_numpy(self.starts).to(device)
-        self.example = torch.from_numpy(np.concatenate([example, filling])).to(device)
-        self.position = torch.from_numpy(np.concatenate([position, filling])).to(device)
+        self.example = torch.from_numpy(np.concatenate([example, filler])).to(device)
+        self.position = torch.from_numpy(np.concatenate([position, filler])).to(device)
         self.real_tokens, self.device = len(example), device
-        self.calls = 0  # of attention
+        self.calls = 0  # of attention, counted for matches_padded
         self.groups, first, slot = [], 0, 0
         while first < len(lengths):
-            # A power of two, for the same reason as `rounded`.
+            # A power of two, for the same reason as in round_up.
             number = min(len(lengths) - first, max(1, GROUP_LIMIT // (int(lengths[first]) ** 2 * heads)))
             last = first + 2 ** (number.bit_length() - 1)
             self.groups.append(LengthGroup(slice(first, last), lengths[first:last], slot, device))
@@ -81,10 +81,12 @@ class PackedBatch:
         self._indices = {}
 
     def indices(self, heads):
-        """Return how rows of (tokens x heads) become rows of (groups x examples x heads x positions), and back: for
-        each of the two which row is taken, and which of the result are filling."""
+        """Return the indices that move rows between (tokens x heads) and (groups x examples x heads x positions).
+
+        Four tensors: which rows to gather and which of the result are padding; the same two for the way back.
+        """
         if heads not in self._indices:
-            taken, empty, head = [], [], np.arange(heads)[:, None]
+            gather, padding, head = [], [], np.arange(heads)[:, None]
             back = np.zeros(self.tokens * heads, dtype=np.int64)
             for group in self.groups:
                 tokens = np.where(group.is_real, self.starts[group.examples][:, None] + np.arange(group.width), 0)
@@ -92,33 +94,35 @@ class PackedBatch:
                 is_real = np.broadcast_to(group.is_real[:, None, :], rows.shape)
                 slots = np.arange(rows.size).reshape(rows.shape) + group.first_slot * heads
                 back[rows[is_real]] = slots[is_real]
-                taken.append(rows.reshape(-1))
-                empty.append(slots[~is_real])
-            beyond = np.arange(self.real_tokens * heads, self.tokens * heads)
-            indices = np.concatenate(taken), np.concatenate(empty), back, beyond
+                gather.append(rows.reshape(-1))
+                padding.append(slots[~is_real])
+            back_padding = np.arange(self.real_tokens * heads, self.tokens * heads)
+            indices = np.concatenate(gather), np.concatenate(padding), back, back_padding
             self._indices[heads] = [torch.from_numpy(index).to(self.device) for index in indices]
         return self._indices[heads]
 
 
 class GatherRows(torch.autograd.Function):
-    """rows[index]. What is taken more than once, or as filling, has no gradient there: so the gradient is a look-up,
-    too (`back`), with 0 in the rows `filling`."""
+    """rows[index]. Its gradient is a gather too, not a slow scatter-add: gradient[back], and 0 in the rows `padding`.
+
+    This is right because a row that is gathered more than once, or as padding, gets no gradient there.
+    """
 
     @staticmethod
-    def forward(ctx, rows, index, back, filling):
-        ctx.back, ctx.filling = back, filling
+    def forward(ctx, rows, index, back, padding):
+        ctx.back, ctx.padding = back, padding
         return rows.index_select(0, index)
 
     @staticmethod
     def backward(ctx, gradient):
-        return gradient.index_select(0, ctx.back).index_fill_(0, ctx.filling, 0), None, None, None
+        return gradient.index_select(0, ctx.back).index_fill_(0, ctx.padding, 0), None, None, None
 
 
 class ExplicitAttention(torch.autograd.Function):
-    """softmax(query @ key.T * scaling + added) * mask * scale @ value, without steps that autograd would keep.
+    """softmax(query @ key.T * scaling + added) * mask * scale @ value, keeping fewer tensors than autograd would.
 
     query, key, value: (examples x heads, width, size); added: broadcast to the weights (examples x heads, width,
-    width), or None; mask: of the weights' shape, see dropout.Masks.keep, or None.
+    width), or None; mask: the dropout mask of the weights (dropout.Masks.keep), or None.
     """
 
     @staticmethod
@@ -127,7 +131,7 @@ class ExplicitAttention(torch.autograd.Function):
             weights = torch.baddbmm(query.new_zeros(()), query, key.mT, beta=0, alpha=scaling)
         else:
             weights = torch.baddbmm(added.expand(-1, *query.shape[1:2], -1), query, key.mT, alpha=scaling)
-        # In bf16 a softmax over any number but a multiple of 32 is slow on a CPU, and less exact.
+        # A bf16 softmax is slow on a CPU, and less exact, unless its size is a multiple of 32.
         weights = weights.softmax(-1, dtype=torch.promote_types(weights.dtype, torch.float32)).to(weights.dtype)
         ctx.save_for_backward(query, key, value, weights, mask)
         ctx.scaling, ctx.scale = scaling, scale
@@ -136,32 +140,33 @@ class ExplicitAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         query, key, value, weights, mask = ctx.saved_tensors
-        of_value = _product((weights if mask is None else weights * mask).mT, gradient, ctx.scale)
-        of_weights = _product(gradient, value.mT, ctx.scale)
+        grad_value = _product((weights if mask is None else weights * mask).mT, gradient, ctx.scale)
+        grad_weights = _product(gradient, value.mT, ctx.scale)
         if mask is not None:
-            of_weights.mul_(mask)
-        of_weights = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
-        of_query = _product(of_weights, key, ctx.scaling)
-        of_key = _product(of_weights.mT, query, ctx.scaling)
-        return of_query, of_key, of_value, of_weights if ctx.needs_input_grad[3] else None, None, None, None
+            grad_weights.mul_(mask)
+        grad_weights = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+        grad_query = _product(grad_weights, key, ctx.scaling)
+        grad_key = _product(grad_weights.mT, query, ctx.scaling)
+        return grad_query, grad_key, grad_value, grad_weights if ctx.needs_input_grad[3] else None, None, None, None
 
 
-def _product(one, other, factor):
-    return torch.baddbmm(one.new_zeros(()), one, other, beta=0, alpha=factor)
+def _product(left, right, factor):
+    return torch.baddbmm(left.new_zeros(()), left, right, beta=0, alpha=factor)
 
 
 def packed_attention(packed, query, key, value, scaling, window=None, bias=None, keep=None, scale=1.0):
-    """Attention of each example to itself: (tokens, heads, size) three times to the same shape.
+    """Return the attention of each example to itself. query, key, value and the result: (tokens, heads, size).
 
-    window: how far a query sees, exclusive, or None; bias: (1, heads, width, width) of the longest example, added to
-    the weights of each one, or None; keep(heads, dtype): the masks of the groups' weights (see dropout.Masks), and
-    `scale` what the output is multiplied by; None: no dropout.
+    window: how far a query sees, exclusive, or None; bias: (1, heads, width, width) for the longest example, added to
+    the weights of every example, or None; keep(heads, dtype): the dropout masks of the groups' weights (see
+    dropout.Masks), or None; scale: the factor of the output under dropout.
     """
     heads, size = query.shape[1:]
-    taken, empty, back, beyond = packed.indices(heads)
+    gather, padding, back, back_padding = packed.indices(heads)
     parts = [group.number * heads * group.width for group in packed.groups]
     query, key, value = (
-        GatherRows.apply(values.reshape(-1, size), taken, back, beyond).split(parts) for values in (query, key, value)
+        GatherRows.apply(values.reshape(-1, size), gather, back, back_padding).split(parts)
+        for values in (query, key, value)
     )
     masks = keep(heads, value[0].dtype) if keep else [None] * len(parts)
     outputs = []
@@ -180,13 +185,13 @@ def packed_attention(packed, query, key, value, scaling, window=None, bias=None,
             mask = None if mask is None else mask.flatten(0, 1)
             output = ExplicitAttention.apply(*inputs, added, mask, scaling, scale)
         outputs.append(output.view(-1, size))
-    return GatherRows.apply(torch.cat(outputs), back, taken, empty).view(-1, heads, size)
+    return GatherRows.apply(torch.cat(outputs), back, gather, padding).view(-1, heads, size)
 
 
 def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **options):
     """Attention for transformers' interface: query (examples, heads, tokens, size) to (examples, tokens, heads, size).
 
-    In a row, attention_mask is what is added to each example's weights (`bias` of attend), or None.
+    In a packed batch, attention_mask is the `bias` of packed_attention, or None.
     """
     masks, place = module.counted_dropout
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -197,17 +202,16 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
         def keep(heads, dtype):
             return masks.keep_weights(heads, place, dropout, dtype)
 
-        dropping = (keep, scale(dropout)) if dropout else ()
+        dropping = {"keep": keep, "scale": scale(dropout)} if dropout else {}
         window = options.get("sliding_window")
-        return packed_attention(masks.packed, query, key, value, scaling, window, attention_mask, *dropping).unsqueeze(
-            0
-        ), None
+        output = packed_attention(masks.packed, query, key, value, scaling, window, attention_mask, **dropping)
+        return output.unsqueeze(0), None
     if not dropout:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     if (groups := getattr(module, "num_key_value_groups", 1)) > 1:
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     weights = query @ key.transpose(2, 3) * scaling
-    if attention_mask is None and getattr(module, "is_causal", False):  # a mask that transformers left to torch
+    if attention_mask is None and getattr(module, "is_causal", False):  # transformers leaves this mask to torch
         attention_mask = torch.ones(weights.shape[-2:], dtype=torch.bool, device=weights.device).tril()
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         weights = weights.masked_fill(~attention_mask, torch.finfo(weights.dtype).min)
@@ -221,22 +225,22 @@ AttentionInterface.register("counted_dropout", attention)
 
 
 def mask(*sizes, attention_mask=None, **options):
-    """Make the mask of padded examples; in a row there is none to make."""
+    """Return the attention mask of padded examples. A packed batch needs none."""
     return None if attention_mask is None else sdpa_mask(*sizes, attention_mask=attention_mask, **options)
 
 
 AttentionMaskInterface.register("counted_dropout", mask)
 
 
-def teach_mpnet(model, masks):
-    """Let MPNet, which computes attention by itself, ask transformers' interface for it, as other models do.
+def patch_mpnet(model, masks):
+    """Route MPNet's own attention code through transformers' attention interface, as other models do.
 
-    Its encoder adds a bias that depends on the distance of two positions alone: in a row, that of the longest example
-    holds all others.
+    Its encoder adds a bias that depends only on the distance of two positions. In a packed batch, the bias of the
+    longest example contains those of all others.
     """
-    model.config._attn_implementation = "counted_dropout"  # of the mask; set_attn_implementation refuses
+    model.config._attn_implementation = "counted_dropout"  # for the mask; set_attn_implementation refuses
     encoder = model.base_model.encoder
-    # partial, since a copy of the model must have one of its own
+    # partial rather than a closure, so that a deep copy of the model gets one of its own
     encoder.compute_position_bias = partial(_bias_of_longest, encoder.compute_position_bias, masks)
     for layer in encoder.layer:
         layer.attention.attn.forward = partial(_mpnet_attention, layer.attention.attn)
@@ -247,7 +251,7 @@ def _bias_of_longest(compute, masks, hidden):
 
 
 def _mpnet_attention(module, hidden, attention_mask=None, position_bias=None, output_attentions=False):
-    """Stand in for MPNetSelfAttention.forward."""
+    """Replaces MPNetSelfAttention.forward."""
     projections = (module.q, module.k, module.v)
     projected = (linear(hidden).unflatten(-1, (-1, module.attention_head_size)) for linear in projections)
     query, key, value = (values.transpose(1, 2) for values in projected)
@@ -259,39 +263,40 @@ def _mpnet_attention(module, hidden, attention_mask=None, position_bias=None, ou
 
 
 class Packer:
-    """How a micro-batch becomes a model's inputs: as one row where `is_packed`, else as rows padded to the longest."""
+    """Collates micro-batches for a model: packed into one sequence where `is_packed`, else padded to the longest."""
 
     def __init__(self, model, masks, pad_token_id):
         self.masks, self.pad_token_id, self.is_packed = masks, pad_token_id, False
         if model.config.model_type == "mpnet":
-            teach_mpnet(model, masks)
+            patch_mpnet(model, masks)
         self.heads = getattr(model.config, "num_attention_heads", 1)
         model.set_attn_implementation("counted_dropout")
-        tables = [part for name, part in model.named_modules() if name.endswith("position_embeddings")]
+        tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
         padding = getattr(tables[0], "padding_idx", None) if tables else None
-        self.first_position = 0 if padding is None else padding + 1  # RoBERTa, XLM-R and MPNet begin there
+        self.first_position = 0 if padding is None else padding + 1  # RoBERTa, XLM-R and MPNet start there
         base = model.base_model
-        encoder = next((part for name, part in base.named_children() if name in ("encoder", "transformer")), base)
-        encoder.register_forward_hook(self._first_rows)
-        for name, part in base.named_children():
+        children = dict(base.named_children())
+        encoder = children.get("encoder", children.get("transformer", base))
+        encoder.register_forward_hook(self._first_tokens_as_rows)
+        for name, module in children.items():
             if "embed" in name:
-                part.register_forward_hook(self._short_numbers)
+                module.register_forward_hook(self._embeddings_to_bf16)
 
     def collate(self, examples):
-        """Return the inputs of examples, given as a dict of lists: tensors on the CPU."""
+        """Return the model's inputs, tensors on the CPU, for examples as a dict of columns."""
         return pack(examples, self.first_position) if self.is_packed else pad(examples, self.pad_token_id)
 
     def set_batch(self, step, ids, lengths, device):
-        """Say which examples come next, in the order of the micro-batch."""
+        """Set the examples of the next forward pass, in the order of the micro-batch."""
         self.masks.set_batch(step, ids, device, PackedBatch(lengths, self.heads, device) if self.is_packed else None)
 
-    def _short_numbers(self, module, given, output):
-        """Under autocast to bf16 on a CPU: hand bf16 on from the embeddings; sums of layers then need no casts."""
+    def _embeddings_to_bf16(self, module, inputs, output):
+        """Under bf16 autocast on a CPU, cast the embeddings' output: residual sums then need no casts."""
         is_bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
         return output.bfloat16() if self.is_packed and is_bf16 and output.device.type == "cpu" else output
 
-    def _first_rows(self, module, given, output):
-        """Where the encoder ends: make the first token of each example a row, since heads read the first of a row."""
+    def _first_tokens_as_rows(self, module, inputs, output):
+        """At the end of the encoder, make the first token of each example a row: heads read the first of each row."""
         packed = self.masks.packed
         if packed is None:
             return output
@@ -303,47 +308,48 @@ class Packer:
 
 
 def round_up(tokens):
-    """Return how many tokens a row of at least so many has: one of few numbers, at most a 32nd (or 31) more.
+    """Return the length of a packed batch of so many tokens: one of few, at most a 32nd (or 31 tokens) longer.
 
-    On a CPU torch compiles a matrix product for each new shape (oneDNN), which takes longer than to compute it.
+    On a CPU, torch compiles a matrix product for each new shape (oneDNN), which takes longer than computing it.
     """
     step = max(32, 2 ** (tokens.bit_length() - 6))
     return -(-tokens // step) * step
 
 
 def pack(examples, first_position):
-    """Lay the columns of examples out as one row: a dict of tensors (1, tokens), with the positions.
+    """Concatenate the columns of examples: a dict of tensors (1, tokens), with position_ids.
 
-    The row is filled up (see rounded) with tokens that nothing reads.
+    Tokens that nothing reads fill them up to the length of round_up.
     """
     lengths = [len(ids) for ids in examples["input_ids"]]
     positions = [_positions(ids, first_position) for ids in examples["input_ids"]]
     columns = {name: examples[name] for name in ("input_ids", "token_type_ids") if name in examples}
-    row = np.zeros((len(columns) + 1, 1, round_up(sum(lengths))), dtype=np.int64)
-    for values, column in zip(row, [*columns.values(), positions], strict=True):
+    columns["position_ids"] = positions
+    packed = np.zeros((len(columns), 1, round_up(sum(lengths))), dtype=np.int64)
+    for values, column in zip(packed, columns.values(), strict=True):
         values[0, : sum(lengths)] = np.concatenate(column)
-    return {name: torch.from_numpy(values) for name, values in zip([*columns, "position_ids"], row, strict=True)}
+    return {name: torch.from_numpy(values) for name, values in zip(columns, packed, strict=True)}
 
 
 def _positions(ids, first_position):
     """Return the positions of an example's tokens, counted as transformers counts them."""
     if first_position == 0:
         return np.arange(len(ids))
-    # A padding token that stands in the text itself, as a user may write it, is not counted.
+    # A user may write the padding token in a text. It is not counted.
     counts = np.asarray(ids) != first_position - 1
     return np.cumsum(counts) * counts + first_position - 1
 
 
 def pad(examples, pad_token_id):
-    """Lay the columns of examples out as rectangles, as wide as the longest: a dict of tensors."""
+    """Pad the columns of examples to the longest: a dict of tensors (examples, longest), with attention_mask."""
     return {name: torch.from_numpy(values) for name, values in padded(examples, pad_token_id).items()}
 
 
 @torch.no_grad()
 def matches_padded(model, packer, examples):
-    """Return whether a model gives the same logits for examples in a row as for padded ones, longest first.
+    """Return whether a model gives the same logits for packed examples as for padded ones. examples: longest first.
 
-    And whether each of its layers has asked for attention: one that does not sees the other examples, too.
+    Each layer must have called our attention exactly once, too: one that does not may mix examples unnoticed.
     """
     was_training = model.training
     model.eval()
@@ -355,7 +361,7 @@ def matches_padded(model, packer, examples):
             logits.append(model(**packer.collate(examples)).logits)
         same = logits[0].shape == logits[1].shape and torch.allclose(*logits, rtol=1e-4, atol=1e-5)
         return same and packer.masks.packed.calls == model.config.num_hidden_layers
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):  # a model that cannot do with a row
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):  # a model that cannot take packed inputs
         return False
     finally:
         packer.is_packed, packer.masks.packed = False, None
@@ -363,16 +369,13 @@ def matches_padded(model, packer, examples):
 
 
 def prepare_model(model, tokenizer, seed=0):
-    """Prepare a model for examples that lie end to end, and for dropout that is a function of them; return its Layout.
+    """Change a model in place for packed batches and counter-based dropout; return its Packer.
 
-    Two examples are tried both ways. A model that answers otherwise where they lie end to end runs padded, and that is
-    said.
+    Two examples are computed packed and padded. A model that answers differently runs padded, which is logged.
     """
-    from classifier.model import dropout
-
-    masks = dropout.install(model, seed)
+    masks = install(model, seed)
     packer = Packer(model, masks, tokenizer.pad_token_id)
-    if dropout.draws_from_torch(model, masks):
+    if draws_from_torch(model, masks):
         log.warning(
             "WARNING: some of this model's dropout is torch's own: its masks change with the number of processes"
         )
@@ -380,5 +383,5 @@ def prepare_model(model, tokenizer, seed=0):
     columns = {name: encoded[name] for name in ("input_ids", "token_type_ids") if name in encoded}
     packer.is_packed = matches_padded(model, packer, columns)
     if not packer.is_packed:
-        log.info("this model needs padding: its examples run padded, those of like length together")
+        log.info("this model needs padding: examples of similar length are padded together")
     return packer

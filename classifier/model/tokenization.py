@@ -1,4 +1,4 @@
-"""From texts to token ids: what a model reads of them, what is cut from one that is too long, how they are padded."""
+"""From texts to token ids: tokenization, truncation and padding; token tables in the cache."""
 
 from dataclasses import replace
 
@@ -10,36 +10,36 @@ from classifier.messages import BadInput, log
 
 
 def token_columns(tokenizer):
-    """Return the columns that a model of this tokenizer reads, besides the mask."""
+    """Return the input columns of a model with this tokenizer, apart from attention_mask."""
     return [name for name in ("input_ids", "token_type_ids") if name in tokenizer.model_input_names]
 
 
 def encode(task, tokenizer, texts, max_length):
-    """Tokenise texts (one list, or two of equal length) and cut those above max_length; return (columns, facts).
+    """Tokenise texts (one list, or two of equal length) and truncate them to max_length; return (columns, facts).
 
-    columns: token_columns, ragged lists. facts: for each example its `full_length` in tokens before the cut, its number
-    of `unknown` tokens and of `characters`.
-    Of a pair, tokens are taken from the longer text until both fit. `head_tail` keeps a quarter from the start and the
-    rest from the end, the proportion of Sun et al. 2019, https://arxiv.org/abs/1905.05583 (128 and 382 tokens).
+    columns: token_columns, as ragged lists. facts: for each example its `full_length` in tokens before truncation, its
+    number of `unknown` tokens and of `characters`.
+    Of a pair, tokens are removed from the longer text until both fit. `head_tail` keeps a quarter from the start and
+    the rest from the end, the proportion of Sun et al. 2019, https://arxiv.org/abs/1905.05583 (128 and 382 tokens).
     """
     encoded = tokenizer(*texts, return_special_tokens_mask=True)
     ids = encoded["input_ids"]
     facts = {
-        "full_length": [len(one) for one in ids],
-        "unknown": [one.count(tokenizer.unk_token_id) for one in ids],
-        "characters": [sum(map(len, of_example)) for of_example in zip(*texts, strict=True)],
+        "full_length": [len(example) for example in ids],
+        "unknown": [example.count(tokenizer.unk_token_id) for example in ids],
+        "characters": [sum(map(len, example)) for example in zip(*texts, strict=True)],
     }
     for example, length in enumerate(facts["full_length"]):
         if length > max_length:
-            keep = _kept(encoded["special_tokens_mask"][example], max_length, task.truncate)
+            keep = _kept_positions(encoded["special_tokens_mask"][example], max_length, task.truncate)
             for name in token_columns(tokenizer):
                 encoded[name][example] = [encoded[name][example][position] for position in keep]
     return {name: encoded[name] for name in token_columns(tokenizer)}, facts
 
 
-def _kept(is_special, max_length, truncate):
-    """Return the positions that stay of one example: all special tokens, and max_length in all."""
-    texts, specials = [[]], []  # the positions of each text's tokens; special tokens lie between the texts
+def _kept_positions(is_special, max_length, truncate):
+    """Return the positions of an example that truncation keeps: max_length of them, with all special tokens."""
+    texts, specials = [[]], []  # the positions of each text's tokens; special tokens separate the texts
     for position, special in enumerate(is_special):
         if special:
             specials.append(position)
@@ -72,22 +72,23 @@ def padded(examples, pad_token_id):
 
 
 def longest_input(model, tokenizer):
-    """Return the number of tokens that the model has positions for."""
+    """Return the largest number of tokens that a model has positions for."""
     from torch.nn import Embedding
 
     limit = getattr(model.config, "max_position_embeddings", None) or 0
-    limit = limit if limit > 0 else tokenizer.model_max_length  # XLNet, which has no limit, says -1
+    limit = limit if limit > 0 else tokenizer.model_max_length  # XLNet has no limit: -1
     for name, module in model.named_modules():
-        # RoBERTa, XLM-R and MPNet count positions from padding_idx + 1 on.
+        # RoBERTa, XLM-R and MPNet count positions from padding_idx + 1.
         if name.endswith("position_embeddings") and isinstance(module, Embedding):
             limit = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
     return min(limit, tokenizer.model_max_length)
 
 
 def tokenize(task, rows, fingerprint, model, tokenizer):
-    """Return (examples, made): a Dataset of the columns and facts of `encode`, `length` and `label`.
+    """Return (examples, is_new): a Dataset with the columns and facts of `encode`, `length` and `label`.
 
-    Made once, and cached under the content of the rows, the tokenizer and the settings.
+    It is cached, keyed by the content of the rows, the tokenizer and the settings. Raises BadInput for a max_length
+    that does not fit, and for a tokenizer of another model.
     """
     import pyarrow as pa
 
@@ -97,8 +98,8 @@ def tokenize(task, rows, fingerprint, model, tokenizer):
         raise BadInput(f"max_length {max_length} is more than the model's {limit} positions", f"--max_length {limit}")
     specials = tokenizer.num_special_tokens_to_add(pair=len(task.text) == 2)
     if max_length < specials + len(task.text):
-        words = f"--max_length {max_length} leaves no room beside {specials} special tokens"
-        raise BadInput(words, "Give a larger one.")
+        reason = f"--max_length {max_length} leaves no room for text besides {specials} special tokens"
+        raise BadInput(reason, "Give a larger one.")
     columns = token_columns(tokenizer)
     label_type = rows.features.arrow_schema.field("label").type
     counts = ["length", "full_length", "unknown", "characters"]
@@ -106,35 +107,35 @@ def tokenize(task, rows, fingerprint, model, tokenizer):
 
     def tokens():
         for start_row in range(0, len(rows), 1000):
-            some = rows[start_row : start_row + 1000]
-            encoded, facts = encode(task, tokenizer, [some[column] for column in task.text], max_length)
+            batch = rows[start_row : start_row + 1000]
+            encoded, facts = encode(task, tokenizer, [batch[column] for column in task.text], max_length)
             lengths = [len(ids) for ids in encoded["input_ids"]]
-            yield {**encoded, **facts, "length": lengths, "label": some["label"]}
+            yield {**encoded, **facts, "length": lengths, "label": batch["label"]}
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend:  # its last call is part of its state, and would be part of the key
+    if backend:  # the truncation and padding of its last call would become part of the key
         backend.no_truncation()
         backend.no_padding()
     vocabulary = backend.to_str() if backend else sorted(tokenizer.get_vocab().items())
-    # The labels' order is part of the key: `label` holds ids.
+    # The order of the labels is part of the key: `label` holds ids.
     settings = [columns, task.text, task.labels, max_length, task.truncate]
     key = digest("tokens", fingerprint, type(tokenizer).__name__, vocabulary, settings)
-    examples, made = cached_table(key, pa.schema([*schema, ("label", label_type)]), tokens())
+    examples, is_new = cached_table(key, pa.schema([*schema, ("label", label_type)]), tokens())
     largest = max((int(chunk.values.to_numpy().max()) for chunk in examples.data.column("input_ids").chunks), default=0)
     vocabulary_size = model.get_input_embeddings().num_embeddings
     if largest >= vocabulary_size:
         raise BadInput(
-            f"the tokenizer makes the token id {largest}, the model's vocabulary ends at {vocabulary_size - 1}",
-            "Tokenizer and model do not belong together: check the model folder.",
+            f"the tokenizer returns the token id {largest}, the model's vocabulary ends at {vocabulary_size - 1}",
+            "The tokenizer is of another model: check the model folder.",
         )
-    return examples, made
+    return examples, is_new
 
 
 def tokenize_splits(task, splits, fingerprints, model, tokenizer):
-    """Return (task, {split: examples}), the task with its max_length filled in; say what came from the cache."""
+    """Return (task with its max_length filled in, {split: examples}); log what was tokenised and what was cached."""
     with one_process_at_a_time():
         tokenized = {name: tokenize(task, rows, fingerprints[name], model, tokenizer) for name, rows in splits.items()}
-    made = [name for name, (_, made) in tokenized.items() if made]
-    log.info(f"tokenised: {', '.join(made)}" if made else "tokens from the cache")
+    new = [name for name, (_, is_new) in tokenized.items() if is_new]
+    log.info(f"tokenised: {', '.join(new)}" if new else "tokens from the cache")
     task = replace(task, max_length=task.max_length or longest_input(model, tokenizer))
     return task, {name: examples for name, (examples, _) in tokenized.items()}
