@@ -121,7 +121,7 @@ def test_after_a_full_disk_and_a_kill_the_same_command_goes_on(review_task, disk
     assert not list(folder.rglob("*.tmp"))
     make_room(folder)
     code, log, err = train(review_task, folder)
-    assert (code, err) == (0, "") and "goes on after step 5" in log
+    assert (code, err) == (0, "") and "resuming after step 5" in log
     assert outcome(folder / "run") == whole
 
 
@@ -129,7 +129,7 @@ def test_a_signal_while_the_disk_is_full_is_a_failure_and_goes_on_from_before(re
     folder = disk(4000)
     code, log, err = train(review_task, folder, left=64, until=8, then="os.kill(os.getpid(), 15)", save_every=6)
     assert code == 1 and len(warnings_of(log)) >= 1
-    assert err == "train.py: error: SIGTERM: not saved; the same command goes on from the save before\n"
+    assert err == "train.py: error: SIGTERM: not saved; the same command resumes from the previous checkpoint\n"
     assert state_of(folder / "run")["status"] == "failed"
     make_room(folder)
     assert train(review_task, folder, save_every=6)[0] == 0
@@ -232,7 +232,7 @@ def test_a_full_disk_at_the_model_is_told_and_the_same_command_finishes(review_t
     assert not {"model", "model.tmp", "lock.json"} & set(names(folder / "run"))
     make_room(folder)
     code, log, err = train(review_task, folder)
-    assert (code, err) == (0, "") and "goes on after step 25" in log
+    assert (code, err) == (0, "") and "resuming after step 25" in log
     assert outcome(folder / "run") == whole
 
 

@@ -163,7 +163,7 @@ def test_a_run_that_runs_out_of_memory_goes_on_by_the_same_command(review_task, 
     assert code == 1
     assert err == (
         "train.py: error: out of memory with 16 examples at a time\n"
-        "The same command goes on with micro-batches of 8, and the same numbers.\n"
+        "The same command resumes with micro-batches of 8, which give the same numbers.\n"
     )
     state = state_of(folder / "run")
     assert (state["status"], state["micro_batch_size"]) == ("failed", 8)

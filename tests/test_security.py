@@ -84,7 +84,7 @@ def test_a_payload_in_a_checkpoint_is_passed_over(stopped, tmp_path, name):  # n
     path = folder / "run" / "checkpoints" / "step-00000015"
     (path / name).write_bytes(payloads(tmp_path)["zip" if "model" in name else "pickle"])
     _, log, _ = check(tmp_path, ended(start(folder, "--task", "task.yaml", *FLAGS, "--output_dir", "run")), [0])
-    assert "step-00000015 is passed over" in log and name in log
+    assert "step-00000015 skipped" in log and name in log
     assert outcome(folder / "run") == outcome(stopped / "whole")
 
 

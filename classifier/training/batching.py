@@ -1,8 +1,8 @@
-"""From rows to logits: their tokens, the plan (which examples are in which step), a process's share of it, evaluation.
+"""The plan: which examples are in which step, each process's part of a step, and the micro-batches it computes.
 
-The plan is a list of global batches, each an array of example ids, and a function of (seed, batch_size) alone. Each
-process takes its share of every global batch *before* the DataLoader, so neither the number of processes nor the size
-of a micro-batch changes which examples make a step, and going on at step N is an index into the plan.
+The plan is a list of global batches, each an array of example ids, and a function of (seed, batch_size) only. Each
+process takes its part of every global batch *before* the DataLoader. So neither the number of processes nor the
+micro-batch size changes which examples make a step, and to resume after step N is to index the plan.
 """
 
 import signal
@@ -17,19 +17,21 @@ from classifier.data.cache import column_array
 from classifier.data.splits import stratified
 from classifier.training.preemption import SIGNALS
 
-TOKENS_WORTH_A_PASS = {"cpu": 256}  # of padding, from which on it is faster to compute them in a pass of their own
+# Tokens of padding from which it is faster to compute them in a forward and backward pass of their own.
+TOKENS_WORTH_A_PASS = {"cpu": 256}
+TOKENS_WORTH_A_PASS_ELSEWHERE = 8192
 
 
 def stratified_sample(examples, number):
-    """Return `number` of the examples, always the same ones, in which each class keeps its share."""
+    """Return `number` of the examples, always the same ones, with the classes in their proportions."""
     drawn, _ = stratified(column_array(examples, "label"), min(number, len(examples)), seed=0, keep=0)
     return examples.select(drawn)
 
 
 def make_plan(number_of_examples, batch_size, seed, steps):
-    """Return the global batches of a run, one for each step.
+    """Return the global batches of a run, one array of example ids per step.
 
-    An epoch is every example id once, shuffled by (seed, epoch); its last batch may be smaller.
+    Each epoch holds every example once, shuffled by (seed, epoch). Its last batch may be smaller.
     """
     batches = []
     for epoch in count():
@@ -40,10 +42,10 @@ def make_plan(number_of_examples, batch_size, seed, steps):
 
 
 def micro_batches_of_rank(batch, rank, number_of_processes, micro_batch_size):
-    """Return the micro-batches of one process: lists of (ids, weight), one at least.
+    """Return the micro-batches of one process as a list of (ids, weight), at least one.
 
-    Every n-th example goes to the same process. A process that gets none computes the batch's first example with
-    weight 0, since the gradients of a step are averaged by all processes or by none.
+    A process takes every n-th example. One that gets none computes the batch's first example with weight 0, since
+    either all processes take part in averaging the gradients, or none.
     """
     ids = batch[rank::number_of_processes]
     if len(ids) == 0:
@@ -51,88 +53,90 @@ def micro_batches_of_rank(batch, rank, number_of_processes, micro_batch_size):
     return [(ids[start : start + micro_batch_size], 1.0) for start in range(0, len(ids), micro_batch_size)]
 
 
-def split_by_length(ids, lengths, worth):
-    """Return the ids, longest first, cut into halves, and these again, where that saves more than `worth` tokens of
-    padding.
+def split_by_length(ids, lengths, min_saving):
+    """Return the ids in parts of similar lengths: halved, again and again, where that saves more than `min_saving`
+    tokens of padding.
 
-    lengths: (examples,), of these ids. Halves, since parts of few sizes have few shapes (see packing.rounded).
+    ids and lengths: (examples,), longest first. Halves, as parts of few sizes have few shapes (see packing.round_up).
     """
     half = len(ids) // 2
-    if half * (lengths[0] - lengths[-half]) <= worth:
+    if half * (lengths[0] - lengths[-half]) <= min_saving:
         return [ids]
     halves = slice(-half), slice(-half, None)
-    return [part for some in halves for part in split_by_length(ids[some], lengths[some], worth)]
+    return [part for half in halves for part in split_by_length(ids[half], lengths[half], min_saving)]
 
 
-def min_saving(packer, device):
-    """Return `worth` of of_like_lengths on a device; None where examples lie end to end, and nothing is padded."""
-    return None if packer.is_packed else TOKENS_WORTH_A_PASS.get(device.type, 8192)
+def choose_min_saving(packer, device):
+    """Return the `min_saving` of split_by_length on a device; None for a packed layout, which has no padding."""
+    return None if packer.is_packed else TOKENS_WORTH_A_PASS.get(device.type, TOKENS_WORTH_A_PASS_ELSEWHERE)
 
 
-def divide(batch, lengths, rank, number_of_processes, micro_batch_size, worth):
-    """Return one process's micro-batches of a global batch as step_loader computes them: lists of (ids, weight).
+def divide(batch, lengths, rank, number_of_processes, micro_batch_size, min_saving):
+    """Return the micro-batches of one process as step_loader computes them: a list of (ids, weight).
 
-    lengths: (examples,), of all examples; worth: see worth_of_a_pass.
+    batch: ids of a global batch; lengths: (examples,), of the whole split; min_saving: from the function of that name.
     """
-    # Longest first: micro-batches of like lengths, and as much work for each process.
+    # Longest first: micro-batches of similar lengths, and equal work for all processes.
     ordered = batch[np.argsort(-lengths[batch], kind="stable")]
-    mine = micro_batches_of_rank(ordered, rank, number_of_processes, micro_batch_size)
-    if worth is None:
-        return mine
-    return [(part, weight) for ids, weight in mine for part in split_by_length(ids, lengths[ids], worth)]
+    micro_batches = micro_batches_of_rank(ordered, rank, number_of_processes, micro_batch_size)
+    if min_saving is None:
+        return micro_batches
+    return [(part, weight) for ids, weight in micro_batches for part in split_by_length(ids, lengths[ids], min_saving)]
 
 
-def padded_tokens(lengths, batches, number_of_processes, micro_batch_size, worth):
-    """Return the number of tokens, padding among them, that all processes compute for these batches.
+def padded_tokens(lengths, batches, number_of_processes, micro_batch_size, min_saving):
+    """Return the number of tokens, padding included, that all processes compute for these batches.
 
-    Parameters as in divide. Examples of weight 0 are not counted.
+    Parameters as for divide. Examples of weight 0 do not count.
     """
-    if worth is None:
+    if min_saving is None:
         return sum(int(lengths[batch].sum()) for batch in batches)
     return sum(
         int(lengths[ids].max()) * len(ids)
         for batch in batches
-        for rank in range(min(number_of_processes, len(batch)))  # the others have none, but an example of weight 0
-        for ids, _ in divide(batch, lengths, rank, number_of_processes, micro_batch_size, worth)
+        for rank in range(min(number_of_processes, len(batch)))  # the other ranks have an example of weight 0
+        for ids, _ in divide(batch, lengths, rank, number_of_processes, micro_batch_size, min_saving)
     )
 
 
 def padding_fraction(examples, batches, accelerator, micro_batch_size, packer):
-    """Return the fraction of padding in what the processes compute for these batches: 0 where nothing is padded."""
-    lengths, worth = column_array(examples, "length"), min_saving(packer, accelerator.device)
-    computed = padded_tokens(lengths, batches, accelerator.num_processes, micro_batch_size, worth)
+    """Return the fraction of padding in the tokens computed for these batches, 0 for a packed layout."""
+    lengths = column_array(examples, "length")
+    saving = choose_min_saving(packer, accelerator.device)
+    computed = padded_tokens(lengths, batches, accelerator.num_processes, micro_batch_size, saving)
     return 1 - sum(int(lengths[batch].sum()) for batch in batches) / computed
 
 
 def step_loader(examples, batches, accelerator, micro_batch_size, packer, num_workers=0):
-    """Return a DataLoader that yields, for every global batch, this process's micro-batches of it.
+    """Return a DataLoader that yields this process's micro-batches of each global batch, as a list.
 
-    A micro-batch is a dict of `ids`, `lengths`, `inputs` (tensors for the model), `labels`, `weight`, and counts; all
-    of it still on the CPU. The loader is not for accelerator.prepare(): it is divided among the processes already.
+    A micro-batch is a dict of `ids`, `lengths`, `inputs` (tensors for the model), `labels`, `weight` and counts, all
+    on the CPU. Do not pass the loader to accelerator.prepare(), which would divide it among the processes again.
     """
     rank, number_of_processes = accelerator.process_index, accelerator.num_processes
-    lengths, worth = column_array(examples, "length"), min_saving(packer, accelerator.device)
-    divided = [divide(batch, lengths, rank, number_of_processes, micro_batch_size, worth) for batch in batches]
+    lengths = column_array(examples, "length")
+    saving = choose_min_saving(packer, accelerator.device)
+    divided = [divide(batch, lengths, rank, number_of_processes, micro_batch_size, saving) for batch in batches]
     return DataLoader(
         divided,
         batch_size=None,
-        collate_fn=partial(collate_step, examples, packer),  # no closure: worker processes must receive it
+        collate_fn=partial(collate_step, examples, packer),  # not a closure: it is pickled for worker processes
         num_workers=num_workers,
         worker_init_fn=ignore_signals,
         pin_memory=accelerator.device.type == "cuda",
-        # Without a generator of its own the loader draws from torch's, and the model's dropout would depend on it.
+        # Without its own generator the loader would draw from torch's, and change the model's dropout.
         generator=torch.Generator(),
     )
 
 
 def ignore_signals(_):
-    """A terminal or a cluster signals all processes: a worker that dies of it ends the training before it is saved."""
+    """Keep a worker alive when a terminal or cluster signals all processes: its death would end the run unsaved."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def collate_step(examples, packer, micro_batches):
-    """Return the micro-batches of one step, given as (ids, weight), as the dicts of step_loader."""
+    """Return the micro-batches of one step, each given as (ids, weight), as the dicts that step_loader yields."""
     step = []
     for ids, weight in micro_batches:
         rows = examples[ids]

@@ -1,8 +1,8 @@
-"""A run on disk: its state, its checkpoints, the model folder. Every file and folder is complete or absent.
+"""A run on disk: its state, its checkpoints, its model folder. All files and folders are written atomically.
 
-A checkpoint is checkpoints/step-N/: model.safetensors; optimizer.safetensors, by the names of the parameters;
-generators.safetensors, torch's random states of every process; progress.json; and manifest.json, written last, with
-size and SHA-256 of the others. Tensors and JSON: reading one runs no code.
+A checkpoint is a folder checkpoints/step-N/ of model.safetensors; optimizer.safetensors, keyed by parameter name;
+generators.safetensors, the states of torch's random generators in every process; progress.json; and manifest.json,
+written last, with the size and SHA-256 of the others. All is tensors and JSON, so loading one runs no code.
 """
 
 import errno
@@ -26,14 +26,14 @@ from classifier.messages import BadInput, Preempted, RunFailed, log
 from classifier.processes import on_main_process
 from classifier.training.lock import locked
 
-# All that a run leaves in its folder; --overwrite removes these and nothing else, model/ only once there is a new one.
-LEFT_BY_A_RUN = ("checkpoints", "tensorboard", "metrics.jsonl", "results.json", "bad_rows.csv", "state.json")
-IN_A_CHECKPOINT = {"model.safetensors", "optimizer.safetensors", "generators.safetensors", "progress.json"}
+# What --overwrite removes from a run's folder. model/ is replaced at the end, when there is a new one.
+RUN_FILES = ("checkpoints", "tensorboard", "metrics.jsonl", "results.json", "bad_rows.csv", "state.json")
+CHECKPOINT_FILES = {"model.safetensors", "optimizer.safetensors", "generators.safetensors", "progress.json"}
 
 
 @dataclass
 class State:
-    """Where a training is, besides its tensors. Between two steps this and they are all there is to know."""
+    """The progress of a training: between two steps, this and the tensors are its complete state."""
 
     step: int = 0  # optimiser steps done
     evaluated_step: int = 0
@@ -43,11 +43,12 @@ class State:
     evaluations_since_best: int = 0
     micro_batch_size: int = 0
     num_processes: int = 1
-    # Sums of [loss, examples, tokens, tokens with padding]: of all steps, since the line before, since the evaluation.
+    # Sums of [loss, examples, tokens, tokens with padding]: over all steps, since the last log line, since the last
+    # evaluation.
     sums: list = field(default_factory=lambda: [0.0] * 4)
     since_line: list = field(default_factory=lambda: [0.0] * 4)
     since_evaluation: list = field(default_factory=lambda: [0.0] * 4)
-    line_seconds: float = 0.0  # of training, since the line before
+    line_seconds: float = 0.0  # of training, since the last log line
     train_seconds: float = 0.0
     evaluation_seconds: float = 0.0
     save_seconds: float = 0.0
@@ -57,37 +58,38 @@ class State:
 
 
 def finished_results(folder, settings, fingerprints, resume="auto", overwrite=False):
-    """Return the results of a run that is complete in this folder, or None where a run may start or go on.
+    """Return the results of the finished run in this folder; None if a run may start or resume there.
 
-    Raises BadInput where the folder holds something else: a run with other settings or other data (the differences are
-    named), or files that are no run's.
+    Raises BadInput if the folder holds a run with other settings or other data (it names them), or files of no run.
     """
     check_output_folder(folder)
     if is_empty(folder):
         return None
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        differences(state, settings, fingerprints)
+        changes = describe_changes(state, settings, fingerprints)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no such file, or another program's
         raise BadInput(f"{folder}: is not empty, and holds no run", "Choose another --output_dir.") from None
     if overwrite:
         return None
     if resume == "never":
-        raise BadInput(f"{folder}: holds a run", "--resume never wants an empty folder: another --output_dir.")
-    if words := differences(state, settings, fingerprints):
+        raise BadInput(f"{folder}: holds a run", "--resume never needs an empty folder: choose another --output_dir.")
+    if changes:
         raise BadInput(
-            f"{folder}: holds a run with other settings ({words})", "Choose another --output_dir, or --overwrite."
+            f"{folder}: holds a run with other settings ({changes})", "Choose another --output_dir, or --overwrite."
         )
     if state["status"] != "done":
         return None
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # where it was killed at its very end
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # if it was killed while it removed them
     if not (folder / "model").is_dir() or not (folder / "results.json").is_file():
-        raise BadInput(f"{folder}: held a finished run, but its model or results are gone", "Train again: --overwrite.")
+        raise BadInput(
+            f"{folder}: held a finished run, but its model or results are gone", "Train again with --overwrite."
+        )
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 
-def differences(before, settings, fingerprints):
-    """Return in words how a run's settings and data differ from those of now; an empty string where they do not."""
+def describe_changes(before, settings, fingerprints):
+    """Return how settings and data differ from a run's, as text; empty if they do not. before: its state.json."""
     before = {**before["settings"], "data": before["data"]}
     now = {**settings, "data": fingerprints}
     return "; ".join(
@@ -98,16 +100,16 @@ def differences(before, settings, fingerprints):
 
 
 def is_empty(folder):
-    """Return whether a folder is absent or holds nothing but what a run writes before anything else."""
+    """Return whether a folder is absent, or holds at most a lock."""
     return not folder.exists() or all(path.name.startswith("lock.json") for path in folder.iterdir())
 
 
 @contextmanager
 def hold(folder, accelerator, state):
-    """Hold a run's folder under `with`, alone, and yield it; note in state.json why the run ended.
+    """Lock a run's folder and yield it; record in state.json why the run ended, whichever process failed.
 
-    Raises BadInput on all processes where another run is there, or nothing can be written. An error goes on; any
-    process may be the one that fails. Out of memory: half the micro-batch is noted, for the same command to go on with.
+    Raises BadInput on all processes if another run holds the folder, or it is not writable. Errors are raised again,
+    out of memory and a full disk as RunFailed. After out of memory, the same command halves the micro-batch.
     """
     with ExitStack() as stack:
         on_main_process(accelerator, stack.enter_context, locked(folder))
@@ -120,31 +122,32 @@ def hold(folder, accelerator, state):
             raise
         except BaseException as error:
             size, half = state.micro_batch_size, -(-state.micro_batch_size // 2)
-            no_memory = size and (isinstance(error, MemoryError) or should_reduce_batch_size(error))
-            reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{error}" or type(error).__name__
-            if no_memory:
-                goes_on = f"The same command goes on with micro-batches of {half}, and the same numbers."
-                smaller = "Try --gradient_checkpointing, a smaller --max_length or model."
-                reason = f"out of memory with {size} examples at a time\n{goes_on if size > 1 else smaller}"
-            if no_room := getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-                reason = f"{error.filename or folder}: {error.strerror}\nMake room; the same command goes on."
-            with suppress(OSError):  # on a full disk not even this may be possible
-                record_end(
-                    folder, "failed", reason.partition("\n")[0], **({"micro_batch_size": half} if no_memory else {})
-                )
-            if no_memory or no_room:
-                raise RunFailed(reason) from None
+            is_out_of_memory = size and (isinstance(error, MemoryError) or should_reduce_batch_size(error))
+            is_disk_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+            message = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{error}" or type(error).__name__
+            if is_out_of_memory:
+                advice = f"The same command resumes with micro-batches of {half}, which give the same numbers."
+                if size == 1:
+                    advice = "Try --gradient_checkpointing, a smaller --max_length or model."
+                message = f"out of memory with {size} examples at a time\n{advice}"
+            if is_disk_full:
+                message = f"{error.filename or folder}: {error.strerror}\nMake room; the same command resumes."
+            changes = {"micro_batch_size": half} if is_out_of_memory else {}
+            with suppress(OSError):  # a full disk may refuse even this
+                record_end(folder, "failed", message.partition("\n")[0], **changes)
+            if is_out_of_memory or is_disk_full:
+                raise RunFailed(message) from None
             raise
 
 
 def begin_or_resume(folder, settings, fingerprints, resume="auto", overwrite=False):
-    """Note that this run trains here, and clean up after one that was killed. Only the main process calls this.
+    """Record that this run trains here, and clean up after a killed one. Only the main process calls this.
 
-    Returns (the checkpoint to go on from, half the micro-batch that was too large for memory), each perhaps None.
+    Returns (the checkpoint to resume from, the limit of the micro-batch size after out of memory), each perhaps None.
     """
     before = {} if overwrite else read_state(folder)
     if not before:
-        for name in LEFT_BY_A_RUN:
+        for name in RUN_FILES:
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     for path in [folder / "model", *(old.with_suffix("") for old in folder.glob("checkpoints/*.old"))]:
@@ -152,10 +155,11 @@ def begin_or_resume(folder, settings, fingerprints, resume="auto", overwrite=Fal
     for path in [*folder.glob("*.json*.tmp"), *folder.glob("checkpoints/*.tmp")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     code = code_digests()
-    other = [name for name, value in code.items() if before and before.get("code", {}).get(name) != value]
-    if other:
-        log.info(f"other code than when this run began: {', '.join(other)}")
-    # The same command typed again goes on where it was, and not a second time from the checkpoint that it names.
+    changed = [name for name, value in code.items() if before and before.get("code", {}).get(name) != value]
+    if changed:
+        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+        log.info(f"code changed since this run began: {', '.join(changed[:5])}{more}")
+    # The same command with --resume DIR, given again, resumes this run, not DIR a second time.
     is_known = resume in ("auto", "never", before.get("resumed"))
     path = newest_valid(folder) if is_known else import_checkpoint(folder, Path(resume), settings, fingerprints)
     try:
@@ -166,7 +170,7 @@ def begin_or_resume(folder, settings, fingerprints, resume="auto", overwrite=Fal
 
 
 def code_digests():
-    """Return the content of the scripts, as digests, and the versions of what computes."""
+    """Return {file: digest} of the scripts and the package, and {library: version} of those that compute."""
     package = Path(__file__).resolve().parents[1]
     files = sorted([*package.parent.glob("*.py"), *package.rglob("*.py")])
     digests = {
@@ -177,21 +181,20 @@ def code_digests():
 
 
 def read_state(folder):
-    """Return the content of state.json, or an empty dict."""
+    """Return the content of state.json, or an empty dict if there is none."""
     path = folder / "state.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def write_state(folder, status, reason="", **more):
-    """Write state.json: {"status": "running|done|preempted|failed", "reason", "settings", "data", "code"}; `more`
-    replaces keys."""
+    """Update state.json: {"status": "running|done|preempted|failed", "reason", "settings", "data", "code", ...}."""
     write_json(folder / "state.json", {**read_state(folder), "status": status, "reason": reason, **more})
 
 
 def record_end(folder, status, reason, **more):
-    """Note in state.json why a run ended, unless it had not begun, or another process failed first.
+    """Record in state.json why a run ended, unless it had not begun, or another process failed first.
 
-    What the others say after that one ("connection closed by peer") explains nothing.
+    The errors of the other processes ("connection closed by peer") explain nothing.
     """
     if read_state(folder).get("status") == "running":
         write_state(folder, status, reason, **more)
@@ -201,24 +204,21 @@ def record_end(folder, status, reason, **more):
 
 
 def record_evaluation(state, score, evaluations, is_best):
-    """Note that this step was evaluated, and whether its model is the best so far."""
+    """Record that this step was evaluated, and whether its model is the best so far."""
     state.evaluated_step = state.step
     state.evaluations_since_best = 0 if is_best else state.evaluations_since_best + 1
     if is_best:
         state.best_before = state.best
-        state.best = {"step": state.step, "score": score, "evaluations": _for_json(evaluations)}
-
-
-def _for_json(evaluations):
-    kept = ("scores", "majority", "constant")
-    return {name: {key: evaluation[key] for key in kept} for name, evaluation in evaluations.items()}
+        kept = ("scores", "majority", "constant")
+        summaries = {name: {key: evaluation[key] for key in kept} for name, evaluation in evaluations.items()}
+        state.best = {"step": state.step, "score": score, "evaluations": summaries}
 
 
 def save(folder, accelerator, state, model, optimizer, scheduler, keep):
-    """Write a checkpoint of this step, and drop all but the newest `keep` and the best; return whether that worked.
+    """Write a checkpoint of this step, and remove all but the newest `keep` and the best; return whether that worked.
 
-    Where it did not (a full disk), what was there is there, nothing half is left, and a best model of this step does
-    not count. All processes call this at the same point; the main one writes.
+    If not (a full disk), the earlier checkpoints are intact, nothing incomplete is left, and the model of this step
+    cannot be the best. All processes call this at the same point, and the main one writes.
     """
     state.num_processes = accelerator.num_processes
     generators = {"cpu": torch.get_rng_state()}
@@ -229,7 +229,9 @@ def save(folder, accelerator, state, model, optimizer, scheduler, keep):
     if accelerator.is_main_process:
         tensors = {
             "optimizer": optimizer_tensors(model, optimizer),
-            "generators": {f"{rank}.{name}": value for rank, of in enumerate(everywhere) for name, value in of.items()},
+            "generators": {
+                f"{rank}.{name}": value for rank, states in enumerate(everywhere) for name, value in states.items()
+            },
         }
         scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
         run = read_state(folder)
@@ -243,7 +245,7 @@ def save(folder, accelerator, state, model, optimizer, scheduler, keep):
             prune(folder, state.best, keep)
         except (OSError, SafetensorError) as error:
             is_saved = [False]
-            log.warning(f"WARNING: {path} could not be saved, training goes on: {error}")
+            log.warning(f"WARNING: {path} could not be saved, training continues: {error}")
     broadcast_object_list(is_saved)
     if not is_saved[0] and state.best and state.best["step"] == state.step:
         state.best = state.best_before
@@ -251,7 +253,7 @@ def save(folder, accelerator, state, model, optimizer, scheduler, keep):
 
 
 def optimizer_tensors(model, optimizer):
-    """Return the optimiser's state as tensors: "encoder.weight.exp_avg", ..."""
+    """Return the optimiser's state as {"encoder.weight.exp_avg": tensor, ...}."""
     return {
         f"{name}.{key}": torch.as_tensor(value)
         for name, parameter in model.named_parameters()
@@ -260,6 +262,10 @@ def optimizer_tensors(model, optimizer):
 
 
 def write_checkpoint(path, model, tensors, progress):
+    """Write a checkpoint atomically. Raises OSError or SafetensorError.
+
+    tensors: {"optimizer": {name: tensor}, "generators": {name: tensor}}; progress: the content of progress.json.
+    """
     needed = sum(value.nbytes for value in [*model.state_dict().values(), *tensors["optimizer"].values()]) + 2**20
     path.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(path.parent).free
@@ -281,7 +287,7 @@ def write_checkpoint(path, model, tensors, progress):
 
 
 def checkpoint_paths(folder):
-    """Return the paths of a run's checkpoints, oldest first, whole or not."""
+    """Return the paths of a run's checkpoints, valid or not, oldest first."""
     return sorted(path for path in (folder / "checkpoints").glob("step-*") if path.suffix == "" and path.is_dir())
 
 
@@ -289,8 +295,8 @@ def checkpoint_path(folder, step):
     return folder / "checkpoints" / f"step-{step:08d}"
 
 
-def best_known_to(path):
-    """Return the path of the best checkpoint when this one was saved; None where there was none or it is not known."""
+def recorded_best(path):
+    """Return the path of the checkpoint that was the best when this one was saved; None if there was none."""
     try:
         best = json.loads((path / "progress.json").read_text(encoding="utf-8"))["state"]["best"]
         return best and checkpoint_path(path.parent.parent, best["step"])
@@ -299,27 +305,27 @@ def best_known_to(path):
 
 
 def prune(folder, best, keep):
-    """Remove all checkpoints but the newest `keep`, the best one, and the best ones that those rely on."""
+    """Remove all checkpoints but the newest `keep`, the best, and those that were the best for the newest."""
     paths = checkpoint_paths(folder)
     best_path = best and checkpoint_path(folder, best["step"])
     newest_paths = [path for path in paths if path != best_path][-keep:]
-    for path in set(paths) - {best_path, *newest_paths, *map(best_known_to, newest_paths)}:
+    for path in set(paths) - {best_path, *newest_paths, *map(recorded_best, newest_paths)}:
         shutil.rmtree(path, ignore_errors=True)
 
 
 def find_damage(path):
-    """Return in words what is wrong with a checkpoint, or None where it is whole."""
+    """Return what is wrong with a checkpoint, as text; None if it is valid."""
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        if IN_A_CHECKPOINT - manifest.keys():
-            return "manifest.json names too few files"
-        for name, facts in manifest.items():
+        if CHECKPOINT_FILES - manifest.keys():
+            return "manifest.json lacks a file"
+        for name, expected in manifest.items():
             file = path / Path(name).name
             if not file.is_file():
                 return f"{name} is missing"
-            if file.stat().st_size != facts["bytes"]:
-                return f"{name} has {file.stat().st_size} bytes, not {facts['bytes']}"
-            if sha256(file) != facts["sha256"]:
+            if file.stat().st_size != expected["bytes"]:
+                return f"{name} has {file.stat().st_size} bytes, not {expected['bytes']}"
+            if sha256(file) != expected["sha256"]:
                 return f"{name} has been altered"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "manifest.json is missing or damaged"
@@ -327,54 +333,55 @@ def find_damage(path):
 
 
 def why_unusable(path):
-    """Return in words what is wrong with a checkpoint, or with the best one that it relies on; else None."""
-    words, best = find_damage(path), best_known_to(path)
-    if words or not best:
-        return words
-    words = find_damage(best)
-    return words and f"its best model, {best.name}: {words}"
+    """Return what is wrong with a checkpoint, or with the one that holds its best model, as text; None if nothing."""
+    damage, best = find_damage(path), recorded_best(path)
+    if damage or not best:
+        return damage
+    damage = find_damage(best)
+    return damage and f"its best model, {best.name}: {damage}"
 
 
 def newest_valid(folder):
-    """Return the newest checkpoint that is whole, and whose best one is; None where there is none.
+    """Return the newest checkpoint that is valid and whose best model is; None if there is none.
 
-    Tells of each that is passed over. Since a run repeats exactly, going on earlier costs time and nothing else.
+    Warns about each that it skips. A run repeats exactly, so an earlier checkpoint costs only time.
     """
     paths = checkpoint_paths(folder)
     for path in reversed(paths):
-        words = why_unusable(path)
-        if not words:
+        problem = why_unusable(path)
+        if not problem:
             return path
-        log.warning(f"WARNING: {path} is passed over: {words}")
+        log.warning(f"WARNING: {path} skipped: {problem}")
     if paths:
-        log.warning(f"WARNING: {folder}: no checkpoint is whole; the run starts again from its beginning")
+        log.warning(f"WARNING: {folder}: no checkpoint is valid; the run starts again from step 0")
     return None
 
 
 def import_checkpoint(folder, source, settings, fingerprints):
-    """Bring the checkpoint that --resume DIR names into the folder of this run, with its best one; return its path.
+    """Copy the checkpoint that --resume DIR names, and its best one, into the folder of this run; return its path.
 
-    Later ones of this run are dropped. source: a checkpoint, or a run's folder: its newest one.
+    source: a checkpoint, or a run's folder for its newest one. Later checkpoints of this run are removed. Raises
+    BadInput if it is unusable, or of other settings or data.
     """
     path = newest_valid(source) if (source / "checkpoints").is_dir() else source
-    if words := why_unusable(path) if path else "no checkpoint in it is whole":
-        raise BadInput(f"--resume {source}: {words}", "Give a run's folder, or one of its checkpoints/step-N.")
+    if problem := why_unusable(path) if path else "holds no valid checkpoint":
+        raise BadInput(f"--resume {source}: {problem}", "Give a run's folder, or one of its checkpoints/step-N.")
     progress = json.loads((path / "progress.json").read_text(encoding="utf-8"))
-    if words := differences(progress["run"], settings, fingerprints):
-        raise BadInput(f"--resume {source}: of a run with other settings ({words})", "Give the same settings.")
-    for source_path in {path, best_known_to(path) or path}:
+    if changes := describe_changes(progress["run"], settings, fingerprints):
+        raise BadInput(f"--resume {source}: of a run with other settings ({changes})", "Give the same settings.")
+    for source_path in {path, recorded_best(path) or path}:
         target = folder / "checkpoints" / source_path.name
         if target.resolve() != source_path.resolve():
             shutil.copytree(source_path, target.with_name(f"{target.name}.tmp"))
             replace_folder(target.with_name(f"{target.name}.tmp"), target)
-    for other in checkpoint_paths(folder):
-        if other.name > path.name:
-            shutil.rmtree(other)
+    for existing in checkpoint_paths(folder):
+        if existing.name > path.name:
+            shutil.rmtree(existing)
     return folder / "checkpoints" / path.name
 
 
 def load(path, accelerator, state, model, optimizer, scheduler):
-    """Load a checkpoint into the parts of a training; where path is None, they are as they begin."""
+    """Load a checkpoint into the parts of a training; do nothing if path is None."""
     if path is None:
         return
     progress = json.loads((path / "progress.json").read_text(encoding="utf-8"))
@@ -394,19 +401,19 @@ def load(path, accelerator, state, model, optimizer, scheduler):
         torch.set_rng_state(generators[f"{rank}.cpu"])
     if f"{rank}.cuda" in generators and accelerator.device.type == "cuda":
         torch.cuda.set_rng_state(generators[f"{rank}.cuda"], accelerator.device)
-    log.info(f"goes on after step {state.step}: {path}")
+    log.info(f"resuming after step {state.step}: {path}")
     if state.num_processes != accelerator.num_processes:
         log.info(
-            f"on {accelerator.num_processes} process(es), before on {state.num_processes}: the remaining examples of "
-            "the plan, each once; sums are rounded otherwise"
+            f"on {accelerator.num_processes} process(es), before on {state.num_processes}: the plan's remaining "
+            "examples are the same, but sums are rounded differently"
         )
 
 
 def load_best(folder, best, model):
-    """Load the weights of the best step into the model."""
+    """Load the weights of the best step into the model. Raises RunFailed if none could be saved."""
     if best is None:
         raise RunFailed(
-            "no model could be saved, see the warnings above\nMake room on the disk; then the same command."
+            "no model could be saved, see the warnings above\nMake room on the disk, then run the same command again."
         )
     load_model(model, checkpoint_path(folder, best["step"]) / "model.safetensors")
 
@@ -415,10 +422,10 @@ def load_best(folder, best, model):
 
 
 def write_model(folder, model, tokenizer, task, fingerprints, majority, results, card):
-    """Write results.json and the model folder, once, at the end; then drop the checkpoints.
+    """Write results.json and the model folder at the end of a run, then remove its checkpoints. Raises RunFailed.
 
-    The model folder has all that evaluate.py, predict.py and transformers need. majority: what the baseline predicts;
-    card: the text of its README.md.
+    The model folder has all that evaluate.py, predict.py and transformers need. majority: the prediction of the
+    majority baseline; card: the text of README.md.
     """
     temporary = folder / "model.tmp"
     try:
@@ -432,8 +439,9 @@ def write_model(folder, model, tokenizer, task, fingerprints, majority, results,
         replace_folder(temporary, folder / "model")
         write_state(folder, "done")
         sync(folder)
-    except Exception as error:  # tokenizers raises nothing more special where the disk is full
-        raise RunFailed(f"{folder}/model could not be written: {error}\nMend this; then the same command.") from error
+    except Exception as error:  # all that tokenizers raises on a full disk
+        message = f"{folder}/model could not be written: {error}\nFix this, then run the same command again."
+        raise RunFailed(message) from error
     finally:
         recover_folder(folder / "model")
     shutil.rmtree(folder / "checkpoints")

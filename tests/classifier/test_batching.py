@@ -87,20 +87,20 @@ def test_shares_of_all_processes_are_the_batch_each_example_once(processes, batc
 def test_like_lengths_by_hand():
     """16 x 100 positions for 8 of 100 tokens and 8 of 20: a cut in the middle saves 8 x 80 = 640 of them."""
     lengths = np.repeat([100, 20], 8)
-    halves = batching.split_by_length(np.arange(16), lengths, worth=639)
+    halves = batching.split_by_length(np.arange(16), lengths, min_saving=639)
     assert [part.tolist() for part in halves] == [[*range(8)], [*range(8, 16)]]
-    assert [part.tolist() for part in batching.split_by_length(np.arange(16), lengths, worth=640)] == [[*range(16)]]
-    assert len(batching.split_by_length(np.arange(16), np.full(16, 50), worth=0)) == 1
+    assert [part.tolist() for part in batching.split_by_length(np.arange(16), lengths, min_saving=640)] == [[*range(16)]]
+    assert len(batching.split_by_length(np.arange(16), np.full(16, 50), min_saving=0)) == 1
     # A cut in the middle saves nothing, however short the last one is.
-    assert len(batching.split_by_length(np.arange(4), np.array([100, 100, 100, 20]), worth=10)) == 1
+    assert len(batching.split_by_length(np.arange(4), np.array([100, 100, 100, 20]), min_saving=10)) == 1
 
 
 def test_tokens_with_padding_by_hand():
     lengths = np.array([3, 5, 2, 8, 4, 6, 7])
     batches = [np.array([0, 1, 2, 3]), np.array([4, 5, 6])]
 
-    def computed(micro_batch_size, processes, worth=math.inf):
-        return batching.padded_tokens(lengths, batches, processes, micro_batch_size, worth)
+    def computed(micro_batch_size, processes, min_saving=math.inf):
+        return batching.padded_tokens(lengths, batches, processes, micro_batch_size, min_saving)
 
     assert computed(4, 1) == 4 * 8 + 3 * 7
     assert computed(2, 1) == 2 * 8 + 2 * 3 + 2 * 7 + 4  # longest first: 8 5, 3 2 and 7 6, 4
@@ -108,12 +108,12 @@ def test_tokens_with_padding_by_hand():
     assert computed(4, 2) == 2 * 8 + 2 * 5 + 2 * 7 + 6  # rank 0 has 8 3 and 7 4, rank 1 has 5 2 and 6
     assert computed(1, 2) == computed(1, 1) == computed(9, 8) == lengths.sum()
     # In halves: 8 5 and 3 2 save 2 x 5 tokens; 7 6 and 4 save 1 x 3; 8 and 5 save 3, 7 and 6 one, 3 and 2 one.
-    assert computed(4, 1, worth=9) == 2 * 8 + 2 * 3 + 3 * 7
-    assert computed(4, 1, worth=10) == 4 * 8 + 3 * 7
-    assert computed(4, 1, worth=2) == 8 + 5 + 2 * 3 + 2 * 7 + 4
-    assert computed(4, 1, worth=0) == lengths.sum()
-    assert computed(4, 2, worth=4) == 8 + 3 + 2 * 5 + 2 * 7 + 6
-    assert computed(4, 1, worth=None) == computed(2, 3, worth=None) == lengths.sum()  # end to end
+    assert computed(4, 1, min_saving=9) == 2 * 8 + 2 * 3 + 3 * 7
+    assert computed(4, 1, min_saving=10) == 4 * 8 + 3 * 7
+    assert computed(4, 1, min_saving=2) == 8 + 5 + 2 * 3 + 2 * 7 + 4
+    assert computed(4, 1, min_saving=0) == lengths.sum()
+    assert computed(4, 2, min_saving=4) == 8 + 3 + 2 * 5 + 2 * 7 + 6
+    assert computed(4, 1, min_saving=None) == computed(2, 3, min_saving=None) == lengths.sum()  # end to end
 
 
 def lengths_like_those_of_mrpc(number):
@@ -145,8 +145,8 @@ def test_tokens_with_padding_are_those_that_the_loader_lays_out(
             said += sum(part["positions"] for part in micro_batches)
             counted += sum(part["inputs"]["input_ids"].numel() for part in micro_batches if part["weight"])
             passes += sum(part["weight"] for part in micro_batches)
-    worth = batching.min_saving(packer, device)
-    found = batching.padded_tokens(lengths, batches, processes, micro_batch_size, worth)
+    min_saving = batching.choose_min_saving(packer, device)
+    found = batching.padded_tokens(lengths, batches, processes, micro_batch_size, min_saving)
     assert found == said and (is_packed or found == counted)
     shares = [batch[rank::processes] for batch in batches for rank in range(processes)]
     uncut = sum(-(-len(share) // micro_batch_size) for share in shares)
@@ -156,10 +156,10 @@ def test_tokens_with_padding_are_those_that_the_loader_lays_out(
 def test_halves_leave_three_fifths_of_the_padding():
     lengths = lengths_like_those_of_mrpc(3668)
     batches = batching.make_plan(3668, 32, seed=42, steps=115)
-    worths = {"whole": math.inf, "in halves": batching.TOKENS_WORTH_A_PASS["cpu"]}
+    savings = {"whole": math.inf, "in halves": batching.TOKENS_WORTH_A_PASS["cpu"]}
     padding = {
-        name: 1 - lengths.sum() / batching.padded_tokens(lengths, batches, 1, 32, worth)
-        for name, worth in worths.items()
+        name: 1 - lengths.sum() / batching.padded_tokens(lengths, batches, 1, 32, min_saving)
+        for name, min_saving in savings.items()
     }
     assert padding == {"whole": pytest.approx(0.37, abs=0.01), "in halves": pytest.approx(0.215, abs=0.01)}
 
@@ -168,7 +168,7 @@ def test_halves_leave_three_fifths_of_the_padding():
 def test_like_lengths_leave_no_half_that_is_worth_a_cut(number):
     lengths = np.sort(np.random.default_rng(number).integers(10, 128, number))[::-1]
     ids = np.random.default_rng(0).permutation(number)
-    parts = batching.split_by_length(ids, lengths, worth=100)
+    parts = batching.split_by_length(ids, lengths, min_saving=100)
     assert np.concatenate(parts).tolist() == ids.tolist()  # each once, longest first
     assert len({len(part) for part in parts}) <= 2 + number.bit_length()
     length_of = dict(zip(ids.tolist(), lengths.tolist(), strict=True))
@@ -405,49 +405,49 @@ def test_logits_come_by_example_id_and_equal_the_model_on_each_alone(
 def test_an_example_evaluated_twice_is_an_error(rows, model_and_tokenizer, packer, accelerator, monkeypatch):
     model, tokenizer = model_and_tokenizer
     examples, _ = tokenization.tokenize(TASK, rows, "twice", model, tokenizer)
-    monkeypatch.setattr(batching, "gather_object", lambda parts: parts + parts[:1])
+    monkeypatch.setattr(inference, "gather_object", lambda parts: parts + parts[:1])
     with pytest.raises(RuntimeError, match="exactly once"):
         inference.compute_logits(model, examples, accelerator, 8, packer)
 
 
 class Watch:
-    """Stands in for a preemption.Watch: a signal comes at the look of this number."""
+    """Stands in for a SignalWatch: a signal comes at the poll of this number."""
 
     def __init__(self, ends_at=None):
-        self.looks, self.resets, self.ends_at = 0, 0, ends_at
+        self.polls, self.resets, self.ends_at = 0, 0, ends_at
 
-    def look(self):
-        self.looks += 1
-        if self.looks == self.ends_at:
+    def poll(self):
+        self.polls += 1
+        if self.polls == self.ends_at:
             raise Preempted("SIGTERM")
 
-    def reset(self):
+    def poll_next_time(self):
         self.resets += 1
 
 
-def test_an_evaluation_looks_for_signals_before_every_batch(rows, model_and_tokenizer, packer, accelerator):
+def test_an_evaluation_polls_for_signals_before_every_batch(rows, model_and_tokenizer, packer, accelerator):
     model, tokenizer = model_and_tokenizer
     examples, _ = tokenization.tokenize(TASK, rows, "logits", model, tokenizer)
     signals = Watch()
     inference.compute_logits(model, examples, accelerator, 8, packer, signals)
-    assert (signals.looks, signals.resets) == (5, 2)  # 40 rows; before the first and after the last
+    assert (signals.polls, signals.resets) == (5, 2)  # 40 rows; before the first and after the last
     with pytest.raises(Preempted):
         inference.compute_logits(model, examples, accelerator, 8, packer, Watch(ends_at=3))
 
 
 @pytest.mark.parametrize(("ranks", "expected"), [(2, 3), (4, 2), (7, 1)])
-def test_all_processes_look_equally_often(rows, model_and_tokenizer, packer, monkeypatch, ranks, expected):
-    """40 rows are five batches of 8, and no process may wait for the look of one that has had its last batch."""
+def test_all_processes_poll_equally_often(rows, model_and_tokenizer, packer, monkeypatch, ranks, expected):
+    """40 rows are five batches of 8, and no process may wait for the poll of one that has had its last batch."""
     model, tokenizer = model_and_tokenizer
     examples, _ = tokenization.tokenize(TASK, rows, "logits", model, tokenizer)
     gathered = []
     for rank in range(ranks):
         process = SimpleNamespace(num_processes=ranks, process_index=rank, device=torch.device("cpu"))
-        monkeypatch.setattr(batching, "gather_object", lambda parts: gathered.extend(parts) or [])
+        monkeypatch.setattr(inference, "gather_object", lambda parts: gathered.extend(parts) or [])
         signals = Watch()
         with pytest.raises(RuntimeError, match="exactly once"):  # nothing was gathered from the others
             inference.compute_logits(model, examples, process, 8, packer, signals)
-        assert signals.looks == expected
+        assert signals.polls == expected
     assert sorted(example for batch, _ in gathered for example in batch.tolist()) == list(range(40))
 
 

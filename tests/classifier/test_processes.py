@@ -1,4 +1,4 @@
-"""The table in hardware.py, for hardware that is not here: every row is plain values in, a choice and its words out."""
+"""The table of precision and threads, for hardware that is not here: plain values in, a choice and its words out."""
 
 import os
 
@@ -85,7 +85,7 @@ def test_refused_precisions(requested, launcher, device, reason, advice):
 
 
 @pytest.mark.parametrize(
-    ("requested", "omp", "cores", "processes", "launched", "expected", "words"),
+    ("requested", "omp", "cores", "local_processes", "launched", "expected", "words"),
     [
         (3, "8", 64, 8, True, 3, "3 threads (--threads)"),
         (1, None, 2, 1, False, 1, "1 thread (--threads)"),
@@ -107,10 +107,10 @@ def test_refused_precisions(requested, launcher, device, reason, advice):
         (None, "0", 2, 1, False, 2, "OMP_NUM_THREADS='0' is not a number of threads"),
     ],
 )
-def test_threads(requested, omp, cores, processes, launched, expected, words):
-    threads, said = processes.choose_threads(requested, omp, cores, processes, launched)
+def test_threads(requested, omp, cores, local_processes, launched, expected, words):
+    threads, text = processes.choose_threads(requested, omp, cores, local_processes, launched)
     assert threads == expected
-    assert words in said
+    assert words in text
 
 
 def test_threads_are_at_least_one():

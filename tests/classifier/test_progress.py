@@ -34,7 +34,7 @@ def noted_in(folder):
 @pytest.fixture
 def progress_in(tmp_path, monkeypatch):
     """A function that makes a Progress of 20 steps, 10 an epoch, with a line on the screen for each in the file."""
-    monkeypatch.setattr("progress.SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr("classifier.training.progress.SECONDS_BETWEEN_LINES", 0)
 
     def make(state=None):
         return Progress(Accelerator(cpu=True), tmp_path, state or State(), total_steps=20, steps_per_epoch=10)
@@ -103,13 +103,12 @@ def test_sums_do_not_depend_on_when_they_are_read(tmp_path, progress_in):
 
 def test_time_without_training_is_left_out(progress_in, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("classifier.training.progress.time.monotonic", lambda: now[0])
     progress = progress_in()
     take_steps(progress, 1, 4, [1.0] * 4)
     now[0] += 3
-    progress.sync()
-    now[0] += 50  # a checkpoint is written
-    progress.end_save_timer()
+    with progress.saving():
+        now[0] += 50  # a checkpoint is written
     take_steps(progress, 5, 6, [1.0] * 4)
     now[0] += 1
     progress.log_step()
