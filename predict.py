@@ -25,7 +25,7 @@ from classifier import processes
 from classifier.data import writer
 from classifier.data.labels import prediction_columns, prediction_rows
 from classifier.data.reader import check_file, count_rows, lines_of_text, read_rows, table_format
-from classifier.data.tasks import delimiter
+from classifier.data.tasks import parse_delimiter
 from classifier.files import CannotWrite, digest, sha256, write_json
 from classifier.messages import BadInput, BadRow, format_duration, location, log, nearest
 from classifier.predictor import start_exported
@@ -52,7 +52,10 @@ def build_parser():
     add("--on_bad_row", choices=["fail", "skip"], default="fail", help="skip: leave bad rows out, list them beside")
     add("--encoding", default="utf-8", metavar="NAME", help="of the input (default: %(default)s)")
     add(
-        "--delimiter", type=delimiter, metavar="MARK", help="between columns, such as ';' or tab (default: by the name)"
+        "--delimiter",
+        type=parse_delimiter,
+        metavar="MARK",
+        help="between columns, such as ';' or tab (default: by the name)",
     )
     common.add_machine_arguments(parser)
     return parser

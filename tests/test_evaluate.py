@@ -381,7 +381,7 @@ def test_data_that_have_changed_since_the_training_are_refused(copy, refused, ev
     rows = [(row["text"], row["label"]) for row in read_table(copy / f"{split}.csv")]
     write_table(copy / f"{split}.csv", [*rows[1:], ("the meal was dull .", "positive")])
     errors = refused("--model", "run", "--split", split, cwd=copy)
-    assert f"the {split} split is not the one of the training" in errors and "--file" in errors
+    assert f"the {split} split is not the one used in training" in errors and "--file" in errors
     evaluate("--model", "run", "--file", f"{split}.csv", cwd=copy)  # the advice works
 
 
@@ -602,4 +602,4 @@ def test_few_rows_of_a_class_are_said_beside_the_baselines(reviews, vocabulary, 
     write_table(reviews / "train.csv", make_rows(20, 1))
     flags = ("--task", "few.yaml", "--max_steps", 1, "--output_dir", "run", "--mixed_precision", "no")
     assert run_inside("train.py", *flags, cwd=reviews)[0] == 0
-    assert "methods made for few examples" in evaluate("--model", "run", "--baseline", cwd=reviews)
+    assert "few-shot methods" in evaluate("--model", "run", "--baseline", cwd=reviews)

@@ -980,7 +980,7 @@ def test_facts_of_the_data_are_told_and_kept(review_task, vocabulary, train, mon
         return f"{label} {counts[label]} ({counts[label] / 60:.1%})"
 
     assert f"train: 60 rows | labels: {percent('negative')}, {percent('positive')} | tokens: median " in printed
-    assert f"longest {max(lengths)}; {found['truncated']:.1%} of the texts cut, 0.00% of the tokens unknown" in printed
+    assert f"longest {max(lengths)}; {found['truncated']:.1%} of texts truncated, 0.00% of tokens unknown" in printed
     assert (f"padding: {padding:.1%} of what a step computes" in printed) != is_packed
     assert f"WARNING: train: 1 texts occur with different labels, such as {rows[3][0][:80]!r}" in printed
     assert "WARNING: 2 of 20 rows of validation (10.0%) are in train too" in printed
@@ -1004,7 +1004,7 @@ def test_variants_of_a_label_and_rare_classes_are_warned_of(reviews, review_task
     write_table(reviews / "train.csv", rows)
     change_task(review_task, labels=None, metrics=None, files={"train": "train.csv", "validation": "validation.csv"})
     printed = train(review_task, "--max_steps", 1, output="run")
-    assert "labels that differ only in case or blanks: 'Positive', 'positive'; one class each" in printed
+    assert "labels that differ only in case or whitespace: 'Positive', 'positive'; each is its own class" in printed
     assert "classes with fewer than 16 rows in train: Positive (2)" in printed
 
 

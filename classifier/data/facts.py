@@ -1,7 +1,4 @@
-"""What can be known before a training: facts about the data, its mistakes, and what the training will take.
-
-Pure functions of tokenised splits and numbers; report.py puts their results into words.
-"""
+"""Facts about the data before a training: labels, lengths, duplicates, conflicting labels; logged with warnings."""
 
 import numpy as np
 
@@ -12,11 +9,11 @@ FEW_ROWS = 16  # rows of a class; below this, few-shot methods are likely better
 
 
 def data_facts(task, splits, examples, special_tokens, padding):
-    """Return what is worth knowing about the data, as JSON values.
+    """Return statistics of the data, as JSON values.
 
-    splits: rows with `hash` and the texts; examples: the same, tokenised (see tokens.encode); special_tokens: in each
-    example; padding: its share of what a step computes. The other shares are of rows, `unknown` and
-    `tokens_per_character` of tokens of the text.
+    splits: {name: rows with `hash` and the texts}; examples: the same, tokenised (tokenization.encode); special_tokens:
+    their number in an example; padding: the fraction of the tokens that a step computes. `truncated` and `share` are
+    fractions of rows, `unknown` is one of the texts' tokens.
     """
     facts = {"splits": {}, "label_variants": label_variants(task)}
     facts["duplicates"] = {name: duplicates(splits["train"], splits[name]) for name in splits if name != "train"}
@@ -40,16 +37,16 @@ def data_facts(task, splits, examples, special_tokens, padding):
 
 
 def label_counts(task, labels):
-    """Return {label name: rows}; in regression the smallest, mean and largest value; rows without a label left out."""
+    """Return {label name: rows}, in regression {"min", "mean", "max"} of the values; unlabelled rows do not count."""
     if task.is_regression:
         labels = labels[np.isfinite(labels)]
-        return {what: float(getattr(labels, what)()) for what in ("min", "mean", "max")} if len(labels) else {}
-    of_label = [labels[:, number] == 1 if labels.ndim == 2 else labels == number for number in range(len(task.labels))]
-    return {name: int(found.sum()) for name, found in zip(task.labels, of_label, strict=True)}
+        return {name: float(getattr(labels, name)()) for name in ("min", "mean", "max")} if len(labels) else {}
+    is_in_class = labels == 1 if labels.ndim == 2 else labels[:, None] == np.arange(len(task.labels))
+    return dict(zip(task.labels, is_in_class.sum(axis=0).tolist(), strict=True))
 
 
 def label_variants(task):
-    """Return lists of label names that differ only in case and blanks, as "Positive" and "positive "."""
+    """Return lists of label names that differ only in case and whitespace, such as "Positive" and "positive "."""
     names = {}
     for name in [] if task.is_regression else task.labels:
         names.setdefault(" ".join(name.casefold().split()), []).append(name)
@@ -57,9 +54,9 @@ def label_variants(task):
 
 
 def text_group_ids(*splits):
-    """Return an array (rows of all splits, one after the other) in which equal texts have equal numbers.
+    """Return an array (rows of all splits, concatenated) in which rows of equal texts have equal numbers.
 
-    Compares the 16-byte hashes with NumPy: a hash table of a million texts would take several times the memory.
+    It sorts the 16-byte hashes with NumPy: a hash table of a million texts would take several times the memory.
     """
     columns = [arrow_column(rows, "hash") for rows in splits]
     halves = np.concatenate(
@@ -73,7 +70,7 @@ def text_group_ids(*splits):
 
 
 def conflicts(rows):
-    """Return {"texts": number of texts that occur with different labels, "position": one of them, or None}."""
+    """Return {"texts": number of texts with different labels, "position": the row of one of them, or None}."""
     texts, labels = text_group_ids(rows), column_array(rows, "label").reshape(len(rows), -1)
     order = np.argsort(texts, kind="stable")
     texts, labels = texts[order], labels[order]
@@ -83,10 +80,11 @@ def conflicts(rows):
 
 
 def duplicates(train, rows):
-    """Return {"rows": number of rows whose texts are in train too, "share", "position": one of them, or None}."""
+    """Return {"rows": number of rows that are in train too, "share": of all rows, "position": the first, or None}."""
     texts = text_group_ids(train, rows)
-    found = np.flatnonzero(np.isin(texts[len(train) :], texts[: len(train)]))
-    return {"rows": len(found), "share": len(found) / len(rows), "position": int(found[0]) if len(found) else None}
+    repeated = np.flatnonzero(np.isin(texts[len(train) :], texts[: len(train)]))
+    position = int(repeated[0]) if len(repeated) else None
+    return {"rows": len(repeated), "share": len(repeated) / len(rows), "position": position}
 
 
 def is_chinese(texts):
@@ -96,64 +94,66 @@ def is_chinese(texts):
 
 
 def log_data_facts(task, splits, examples, tokenizer, padding):
-    """Log the facts of the data, and what may be wrong with them; return the facts (see data_facts)."""
-    special = tokenizer.num_special_tokens_to_add(pair=len(task.text) == 2)
-    data = data_facts(task, splits, examples, special, padding)
-    for name, of_split in data["splits"].items():
-        log.info(f"{name}: {_format_split(task, of_split)}")
+    """Log the facts of the data and warnings about it; return the facts (see data_facts)."""
+    special_tokens = tokenizer.num_special_tokens_to_add(pair=len(task.text) == 2)
+    facts = data_facts(task, splits, examples, special_tokens, padding)
+    for name, split_facts in facts["splits"].items():
+        log.info(f"{name}: {_format_split(task, split_facts)}")
     if padding:
         log.info(f"padding: {padding:.1%} of what a step computes")
-    for warning in _data_warnings(task, splits, data):
+    for warning in _data_warnings(task, splits, facts):
         log.warning(f"WARNING: {warning}")
-    return data
+    return facts
 
 
-def _format_split(task, of_split):
-    """Return the facts of one split in words."""
-    rows, tokens, labels = of_split["rows"], of_split["tokens"], list(of_split["labels"].items())
+def _format_split(task, facts):
+    """Return the facts of one split as a line of the log."""
+    rows, tokens, labels = facts["rows"], facts["tokens"], list(facts["labels"].items())
     if task.is_regression:
-        words = ", ".join(f"{what} {value:.2f}" for what, value in labels)
+        text = ", ".join(f"{name} {value:.2f}" for name, value in labels)
     else:
-        words = ", ".join(f"{label} {number:,} ({number / rows:.1%})" for label, number in labels[:10])
+        text = ", ".join(f"{label} {number:,} ({number / rows:.1%})" for label, number in labels[:10])
     return (
-        f"{rows:,} rows | labels: {words} | tokens: median {tokens['median']:.0f}, 95 % up to {tokens['p95']:.0f}, "
-        f"longest {tokens['longest']}; {of_split['truncated']:.1%} of the texts cut, {of_split['unknown']:.2%} of the "
-        f"tokens unknown, {of_split['tokens_per_character']:.2f} a character"
+        f"{rows:,} rows | labels: {text} | tokens: median {tokens['median']:.0f}, 95 % up to {tokens['p95']:.0f}, "
+        f"longest {tokens['longest']}; {facts['truncated']:.1%} of texts truncated, {facts['unknown']:.2%} of tokens "
+        f"unknown, {facts['tokens_per_character']:.2f} tokens per character"
     )
 
 
-def _data_warnings(task, splits, data):
-    """Yield in words what may be wrong with the data."""
+def _data_warnings(task, splits, facts):
+    """Yield warnings about the data."""
 
-    def example(split, row):
-        return repr(" / ".join(splits[split][row][column] for column in task.text)[:80])
+    def quote(split, position):
+        return repr(" / ".join(splits[split][position][column] for column in task.text)[:80])
 
-    of_train = data["splits"]["train"]
-    if of_train["unknown"] > 0.2:
+    train_facts = facts["splits"]["train"]
+    if train_facts["unknown"] > 0.2:
         chinese = is_chinese(splits["train"][:1000][task.text[0]])
         better = "google-bert/bert-base-chinese" if chinese else "FacebookAI/xlm-roberta-base"
-        unknown = f"{of_train['unknown']:.0%} OF THE TOKENS ARE UNKNOWN"
+        unknown = f"{train_facts['unknown']:.0%} OF THE TOKENS ARE UNKNOWN"
         yield f"THE TOKENIZER DOES NOT KNOW THIS LANGUAGE: {unknown}. The model cannot read them; try --model {better}"
-    elif of_train["unknown"] > 0.01:
-        yield f"{of_train['unknown']:.1%} of the tokens are unknown to the tokenizer: does the model fit the language?"
-    for variants in data["label_variants"]:
-        yield f"labels that differ only in case or blanks: {', '.join(map(repr, variants))}; one class each"
-    for name, of_split in data["splits"].items():
-        found = of_split["conflicts"]
-        if found["texts"]:
-            row = example(name, found["position"])
-            yield f"{name}: {found['texts']} texts occur with different labels, such as {row}"
-    for name, found in data["duplicates"].items():
-        if found["rows"]:
-            row = example(name, found["position"])
-            words = f"{found['rows']} of {len(splits[name])} rows of {name} ({found['share']:.1%}) are in train too"
-            yield f"{words}: its scores are too good by that; such as {row}"
-    if words := small_classes_warning(task, of_train["labels"]):
-        yield words
+    elif train_facts["unknown"] > 0.01:
+        yield f"{train_facts['unknown']:.1%} of the tokens are unknown to the tokenizer: is this the right model?"
+    for variants in facts["label_variants"]:
+        yield f"labels that differ only in case or whitespace: {', '.join(map(repr, variants))}; each is its own class"
+    for name, split_facts in facts["splits"].items():
+        conflicting = split_facts["conflicts"]
+        if conflicting["texts"]:
+            example = quote(name, conflicting["position"])
+            yield f"{name}: {conflicting['texts']} texts occur with different labels, such as {example}"
+    for name, repeated in facts["duplicates"].items():
+        if repeated["rows"]:
+            rows = f"{repeated['rows']} of {len(splits[name])} rows of {name} ({repeated['share']:.1%})"
+            yield f"{rows} are in train too, which inflates its scores; such as {quote(name, repeated['position'])}"
+    if warning := small_classes_warning(task, train_facts["labels"]):
+        yield warning
 
 
 def small_classes_warning(task, counts):
-    """Return in words which classes have few rows in train, as facts.label_counts gives them; None where none has."""
-    few = [] if task.is_regression else [f"{name} ({rows})" for name, rows in counts.items() if rows < FEW_ROWS]
-    words = f"classes with fewer than {FEW_ROWS} rows in train: {', '.join(few[:10])}"
-    return f"{words}; methods made for few examples, such as SetFit, are likely better at them" if few else None
+    """Return a warning about classes with few rows in train, or None. counts: those of label_counts."""
+    small = [] if task.is_regression else [f"{name} ({rows})" for name, rows in counts.items() if rows < FEW_ROWS]
+    if small:
+        return (
+            f"classes with fewer than {FEW_ROWS} rows in train: {', '.join(small[:10])}; "
+            "few-shot methods, such as SetFit, are likely better at them"
+        )

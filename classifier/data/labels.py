@@ -1,4 +1,7 @@
-"""Labels: the strings of a table -> ids, floats, or a 0 or 1 for each label; what is no label is told with its row."""
+"""Labels: strings of a table -> ids (classes), floats (regression), 0s and 1s (multi-label); logits -> labels.
+
+Invalid labels are reported with their row.
+"""
 
 import math
 from dataclasses import replace
@@ -9,19 +12,24 @@ from classifier.messages import BadInput, log, nearest
 
 UNLABELLED = -1  # the label id of an example without a label (the Hub's GLUE test sets); NaN in regression
 
+# ------------------------------------------------------------------------------------------- strings of a table -> ids
+
 
 def label_strings(task, label):
-    """Return a label as a string, in multi-label as a list of strings; None where there is none, else ValueError."""
+    """Return a label as a string, in multi-label as a list of strings; None where there is none.
+
+    Raises ValueError, whose message is the row's problem.
+    """
     if task.is_multi_label and isinstance(label, str):
         return [part.strip() for part in label.split(task.separator) if part.strip()]
     if task.is_multi_label and label is not None:
-        one_label, several = replace(task, problem=None), label if isinstance(label, list) else [label]
-        words = [label_strings(one_label, one) for one in several]
-        if None in words:
+        single, labels = replace(task, problem=None), label if isinstance(label, list) else [label]
+        strings = [label_strings(single, each) for each in labels]
+        if None in strings:
             raise ValueError(f"holds {label!r}, a list with an empty label")
-        return words
+        return strings
     if isinstance(label, (list, dict)):
-        raise ValueError(f"holds {label!r}, not one label (several labels for a text: `problem: multi_label`)")
+        raise ValueError(f"holds {label!r}, not one label (for several labels per text: `problem: multi_label`)")
     if isinstance(label, float) and not math.isfinite(label):
         raise ValueError(f"holds {label}, not a label")
     if isinstance(label, bool):
@@ -30,35 +38,36 @@ def label_strings(task, label):
 
 
 def with_label_names(task, sources):
-    """Fill in the label names from the train split where the task has none: numbers by value, others by name."""
+    """Return the task with label names from the train split where it has none: numbers by value, others by name.
+
+    sources: {split: splits.Source}. Raises BadInput for labels that are decimals, mixed, or a single one.
+    """
     if task.labels is not None:
         return task
     if "train" not in sources:
         raise BadInput(f"task {task.name}: has no train split to take the labels from", "Give --train_file.")
     source = sources["train"]
     column = source.rows.data.column("label").combine_chunks()
-    is_list = task.is_multi_label
-    names = (column.flatten() if is_list else column).unique().drop_null().to_pylist()
+    names = (column.flatten() if task.is_multi_label else column).unique().drop_null().to_pylist()
 
-    def first_place(name):
-        labels = ((row["row"], row["label"]) for row in source.rows)
-        return source.location(
-            next(row for row, label in labels if name == label or (is_list and name in (label or [])))
-        )
+    def first_location(name):
+        for row in source.rows:
+            if name == row["label"] or (task.is_multi_label and name in (row["label"] or [])):
+                return source.location(row["row"])
 
     decimal = next((name for name in names if is_number(name) and not is_whole(name)), None)
     if decimal is not None and sum(map(is_number, names)) > len(names) / 2:
         raise BadInput(
-            f'{first_place(decimal)}: the label column "{task.label}" holds decimals such as {decimal}',
+            f'{first_location(decimal)}: the label column "{task.label}" holds decimals such as {decimal}',
             f"To predict a number, write a YAML for --task with: files, text, label: {task.label}, labels: regression, "
             "metrics: [pearson, spearmanr].",
         )
-    whole = [name for name in names if is_whole(name)]
-    words = [name for name in names if not is_whole(name)]
-    if whole and words and not is_list:
+    numbers = [name for name in names if is_whole(name)]
+    others = [name for name in names if not is_whole(name)]
+    if numbers and others and not task.is_multi_label:
+        number, other = (f"{name}: {first_location(name)}" for name in (numbers[0], others[0]))
         raise BadInput(
-            f'{source.origin}: the label column "{task.label}" mixes numbers ({whole[0]}: {first_place(whole[0])}) '
-            f"and names ({words[0]}: {first_place(words[0])})",
+            f'{source.origin}: the label column "{task.label}" mixes numbers ({number}) and names ({other})',
             "Write all labels as names or all as numbers, or list them in a YAML: labels: [...].",
         )
     if len(names) < 2:
@@ -66,25 +75,27 @@ def with_label_names(task, sources):
             f'{source.origin}: the label column "{task.label}" has {len(names)} value(s): {", ".join(names)}',
             "A classifier needs two or more; is it the right column (--label_column)?",
         )
-    return replace(task, labels=sorted(whole, key=lambda name: (int(name), name)) + sorted(words))
+    return replace(task, labels=sorted(numbers, key=lambda name: (int(name), name)) + sorted(others))
 
 
 def is_number(text):
+    """Return whether a string, or None, is a finite number."""
     try:
         return bool(np.isfinite(float(text)))
-    except (TypeError, ValueError):  # None, words
+    except (TypeError, ValueError):
         return False
 
 
 def is_whole(text):
+    """Return whether a string is an integer."""
     return text.removeprefix("-").isdecimal()
 
 
 def label_ids(task, values):
-    """Return (ids, known) of label strings, two arrays: a label's id by its name, else as an id; floats in regression.
+    """Return (ids, whether it is known) of label strings, two arrays; in regression floats.
 
-    Where a name is a number itself ("1" to "5"), there are names only. None, and an id of -1, mean unlabelled (not in
-    multi-label, where a row's list is empty).
+    A string is the name of a label, else its id; where a name is itself a whole number ("1" to "5"), only names count.
+    None and the id -1 mean unlabelled, except in multi-label, where an unlabelled row has an empty list.
     """
     if task.is_regression:
         numbers = [float(value) if is_number(value) else np.nan for value in values]
@@ -101,66 +112,67 @@ def label_ids(task, values):
 
 
 def with_label_ids(task, split, source):
-    """Return the rows of a source (see splits.Source) with ids in the place of label strings.
+    """Return the rows of a splits.Source with ids in place of label strings.
 
-    A row whose label is unknown, or is missing outside of a test split, is left out and noted in source.bad_rows where
-    the task skips bad rows, else BadInput; a missing one in data of the Hub is left out and counted.
+    A row with an unknown label, or outside of test splits without a label, is bad: skipped and added to source.bad_rows
+    where the task skips bad rows, else BadInput. In Hub data a missing label is skipped with a warning.
     """
-    rows, skips = source.rows, task.on_bad_row == "skip"
-    ids, unknown = _ids_of_column(task, rows.data.column("label").combine_chunks())
+    rows, skips = source.rows, task.on_bad_row == "skip" and source.is_file
+    ids, unknown = _encode_labels(task, rows.data.column("label").combine_chunks())
     if task.is_regression and split.startswith("test") and (ids == UNLABELLED).all():
         ids = np.full(len(ids), np.nan)  # GLUE's STS-B: -1.0 in every row
-    without = np.isnan(ids) if task.is_regression else (ids == UNLABELLED).reshape(len(ids), -1).any(axis=1)
-    missing = without & ~unknown
-    if split.startswith("test") and (missing.all() or not (skips and source.is_file)):
-        missing[:] = False  # they can be predicted; whoever wants scores checks them (common.check_splits)
-    flawed = np.flatnonzero(unknown | missing)
-    # The first is told; an unknown label before a missing one, which data of the Hub may have.
-    first = np.flatnonzero(unknown)[:1] if unknown.any() else flawed[:1]
-    for position in (flawed if skips and source.is_file else first).tolist():
+    unlabelled = np.isnan(ids) if task.is_regression else (ids == UNLABELLED).reshape(len(ids), -1).any(axis=1)
+    missing = unlabelled & ~unknown
+    if split.startswith("test") and (missing.all() or not skips):
+        missing[:] = False  # they can be predicted; common.check_splits refuses to score them
+    bad = np.flatnonzero(unknown | missing)
+    # Only the first is reported, and an unknown label before a missing one, which Hub data may have.
+    first = np.flatnonzero(unknown)[:1] if unknown.any() else bad[:1]
+    for position in (bad if skips else first).tolist():
         row = rows[position]
-        flaw = f'column "{task.label}" holds ' + (f"{row['label']!r}, no label" if unknown[position] else "no label")
-        if source.is_file and skips:
-            source.bad_rows.append([row["row"], flaw])
+        problem = f'column "{task.label}" holds ' + (f"{row['label']!r}, no label" if unknown[position] else "no label")
+        if skips:
+            source.bad_rows.append([row["row"], problem])
         elif source.is_file or unknown[position]:
             allowed = "a number" if task.is_regression else f"one of: {', '.join(task.labels[:20])}"
             hint = "" if task.is_regression or task.is_multi_label else nearest(row["label"], task.labels)
             raise BadInput(
-                f"{split} split, {source.location(row['row'])}: {flaw}{hint} ({len(flawed)} such rows)",
-                f"Each label must be {allowed}. Mend the rows, or leave them out: --on_bad_row skip.",
+                f"{split} split, {source.location(row['row'])}: {problem}{hint} ({len(bad)} such rows)",
+                f"Each label must be {allowed}. Fix the rows, or skip them: --on_bad_row skip.",
             )
         else:
-            words = f"{len(flawed)} of {len(rows)} rows of {split} have no label; they are left out"
-            log.warning(f"WARNING: {source.origin}: {words}")
+            reason = f"{len(bad)} of {len(rows)} rows of {split} have no label and are skipped"
+            log.warning(f"WARNING: {source.origin}: {reason}")
     rows = rows.remove_columns("label").add_column("label", _arrow_column(ids))
-    if len(flawed):
-        rows = rows.select(np.setdiff1d(np.arange(len(rows)), flawed))
+    if len(bad):
+        rows = rows.select(np.setdiff1d(np.arange(len(rows)), bad))
     source.check_rows(rows)
     return rows
 
 
-def _ids_of_column(task, column):
-    """Return (ids, unknown) of an Arrow column of label strings (or of lists of them, in multi-label).
+def _encode_labels(task, column):
+    """Return (ids, unknown) of an Arrow column of label strings, or in multi-label of lists of them.
 
-    ids: (rows,), in multi-label (rows, labels) of 0 and 1; unknown: (rows,), whether a row holds a string of no label.
+    ids: (rows,), in multi-label (rows, labels) of 0 and 1; unknown: (rows,), whether a row holds an unknown label.
     """
     import pyarrow.compute as pc
 
     strings = pc.dictionary_encode(column.flatten() if task.is_multi_label else column)
-    # One more than the strings there are: for a null.
+    # The additional last one is the id of a null.
     ids, known = label_ids(task, [*strings.dictionary.to_pylist(), None])
     codes = strings.indices.fill_null(len(ids) - 1).to_numpy(zero_copy_only=False)
     ids, unknown = ids[codes], ~known[codes]
     if not task.is_multi_label:
         return ids, unknown
-    row_of = pc.list_parent_indices(column).to_numpy()
+    rows = pc.list_parent_indices(column).to_numpy()  # the row of each string
     matrix = np.zeros((len(column), len(task.labels)), dtype=np.int8)
-    matrix[row_of[~unknown], ids[~unknown]] = 1
+    matrix[rows[~unknown], ids[~unknown]] = 1
     matrix[column.is_null().to_numpy(zero_copy_only=False)] = UNLABELLED
-    return matrix, np.isin(np.arange(len(column)), row_of[unknown])
+    return matrix, np.isin(np.arange(len(column)), rows[unknown])
 
 
 def _arrow_column(ids):
+    """Return ids (rows,), or a matrix (rows, labels) as lists, as an Arrow array."""
     import pyarrow as pa
 
     if ids.ndim == 1:
@@ -169,8 +181,11 @@ def _arrow_column(ids):
     return pa.ListArray.from_arrays(offsets, pa.array(ids.reshape(-1)))
 
 
+# --------------------------------------------------------------------------------------------------- logits -> labels
+
+
 def probabilities(task, logits):
-    """Return each label's probability, in float64, shape (examples, labels): softmax, or sigmoid in multi-label."""
+    """Return each label's probability, (examples, labels) in float64: the softmax, in multi-label the sigmoid."""
     if task.is_multi_label:
         return 1 / (1 + np.exp(-np.clip(logits.astype(np.float64), -700, 700)))  # exp(710) overflows
     shifted = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
@@ -178,7 +193,7 @@ def probabilities(task, logits):
 
 
 def predictions_from_logits(task, logits):
-    """Return what logits (examples, outputs) predict: label ids, values in regression, 0 and 1 in multi-label."""
+    """Return the predictions of logits (examples, outputs): ids, in regression values, in multi-label 0 and 1."""
     if task.is_regression:
         return logits[:, 0]
     if task.is_multi_label:
@@ -187,7 +202,7 @@ def predictions_from_logits(task, logits):
 
 
 def format_label(task, label):
-    """Return a label, as an example of a split holds it, in words; a value in regression."""
+    """Return the name of a label as a split's example holds it: an id, or a row of 0 and 1; regression: the value."""
     if task.is_multi_label:
         return task.separator.join(task.labels[position] for position in np.flatnonzero(label))
     return label if task.is_regression else task.labels[label]
@@ -205,26 +220,26 @@ def prediction_rows(task, logits):
     if task.is_regression:
         yield from ([float(value)] for value in logits[:, 0])
         return
-    for logits_of_row, row in zip(logits, probabilities(task, logits), strict=True):
-        if task.is_multi_label:  # as one string, and the probability of just these labels
-            applies = predictions_from_logits(task, logits_of_row[None])[0].astype(bool)
-            label = task.separator.join(name for name, does in zip(task.labels, applies, strict=True) if does)
-            probability = np.where(applies, row, 1 - row).prod()
+    for row, row_probabilities in zip(logits, probabilities(task, logits), strict=True):
+        if task.is_multi_label:  # the labels as one string, and the probability of exactly this set
+            applies = predictions_from_logits(task, row[None])[0].astype(bool)
+            label = format_label(task, applies)
+            probability = np.where(applies, row_probabilities, 1 - row_probabilities).prod()
         else:
-            label, probability = task.labels[int(row.argmax())], row.max()
-        yield [label, float(probability), *(float(value) for value in row)]
+            label, probability = task.labels[int(row_probabilities.argmax())], row_probabilities.max()
+        yield [label, float(probability), *map(float, row_probabilities)]
 
 
 def with_thresholds(task, logits, labels):
-    """Return a multi-label task with the probability above which each label applies: where its F1 is highest."""
+    """Return a multi-label task with thresholds: for each label the probability above which its F1 is highest."""
     from sklearn.metrics import precision_recall_curve
 
     thresholds = []
-    for of_label, applies in zip(probabilities(task, logits).T, labels.T, strict=True):
-        if not applies.any():  # nothing to choose by
+    for scores, applies in zip(probabilities(task, logits).T, labels.T, strict=True):
+        if not applies.any():  # F1 is undefined
             thresholds.append(0.5)
             continue
-        precision, recall, cuts = precision_recall_curve(applies, of_label)  # a label applies from its cut on
+        precision, recall, cuts = precision_recall_curve(applies, scores)  # scikit-learn: score >= cut
         f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
         best = int(f1[:-1].argmax())
         thresholds.append(float((cuts[best] + (cuts[best - 1] if best else 0)) / 2))
@@ -232,8 +247,10 @@ def with_thresholds(task, logits, labels):
 
 
 def majority_prediction(task, labels):
-    """Return what a model that sees no text would predict: the most frequent label id; the mean in regression; in
-    multi-label a list, 1 for each label that more than half of the examples have."""
+    """Return the best prediction without a text: the most frequent label id; in regression the mean.
+
+    In multi-label a list, with 1 for each label of more than half of the examples.
+    """
     if task.is_multi_label:
         return (labels.mean(axis=0) > 0.5).astype(int).tolist()
     return float(np.mean(labels)) if task.is_regression else int(np.bincount(labels).argmax())

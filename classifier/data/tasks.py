@@ -1,16 +1,16 @@
-"""A task is data, not code: a YAML file in data/, or a few flags -> Task; and task.json, its copy in a model folder."""
+"""Task: the data and the recipe, from a YAML file of data/ or from flags; task.json saves it with a model."""
 
 import argparse
-import json
 import os
 import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import get_args
 
 import yaml
 
-from classifier.files import write_json
+from classifier.files import read_json, write_json
 from classifier.messages import BadInput, nearest
 
 DATA_FOLDER = Path(__file__).resolve().parents[2] / "data"
@@ -19,15 +19,15 @@ SPLIT_NAMES = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Task:
-    """What is learnt from which data. The fields are the keys of data/NAME.yaml; README.md explains each."""
+    """The data and the recipe. The fields are the keys of data/NAME.yaml; README.md explains each."""
 
     name: str
-    # The data: one of the first two.
+    # The data: `dataset` or `files`.
     dataset: dict | None = None  # {path, name, revision} on the Hub
     files: dict | None = None  # {train, validation, test}: paths, URLs, members of archives (a.zip::b.csv)
-    text: list[str] | None = None  # one column, or two for sentence pairs; None: `text`, or the only text column
+    text: str | list[str] | None = None  # a list once read: of one column, or of two for pairs; None: the only one
     label: str = "label"
-    labels: list[str] | str | None = None  # names in id order, "regression", or None: taken from the train split
+    labels: str | list[str] | None = None  # "regression", or names in id order; None: taken from the train split
     problem: str | None = None  # "multi_label": any number of labels apply to a text
     separator: str = ","  # between the labels of a text, where a column holds them as one string
     columns: list[str] | None = None  # the names of the columns in files without a header
@@ -35,19 +35,19 @@ class Task:
     delimiter: str | None = None
     encoding: str = "utf-8"
     on_bad_row: str = "fail"  # or "skip"
-    # The splits: taken from the data, made out of train, cut to a number of rows.
-    splits: dict | None = None  # {name here: name in the Hub's data set}; the first validation split chooses
+    # The splits: taken from the data, made from train, limited to a number of rows.
+    splits: dict | None = None  # {name here: name in the Hub's data set}; the first validation split selects the model
     split: dict = field(default_factory=dict)  # {validation: 0.1 or [first row, end], seed: 42, group: column}
     limit: dict = field(default_factory=dict)  # {split: rows}
     # The recipe.
-    metrics: list[str] | None = None  # the first chooses the checkpoint; None: the usual ones (with_metrics)
+    metrics: list[str] | None = None  # the first selects the checkpoint; None: the usual ones (with_metrics)
     model: str | dict = "google-bert/bert-base-uncased"  # a mapping of config values + vocab: trained from scratch
-    max_length: int | None = None  # tokens; None: as many as the model can read
+    max_length: int | None = None  # tokens; None: as many as the model has positions
     truncate: str = "head"  # which tokens of a longer text are kept: head, tail, head_tail
     defaults: dict = field(default_factory=dict)  # values for flags of train.py
     source: str = ""
     licence: str = ""
-    # Of a trained model, not of a YAML: above which probability each label of a multi-label task applies; None: 0.5.
+    # Of a trained model: the probability above which each label of a multi-label task applies; None: 0.5.
     thresholds: list[float] | None = None
 
     @property
@@ -61,34 +61,27 @@ class Task:
 
 # ------------------------------------------------------------------------------------------- reading a description
 
-KINDS = {
-    "a word": lambda value: isinstance(value, str) and value != "",
-    "a list of words": lambda value: isinstance(value, list) and value and all(KINDS["a word"](one) for one in value),
-    "a whole number above 0": lambda value: isinstance(value, int) and not isinstance(value, bool) and value > 0,
-    "a mapping": lambda value: isinstance(value, dict),
-    "a truth value": lambda value: isinstance(value, bool),
+
+def _is_word(value):
+    return isinstance(value, str) and value != ""
+
+
+KINDS = {  # of values in YAML, by the types of Task's fields: (name, check)
+    str: ("a word", _is_word),
+    list[str]: ("a list of words", lambda value: isinstance(value, list) and value and all(map(_is_word, value))),
+    int: (
+        "a whole number above 0",
+        lambda value: isinstance(value, int) and not isinstance(value, bool) and value > 0,
+    ),
+    dict: ("a mapping", lambda value: isinstance(value, dict)),
+    bool: ("a truth value", lambda value: isinstance(value, bool)),
 }
+NOT_IN_YAML = ("name", "on_bad_row", "limit", "thresholds")
+# {key: the kinds that its value may be of}
 TYPES = {
-    "dataset": "a mapping",
-    "files": "a mapping",
-    "text": "a word or a list of words",
-    "label": "a word",
-    "labels": "a word or a list of words",
-    "problem": "a word",
-    "separator": "a word",
-    "columns": "a list of words",
-    "quoting": "a truth value",
-    "delimiter": "a word",
-    "encoding": "a word",
-    "splits": "a mapping",
-    "split": "a mapping",
-    "metrics": "a list of words",
-    "model": "a word or a mapping",
-    "max_length": "a whole number above 0",
-    "truncate": "a word",
-    "defaults": "a mapping",
-    "source": "a word",
-    "licence": "a word",
+    key.name: [KINDS[kind] for kind in get_args(key.type) or [key.type] if kind in KINDS]
+    for key in fields(Task)
+    if key.name not in NOT_IN_YAML
 }
 INNER_KEYS = {
     "dataset": {"path", "name", "revision"},
@@ -99,7 +92,7 @@ CHOICES = {"problem": ["multi_label"], "truncate": ["head", "tail", "head_tail"]
 
 
 def read_task(name_or_file):
-    """Return the Task of data/NAME.yaml, or of a YAML file. Raises BadInput that names the key with the mistake."""
+    """Return the Task of data/NAME.yaml, or of a YAML file. Raises BadInput, which names the wrong key."""
     path = Path(name_or_file)
     if path.suffix not in (".yaml", ".yml"):
         path = DATA_FOLDER / f"{name_or_file}.yaml"
@@ -114,18 +107,16 @@ def read_task(name_or_file):
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror})", "Check the path given to --task.") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date such as 2020-13-01
-        raise BadInput(
-            f"{path}: is not YAML ({' '.join(str(error).split())})", "Mend the file at this place."
-        ) from None
+        raise BadInput(f"{path}: is not YAML ({error})", "Fix the file at this place.") from None
     return replace(task_from_mapping(content, path), name=path.stem)
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys; here that is an error."""
+    """A loader that rejects repeated keys, of which PyYAML would keep the last."""
 
     def construct_mapping(self, node, deep=False):
-        names = [key.value for key, _ in node.value]
-        repeated = next((key for at, (key, _) in enumerate(node.value) if key.value in names[:at]), None)
+        keys = [key.value for key, _ in node.value]
+        repeated = next((key for index, (key, _) in enumerate(node.value) if key.value in keys[:index]), None)
         if repeated:
             raise yaml.constructor.ConstructorError(
                 problem=f'the key "{repeated.value}" occurs twice', problem_mark=repeated.start_mark
@@ -134,9 +125,9 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def task_from_mapping(content, path):
-    """Check the keys and types of a task's description and return the Task; files are relative to the YAML's folder."""
+    """Return the Task of a YAML's content, its keys and types checked; files are relative to the YAML's folder."""
     if not isinstance(content, dict):
-        raise BadInput(f"{path}: is not a mapping of keys to values", "See data/demo.yaml for the form of a task.")
+        raise BadInput(f"{path}: is not a mapping of keys to values", "See data/demo.yaml for an example.")
     content = dict(content)
     if isinstance(content.get("labels"), list):
         content["labels"] = _label_names(content["labels"], path)
@@ -147,14 +138,14 @@ def task_from_mapping(content, path):
     if ("dataset" in content) == ("files" in content):
         raise BadInput(f"{path}: needs either `dataset` (on the Hub) or `files`", "See data/mrpc.yaml, data/demo.yaml.")
     if "dataset" in content and "path" not in content["dataset"]:
-        advice = "Write dataset: {path: ...}, and name: ... where it has parts."
+        advice = "Write dataset: {path: ...}, with name: ... where it has several configurations."
         raise BadInput(f'{path}: "dataset" has no path', advice)
     if "files" in content:
         content["files"] = {split: _absolute(folder, file) for split, file in content["files"].items()}
     if "files" in content and "splits" in content:
-        raise BadInput(f"{path}: `splits` renames those of a data set on the Hub", "Name files in `files` as you wish.")
+        raise BadInput(f"{path}: `splits` is for data sets of the Hub", "Name the splits in `files` directly.")
     if "delimiter" in content:
-        content["delimiter"] = delimiter(content["delimiter"], f"{path}: ")
+        content["delimiter"] = parse_delimiter(content["delimiter"], f"{path}: ")
     if isinstance(content.get("text"), str):
         content["text"] = [content["text"]]
     labels = content.get("labels")
@@ -173,7 +164,7 @@ def task_from_mapping(content, path):
 
 
 def _label_names(labels, path):
-    """Return the names in `labels`, each a string: YAML reads 1 as a number, which is a name, and `no` as False."""
+    """Return the names in `labels` as strings. YAML reads 1 as a number, which is fine, and `no` as False."""
     for name in labels:
         if not isinstance(name, (str, int)) or isinstance(name, bool):
             raise BadInput(f'{path}: the label {name!r} in "labels" is not a name', "Put each name in quotes.")
@@ -184,35 +175,38 @@ def _label_names(labels, path):
 
 
 def _check_key(key, value, path):
-    """Raise BadInput unless there is such a key, and its value is of the type and among the choices that it has."""
+    """Raise BadInput unless the key exists and its value has the right type and is one of its choices."""
     if key not in TYPES:
         raise BadInput(f'{path}: unknown key "{key}"{nearest(key, TYPES)}', f"Keys: {', '.join(TYPES)}.")
-    if not any(KINDS[kind](value) for kind in TYPES[key].split(" or ")):
-        advice = f"Write {TYPES[key]}; put a word that YAML reads as something else in quotes."
+    if not any(is_kind(value) for _, is_kind in TYPES[key]):
+        kinds = " or ".join(name for name, _ in TYPES[key])
+        advice = f"Write {kinds}; put a word that YAML reads as something else in quotes."
         raise BadInput(f'{path}: "{key}" is {value!r}, a {type(value).__name__}', advice)
     if value not in CHOICES.get(key, [value]):
         raise BadInput(f'{path}: "{key}" is {value!r}', f"Allowed: {', '.join(CHOICES[key])}.")
     known = INNER_KEYS.get(key)
     for inner in value if known else ():
         if inner not in known:
-            words = f'{path}: unknown key "{inner}" in "{key}"{nearest(inner, known)}'
-            raise BadInput(words, f"Keys: {', '.join(sorted(known))}.")
+            reason = f'{path}: unknown key "{inner}" in "{key}"{nearest(inner, known)}'
+            raise BadInput(reason, f"Keys: {', '.join(sorted(known))}.")
     if key in ("files", "splits"):
         _check_split_names(value, path)
     for inner, word in value.items() if key in ("dataset", "files", "splits") else ():
-        if not KINDS["a word"](word):
-            raise BadInput(f'{path}: "{key}" has {inner}: {word!r}', "Write a word; put what is none in quotes.")
+        if not _is_word(word):
+            raise BadInput(
+                f'{path}: "{key}" has {inner}: {word!r}', "Write a word, in quotes where it looks like none."
+            )
 
 
 def _check_split_names(names, path):
-    """Raise BadInput for names that are no plain words: a split's name is part of a folder's."""
+    """Raise BadInput for names with other characters than letters, digits, _, . and -: they become folder names."""
     for name in names or ():
         if not re.fullmatch(r"\w[\w.-]*", str(name)):
-            raise BadInput(f"{path}: {name!r} cannot name a split", "Use letters, digits and _ alone.")
+            raise BadInput(f"{path}: {name!r} cannot name a split", "Use only letters, digits and _.")
 
 
 def _absolute(folder, file):
-    """Return a file of a task as an absolute path; a URL stays as it is."""
+    """Return a task's file as an absolute path; a URL unchanged."""
     return str(file) if is_url(file) else os.path.abspath(folder / str(file))
 
 
@@ -220,22 +214,23 @@ def is_url(file):
     return str(file).startswith(("http://", "https://"))
 
 
-def delimiter(word, where="--"):
-    """Return the character that a word such as ; or tab names; a type of a flag."""
-    mark = "\t" if word in ("tab", "\\t") else word
-    if len(mark) != 1:
-        raise BadInput(f"{where}delimiter {word!r}: is not one character", "Write one such as ; or |, or the word tab.")
-    return mark
+def parse_delimiter(word, prefix="--"):
+    """Return the character that a word names: itself, or a tab for `tab` and `\\t`. Raises BadInput."""
+    character = "\t" if word in ("tab", "\\t") else word
+    if len(character) != 1:
+        reason = f"{prefix}delimiter {word!r}: is not one character"
+        raise BadInput(reason, "Write one such as ; or |, or the word tab.")
+    return character
 
 
 def _check_split(split, path):
-    """Raise BadInput unless each made split is a fraction of train's rows, or a range apart from the others."""
+    """Raise BadInput unless each made split is a fraction of train's rows, or a range that overlaps no other."""
     for name, value in split.items():
         advice = f"Write a fraction of the rows ({name}: 0.1), or a range ({name}: [0, 500], without row 500)."
         match name, value:
             case (("seed" | "group"), _):
                 is_seed = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-                fits = is_seed if name == "seed" else KINDS["a word"](value)
+                fits = is_seed if name == "seed" else _is_word(value)
                 advice = "Write seed: 42, group: COLUMN."
             case [_, [int(start), int(end)]]:
                 fits = 0 <= start < end
@@ -252,11 +247,11 @@ def _check_split(split, path):
 
 
 def task_from_args(args, default=None):
-    """Return the Task that --task and the data flags describe; `default` is the name of a task, or a Task."""
+    """Return the Task that --task and the data flags describe; `default` is a task's name, or a Task."""
     files = {split: getattr(args, f"{split}_file") for split in SPLIT_NAMES}
     files = {split: _absolute(Path.cwd(), file) for split, file in files.items() if file}
     if args.dataset and (files or args.task):
-        raise BadInput("--dataset beside --task or a file: the data are given twice", "Give one of them.")
+        raise BadInput("--dataset with --task or a file: the data are given twice", "Give one of them.")
     if args.dataset:
         path, _, name = args.dataset.partition(":")
         task = default if isinstance(default, Task) else Task(name or Path(path).name)
@@ -264,57 +259,58 @@ def task_from_args(args, default=None):
         task = replace(task, dataset=dataset, files=None, limit={})
     elif args.task or not files or isinstance(default, Task):
         task = default if isinstance(default, Task) and not args.task else read_task(args.task or default)
-        # New files replace the task's own data; everything else it says still holds.
+        # New files replace the task's own data; its other keys still apply.
         task = replace(task, dataset=None, files=files, limit={}) if files else task
     else:
         task = Task(name=Path(next(iter(files.values()))).name.split(".")[0], files=files)
-    given = {
+    flags = {
         "text": args.text_columns and args.text_columns.split(","),
         "label": args.label_column,
         "metrics": args.metrics and args.metrics.split(","),
-        "delimiter": args.delimiter and delimiter(args.delimiter),
+        "delimiter": args.delimiter and parse_delimiter(args.delimiter),
         "split": args.group_column and {**task.split, "group": args.group_column},
         "limit": parse_limits(args.limit),
         **{name: getattr(args, name) for name in ("max_length", "encoding", "truncate", "on_bad_row")},
     }
-    task = replace(task, **{key: value for key, value in given.items() if value})
+    task = replace(task, **{key: value for key, value in flags.items() if value})
     if task.text and (len(task.text) > 2 or "" in task.text):
         raise BadInput(f"text columns {','.join(task.text)}: neither one nor two", "Give one, or two for pairs: A,B.")
     return task
 
 
 def set_defaults(parser, task):
-    """Make the task's `defaults` those of the parser, so that a flag on the command line still goes before."""
+    """Make the task's `defaults` those of the parser, below flags on the command line. Raises BadInput."""
     actions = {action.dest: action for action in parser._actions}
-    groups = {group.title: group._group_actions for group in parser._action_groups}
-    of_data = {action.dest for action in groups.get("data", [])}
+    data_flags = [
+        action.dest for group in parser._action_groups if group.title == "data" for action in group._group_actions
+    ]
     for name, value in task.defaults.items():
-        action, where = actions.get(name), f'task {task.name}: "{name}" in `defaults`'
-        if name in of_data:
+        action, place = actions.get(name), f'task {task.name}: "{name}" in `defaults`'
+        if name in data_flags:
             keys = ", ".join(TYPES)
-            raise BadInput(f"{where} says which data, not how to train", f"Say it in a key of the task: {keys}.")
+            raise BadInput(f"{place} describes the data, not the training", f"Use a key of the task: {keys}.")
         if action is None:
-            raise BadInput(f"{where} is no flag{nearest(name, actions)}", "See --help.")
-        where = f"task {task.name}: {name}: {value!r} in `defaults`"
+            raise BadInput(f"{place} is no flag{nearest(name, actions)}", "See --help.")
+        place = f"task {task.name}: {name}: {value!r} in `defaults`"
         try:
             if action.nargs == 0:  # a switch
                 if not isinstance(value, bool):
                     raise ValueError
             else:
                 # Through text, as on the command line: YAML 1.1 reads 1e-5 as a string.
-                values = [(action.type or str)(str(one)) for one in (value if isinstance(value, list) else [value])]
+                values = [(action.type or str)(str(each)) for each in (value if isinstance(value, list) else [value])]
                 if len(values) != (action.nargs or 1):
                     raise ValueError
                 value = values if action.nargs else values[0]
         except (ValueError, argparse.ArgumentTypeError):
-            raise BadInput(f"{where} is no value for --{name}", "See --help.") from None
+            raise BadInput(f"{place} is no value for --{name}", "See --help.") from None
         if action.choices and value not in action.choices:
-            raise BadInput(f"{where} is no choice of --{name}", f"Allowed: {', '.join(action.choices)}.")
+            raise BadInput(f"{place} is no choice of --{name}", f"Allowed: {', '.join(action.choices)}.")
         parser.set_defaults(**{name: value})
 
 
 def parse_limits(texts):
-    """Return {split: rows} of the values of --limit."""
+    """Return {split: rows} from the values of --limit. Raises BadInput."""
     limits = {}
     for text in texts or []:
         split, _, number = text.partition("=")
@@ -325,23 +321,22 @@ def parse_limits(texts):
 
 
 def save_task(task, fingerprints, path):
-    """Write task.json: everything that evaluate.py and predict.py need, and the fingerprints of the data."""
+    """Write task.json: what evaluate.py, predict.py and export.py need, and the fingerprints of the data."""
     content = {**asdict(task), "fingerprints": fingerprints}
     content.pop("defaults")
     write_json(path, content)
 
 
 def read_saved_task(folder):
-    """Return (Task, fingerprints by split) of a model folder; (None, {}) where there is no task.json."""
+    """Return (Task, fingerprints by split) of a model folder; (None, {}) where there is no task.json.
+
+    Raises BadInput for a file that is damaged.
+    """
     path = Path(folder) / "task.json"
     if not path.is_file():
         return None, {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        known = {f.name for f in fields(Task)}
+    known = {key.name for key in fields(Task)}
+    with read_json(path) as content:
         for key in ("files", "splits"):
             _check_split_names(content.get(key), path)
         return Task(**{key: value for key, value in content.items() if key in known}), content["fingerprints"]
-    except (ValueError, AttributeError, TypeError, KeyError) as error:
-        words = " ".join(f"{type(error).__name__}: {error}".split())
-        raise BadInput(f"{path}: is damaged ({words})", "Copy the model folder again, or train again.") from None

@@ -1,4 +1,4 @@
-"""Tables that are written: CSV, TSV, JSON lines, Parquet, each perhaps .gz; complete under their name, or absent."""
+"""Write tables atomically: CSV, TSV, JSON lines (optionally gzipped) and Parquet."""
 
 import csv
 import gzip
@@ -11,27 +11,27 @@ from classifier.files import atomic_file
 from classifier.messages import BadInput
 
 KINDS = ("csv", "tsv", "jsonl", "parquet")
-ROWS_OF_A_GROUP = 10_000  # in Parquet
+ROWS_PER_GROUP = 10_000  # in Parquet
 
 
 def check_output_file(path):
-    """Raise BadInput for a name that tells no format, or a folder that is not there."""
+    """Raise BadInput for a name without a known format, or a folder that does not exist."""
     kind = table_format(path)
     if kind not in KINDS or str(path).endswith(".parquet.gz"):
-        raise BadInput(f"{path}: is not written in this format", "Name it .csv, .tsv, .jsonl (.gz), or .parquet.")
+        raise BadInput(f"{path}: cannot be written in this format", "Name it .csv, .tsv, .jsonl (.gz), or .parquet.")
     if not Path(path).parent.is_dir():
         raise BadInput(f"{path}: cannot be written (no such folder)", "Choose another --output.")
 
 
 def csv_row_writer(stream):
-    """Return a function that writes a row as CSV. Before Python 3.13 csv leaves a lone carriage return unquoted."""
+    """Return a function that writes a row as CSV. Before Python 3.13, csv leaves a lone carriage return unquoted."""
     plain = csv.writer(stream, lineterminator="\n")
     quoted = csv.writer(stream, lineterminator="\n", quoting=csv.QUOTE_ALL)
     return lambda row: (quoted if any("\r" in str(field) for field in row) else plain).writerow(row)
 
 
 def write_csv(path, header, rows):
-    """Write lists as a CSV file: unlike the dicts of `table`, they may have two columns of one name."""
+    """Write a CSV of rows that are lists; unlike the dicts of open_writer, two columns may have the same name."""
     with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as stream:
         write_row = csv_row_writer(stream)
         for row in (header, *rows):
@@ -39,14 +39,14 @@ def write_csv(path, header, rows):
 
 
 def write_bad_rows(path, bad_rows):
-    """Write a table of the rows that --on_bad_row skip left out; nothing where there are none."""
+    """Write a table of the rows that --on_bad_row skip skipped, if any."""
     if bad_rows:
         write_csv(path, list(bad_rows[0]), (row.values() for row in bad_rows))
 
 
 @contextmanager
 def open_writer(path):
-    """Open a table to write; yield a function of a row (a dict). The file appears at the end, where no error came."""
+    """Open a table for writing and yield a function that writes a row (a dict). The file appears only on success."""
     with atomic_file(path) as temporary:
         if table_format(path) == "parquet":
             with _parquet(temporary) as write:
@@ -58,7 +58,7 @@ def open_writer(path):
 
 
 def row_writer(stream, kind):
-    """Return a function that writes a row: as CSV (quoted), TSV (unquoted), or a line of JSON."""
+    """Return a function that writes a row (a dict) to a stream. kind: "csv" (quoted), "tsv" (unquoted) or "jsonl"."""
     header = None
     write_fields = csv_row_writer(stream)
 
@@ -73,8 +73,8 @@ def row_writer(stream, kind):
             rows = [header, row.values()]
         elif list(row) != header:
             if row.keys() != set(header):
-                words = f"the rows have other columns: {', '.join(row)}; {', '.join(header)}"
-                raise BadInput(words, "Name the output .jsonl.")
+                reason = f"the rows have different columns: {', '.join(row)}; {', '.join(header)}"
+                raise BadInput(reason, "Name the output .jsonl.")
             rows = [[row[column] for column in header]]
         for fields in rows:
             if kind == "csv":
@@ -82,8 +82,8 @@ def row_writer(stream, kind):
                 continue
             line = "\t".join(map(str, fields))
             if line.count("\t") >= len(header) or "\n" in line or "\r" in line:
-                words = "a field holds a tab or a line break, which TSV cannot"
-                raise BadInput(words, "Name the output .csv or .jsonl.")
+                reason = "a field contains a tab or a line break, which TSV cannot hold"
+                raise BadInput(reason, "Name the output .csv or .jsonl.")
             stream.write(line + "\n")
 
     return write
@@ -91,7 +91,7 @@ def row_writer(stream, kind):
 
 @contextmanager
 def _parquet(path):
-    """As table: the types are those of the first group of rows."""
+    """Like open_writer, for Parquet; the first group of rows determines the types."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -102,15 +102,15 @@ def _parquet(path):
         try:
             group = pa.Table.from_pylist(rows, schema=writer.schema if writer else None)
         except pa.ArrowException as error:
-            words = f"a column does not hold values of one type ({' '.join(str(error).split())})"
-            raise BadInput(words, "Name the output .jsonl.") from None
+            reason = f"a column holds values of more than one type ({error})"
+            raise BadInput(reason, "Name the output .jsonl.") from None
         writer = writer or parquet.ParquetWriter(path, group.schema)
         writer.write_table(group)
         rows.clear()
 
     def write(row):
         rows.append(row)
-        if len(rows) == ROWS_OF_A_GROUP:
+        if len(rows) == ROWS_PER_GROUP:
             flush()
 
     try:

@@ -11,6 +11,7 @@ from classifier.data.facts import log_data_facts
 from classifier.data.tasks import Task
 from classifier.model import tokenization
 from classifier.model.models import load_model
+from classifier.training.batching import padding_fraction
 
 TASK = Task(name="", text=["text"], labels=["no", "yes"])
 MANY = Task(name="", text=["text"], labels=["a", "b", "c"], problem="multi_label")
@@ -75,14 +76,25 @@ def test_facts_of_a_table(table):
 @pytest.mark.parametrize(
     ("micro_batch_size", "is_packed", "expected"), [(2, False, 1 - 22 / 24), (1, False, 0), (2, True, 0)]
 )
-def test_padding_is_that_of_one_epoch(table, micro_batch_size, is_packed, expected):
-    """Lengths after the cut: 6 6 6 4. The first epoch: 12 tokens in 2 x 6, and 10 in 2 x 6."""
+def test_padding_and_warnings_are_logged(table, log_lines, micro_batch_size, is_packed, expected):
+    """Lengths after the cut: 6 6 6 4. The batches: 12 tokens in 2 x 6, and 10 in 2 x 6."""
     task, found, examples = table
-    batches = [np.array([0, 1]), np.array([3, 2]), np.array([0, 3])]  # an epoch, and the start of another
+    batches = [np.array([0, 1]), np.array([3, 2])]
     tokenizer = type("Tokenizer", (), {"num_special_tokens_to_add": lambda self, pair: 2})()
-    packer = type("Layout", (), {"is_packed": is_packed})
-    data = log_data_facts(task, found, examples, batches, micro_batch_size, Accelerator(), tokenizer, packer)
-    assert data["padding"] == pytest.approx(expected)
+    packer = type("Packer", (), {"is_packed": is_packed})
+    padding = padding_fraction(examples["train"], batches, Accelerator(), micro_batch_size, packer)
+    data = log_data_facts(task, found, examples, tokenizer, padding)
+    assert padding == pytest.approx(expected) and data == facts.data_facts(task, found, examples, 2, padding)
+    assert ("padding: 8.3% of what a step computes" in log_lines) == (expected > 0)
+    train = "train: 4 rows | labels: no 2 (50.0%), yes 2 (50.0%) | tokens: median 6, 95 % up to 7, longest 7; "
+    assert f"{train}50.0% of texts truncated, 6.25% of tokens unknown, 0.26 tokens per character" in log_lines
+    for warning in (
+        "6.2% of the tokens are unknown to the tokenizer: is this the right model?",
+        "train: 1 texts occur with different labels, such as 'the room was good .'",
+        "2 of 3 rows of validation (66.7%) are in train too, which inflates its scores; such as 'zzz the'",
+    ):
+        assert f"WARNING: {warning}" in log_lines
+    assert any("few-shot methods" in line and "no (2), yes (2)" in line for line in log_lines)
 
 
 # ------------------------------------------------------------------------------------------------------------ labels

@@ -1,4 +1,4 @@
-"""labels.py: label strings -> ids, numbers, and rows of 0 and 1, through files and the Hub; what is no label."""
+"""Labels: label strings -> ids, numbers, and rows of 0 and 1, through files and the Hub; what is no label."""
 
 import json
 import logging
@@ -12,6 +12,7 @@ from classifier.data.cache import column_array
 from classifier.data.labels import is_number, is_whole, label_ids, label_strings
 from classifier.data.splits import load_splits
 from classifier.data.tasks import Task
+from common import with_metrics
 
 REGRESSION = {"labels": "regression"}
 MULTI = {"problem": "multi_label"}
@@ -204,7 +205,7 @@ def test_a_missing_label_is_refused_where_labels_are_needed(tmp_path, split, val
     ("value", "words"),
     [
         (None, "holds no label"),
-        (["a", "b"], "not one label (several labels for a text: `problem: multi_label`)"),
+        (["a", "b"], "not one label (for several labels per text: `problem: multi_label`)"),
         ({"name": "a"}, "not one label"),
         (float("nan"), "holds nan, not a label"),
     ],
@@ -274,7 +275,8 @@ def test_several_labels_a_text(tmp_path, name, as_lists):
     rows = labelled(LISTS if as_lists else [", ".join(labels) for labels in LISTS])
     file = put_table(tmp_path, name, rows)
     task, found, _, bad_rows = load_splits(Task("mine", files={"train": file, "validation": file}, **MULTI))
-    assert task.labels == ["a", "b", "c"] and task.metrics == ["f1_micro", "f1_macro"] and bad_rows == []
+    assert task.labels == ["a", "b", "c"] and bad_rows == []
+    assert with_metrics(task).metrics == ["f1_micro", "f1_macro"]
     for split in ("train", "validation"):
         assert found[split]["label"][:] == MATRIX
     assert column_array(found["train"], "label").dtype == np.int8
@@ -414,7 +416,7 @@ def test_missing_labels_of_the_hub_are_left_out_and_counted(hub, split, caplog):
         _, found, _, bad_rows = load_splits(hub_task())
     assert found[split]["row"][:] == [0, 3] and found[split]["label"][:] == [0, 1] and bad_rows == []
     (words,) = [record.getMessage() for record in caplog.records if "no label" in record.getMessage()]
-    assert words == f"WARNING: some/data: 2 of 4 rows of {split} have no label; they are left out"
+    assert words == f"WARNING: some/data: 2 of 4 rows of {split} have no label and are skipped"
 
 
 def test_label_ids_of_strings():

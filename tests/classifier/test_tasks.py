@@ -1,4 +1,4 @@
-"""tasks.py: the shipped descriptions, mistakes in a user's own, the flags, and task.json."""
+"""Tasks: the shipped descriptions, mistakes in a user's own, the flags, and task.json."""
 
 import argparse
 import json
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import ROOT
 
 import common
 import train
@@ -15,7 +16,6 @@ from classifier.data import tasks
 from classifier.data.tasks import Task
 from classifier.messages import BadInput
 
-ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted((ROOT / "data").glob("*.yaml"))
 LEAST = {"files": {"train": "a.csv"}}  # the least that a description says
 
@@ -269,7 +269,8 @@ def test_ranges_that_overlap(tmp_path):
 
 
 def test_files_have_no_splits_to_rename(tmp_path):
-    assert "`splits` renames" in refusal(tasks.read_task, describe(tmp_path, splits={"validation": "dev"})).reason
+    error = refusal(tasks.read_task, describe(tmp_path, splits={"validation": "dev"}))
+    assert "`splits` is for data sets of the Hub" in error.reason
 
 
 def test_a_description_that_is_not_utf_8(tmp_path):
@@ -297,7 +298,7 @@ def test_an_unknown_task_is_told_with_the_nearest_name():
         ({"labels": ["a", "b"], "metrics": ["acuracy"]}, 'did you mean "accuracy"'),
         (
             {"labels": ["a", "b"], "metrics": ["matthews_correlation"], "problem": "multi_label"},
-            "several labels a text",
+            "not for multi-label tasks",
         ),
     ],
 )
@@ -360,8 +361,8 @@ def test_defaults_of_each_kind_of_flag():
         ("adam_betas", [0.9, "x"], "no value for --adam_betas"),
         ("final_test", "false", "no value for --final_test"),
         ("final_test", 1, "no value for --final_test"),
-        ("max_length", 128, "says which data, not how to train"),
-        ("task", "mrpc", "says which data, not how to train"),
+        ("max_length", 128, "describes the data, not the training"),
+        ("task", "mrpc", "describes the data, not the training"),
     ],
 )
 def test_a_mistake_in_the_defaults(name, value, words):

@@ -1,4 +1,4 @@
-"""writer.py: tables of predictions in each format, whole or not at all."""
+"""The writer: tables of predictions in each format, complete or absent."""
 
 import csv
 import errno
@@ -45,15 +45,15 @@ def test_tsv_has_no_quotes_and_no_line_breaks(tmp_path):
 
 @pytest.mark.parametrize("number", [1, 3, 4])  # of rows, three to a group
 def test_parquet_keeps_types_and_nothing(tmp_path, monkeypatch, number):
-    monkeypatch.setattr(writer, "ROWS_OF_A_GROUP", 3)
+    monkeypatch.setattr(writer, "ROWS_PER_GROUP", 3)
     rows = [{"id": row, "text": None if row == 1 else "a", "list": [row]} for row in range(number)]
     write(tmp_path / "out.parquet", rows)
     assert parquet.read_table(tmp_path / "out.parquet").to_pylist() == rows
 
 
 def test_a_column_of_two_types_cannot_be_parquet(tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "ROWS_OF_A_GROUP", 2)
-    with pytest.raises(BadInput, match="one type") as refusal:
+    monkeypatch.setattr(writer, "ROWS_PER_GROUP", 2)
+    with pytest.raises(BadInput, match="more than one type") as refusal:
         write(tmp_path / "out.parquet", [{"id": 1}, {"id": 2}, {"id": "three"}])
     assert ".jsonl" in refusal.value.advice
     assert list(tmp_path.iterdir()) == []
@@ -61,7 +61,7 @@ def test_a_column_of_two_types_cannot_be_parquet(tmp_path, monkeypatch):
 
 def test_rows_with_other_columns_are_for_json_lines(tmp_path):
     rows = [{"a": 1, "b": 2}, {"b": 4, "a": 3}, {"a": 5}]
-    with pytest.raises(BadInput, match="other columns"):
+    with pytest.raises(BadInput, match="different columns"):
         write(tmp_path / "out.csv", rows)
     write(tmp_path / "out.jsonl", rows)
     write(tmp_path / "two.csv", rows[:2])
