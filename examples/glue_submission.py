@@ -9,7 +9,6 @@ STS-B as a number from 0 to 5, the others as 0 or 1 (https://gluebenchmark.com/f
 """
 
 import io
-import json
 import os
 import sys
 import zipfile
@@ -27,9 +26,9 @@ from classifier import processes
 from classifier.data import tasks
 from classifier.data.cache import column_array
 from classifier.data.labels import UNLABELLED, majority_prediction, predictions_from_logits
-from classifier.data.splits import read_column, load_splits
+from classifier.data.splits import load_splits, read_column
 from classifier.evaluation import metrics
-from classifier.files import CannotWrite, write_text
+from classifier.files import CannotWrite, read_json, write_text
 from classifier.messages import BadInput, format_score, format_scores, log
 
 FILES = {  # (task, split): (file, rows of the test set)
@@ -122,11 +121,11 @@ def choose_runs(runs):
 def validation_score(folder, metric):
     """Return the score of a model folder on its first validation split; None where it is not known."""
     file = folder / "metrics.json"
-    try:
-        scores = json.loads(file.read_text(encoding="utf-8"))["scores"] if file.is_file() else {}
-        return next((of for split, of in scores.items() if split.startswith("validation")), {}).get(metric)
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise BadInput(f"{file}: is damaged", "Copy the model folder again, or train again.") from None
+    if not file.is_file():
+        return None
+    with read_json(file) as content:
+        scores = next((scores for split, scores in content["scores"].items() if split.startswith("validation")), {})
+        return scores.get(metric)
 
 
 def read_data(name, with_train):

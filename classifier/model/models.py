@@ -2,11 +2,11 @@
 
 import gc
 import inspect
-import json
 from dataclasses import replace
 from pathlib import Path
 
 from classifier.data.cache import hub_commit, note_loaded, unreachable_hub, was_loaded
+from classifier.files import read_json
 from classifier.messages import BadInput, log, nearest
 
 
@@ -205,17 +205,19 @@ def freeze(model, part):
 def saved_metrics(folder):
     """Return (mixed precision of a saved model's scores, prediction of its majority baseline), or ("auto", None)."""
     path = Path(folder) / "metrics.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return "auto", None
+    with read_json(path) as content:
         return content.get("mixed_precision", "auto"), content.get("majority")
-    except (ValueError, AttributeError):
-        raise BadInput(f"{path}: is damaged", "Copy the model folder again, or train again.") from None
 
 
 def base_model(folder, task):
     """Return the name of the pretrained model that a saved one was trained from, or None where it was new."""
     results = Path(folder).parent / "results.json"
-    model = json.loads(results.read_text(encoding="utf-8"))["model"] if results.is_file() else task.model
+    model = task.model
+    if results.is_file():
+        with read_json(results) as content:
+            model = content["model"]
     return model if isinstance(model, str) else None
 
 
