@@ -88,9 +88,9 @@ def write_evaluation(folder, task, rows, result, content, left_out, others):
     numbers, losses = analysis.worst_mistakes(result)
     write_predictions(folder, task, rows, result["logits"], numbers, losses)
     write_json(folder / "evaluation.json", content)
-    mistakes = page.mistakes_of(task, rows, result["logits"], numbers, losses)
+    mistakes = page.mistake_rows(task, rows, result["logits"], numbers, losses)
     headline = {"title": f"{task.name}: {content['split']}", "model": content["model"], "text": ""}
-    page.write(folder, task, headline, [{**content, "mistakes": mistakes}])
+    page.write_page(folder, task, headline, [{**content, "mistakes": mistakes}])
     written = ["report.html", "evaluation.json", "predictions.csv", "errors.csv"]
     if others is not None:
         write_compared(folder, task, rows, result["predictions"], others, result["labels"])

@@ -1,4 +1,4 @@
-"""report.html: what is known of a run or of an evaluation, in one file that needs no other."""
+"""report.html: a run or an evaluation as one self-contained page, with its pictures (also saved as PNG files)."""
 
 import io
 import json
@@ -13,37 +13,39 @@ from classifier.data.labels import format_label, prediction_rows
 from classifier.files import write_text
 from classifier.messages import format_score
 
-MOST_MISTAKES = 200  # in the page; errors.csv has all of an evaluation
-KINDS = {  # of pictures: what draws one, of the entry of the same name
+# ---------------------------------------------------------------------------------------------------------- the page
+
+MOST_MISTAKES = 200  # on the page; an evaluation's errors.csv lists all
+PICTURES = {  # how to draw the entry of this name in an evaluation
     "confusion": lambda task, content: draw_confusion(content["confusion"], task.labels),
-    "calibration": lambda task, content: draw_reliability(content["calibration"]),
+    "calibration": lambda task, content: draw_calibration(content["calibration"]),
     "batches": lambda task, content: draw_batches(content["batches"], content["scores"]["matthews_correlation"]),
 }
 
 
-def write(folder, task, headline, evaluations, lines=(), tables=None):
+def write_page(folder, task, headline, evaluations, lines=(), tables=None):
     """Write report.html and plots/*.png into a folder.
 
-    headline: a dict of title, model and text; evaluations: dicts as evaluation.json holds them, each with `mistakes`,
-    a list of dicts; lines: of metrics.jsonl, where there was a training; tables: {heading: {name: value}} for the end.
+    headline: a dict of title, model and text; evaluations: dicts like evaluation.json, each with `mistakes`, the result
+    of mistake_rows; lines: of metrics.jsonl, for a training; tables: {heading: {name: value}} for the end of the page.
     """
     import jinja2
 
-    pictures = Path(folder) / "plots"
-    pictures.mkdir(exist_ok=True)
+    plots = Path(folder) / "plots"
+    plots.mkdir(exist_ok=True)
 
-    def picture(name, figure):
-        save_png(figure, pictures / f"{name}.png")
-        return as_svg(figure)
+    def save(name, figure):
+        save_png(figure, plots / f"{name}.png")
+        return to_svg(figure)
 
     first, metric = evaluations[0], task.metrics[0]
-    curves = picture("curves", draw_curves(lines, metric, first["majority_baseline"][metric])) if lines else None
+    curves = save("curves", draw_curves(lines, metric, first["majority_baseline"][metric])) if lines else None
     for content in evaluations:
-        drawn = {kind: draw(task, content) for kind, draw in KINDS.items() if kind in content}
-        content["pictures"] = {kind: picture(f"{kind}-{content['split']}", figure) for kind, figure in drawn.items()}
+        figures = {name: draw(task, content) for name, draw in PICTURES.items() if name in content}
+        content["pictures"] = {name: save(f"{name}-{content['split']}", figure) for name, figure in figures.items()}
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"score": format_score, "value": _value}
+    environment.filters |= {"score": format_score, "value": _format_value}
     template = environment.get_template("report_template.html")
     epochs = [line for line in lines if line["type"] == "eval"]
     page = template.render(
@@ -52,10 +54,10 @@ def write(folder, task, headline, evaluations, lines=(), tables=None):
     write_text(Path(folder) / "report.html", page)
 
 
-def mistakes_of(task, rows, logits, wrong, losses):
-    """Return the worst mistakes as the page shows them; `wrong`: their numbers, worst first."""
-    wrong, losses = wrong[:MOST_MISTAKES], losses[:MOST_MISTAKES]
-    found = zip(rows.select(wrong), prediction_rows(task, logits[wrong]), wrong, losses, strict=True)
+def mistake_rows(task, rows, logits, numbers, losses):
+    """Return the worst mistakes as dicts for the page. numbers, losses: of analysis.worst_mistakes."""
+    numbers, losses = numbers[:MOST_MISTAKES], losses[:MOST_MISTAKES]
+    mistakes = zip(rows.select(numbers), prediction_rows(task, logits[numbers]), numbers, losses, strict=True)
     return [
         {
             "example": int(number),
@@ -65,21 +67,22 @@ def mistakes_of(task, rows, logits, wrong, losses):
             "probability": None if task.is_regression else prediction[1],
             "loss": float(loss),
         }
-        for row, prediction, number, loss in found
+        for row, prediction, number, loss in mistakes
     ]
 
 
-def _value(value):
-    """Return a setting as words."""
+def _format_value(value):
     if isinstance(value, (dict, list)):
         return json.dumps(value, ensure_ascii=False)
     return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-INK = "#1a1b1c"  # of text and axes; in the page it becomes the colour of the text around
-BLUE, ORANGE = "#3b7dd8", "#e07b39"  # told apart by all, on white and on black
+# ------------------------------------------------------------------------------------------------------- its pictures
+
+INK = "#1a1b1c"  # of text and axes; on the page it becomes the colour of the surrounding text
+BLUE, ORANGE = "#3b7dd8", "#e07b39"  # distinguishable with any colour vision, on white and on black
 FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "SimHei", "PingFang SC"]
-MOST_NAMES, MOST_NUMBERS = 40, 20  # of classes, beside and in a confusion matrix
+MOST_NAMES, MOST_NUMBERS = 40, 20  # classes, for names beside and counts inside a confusion matrix
 
 
 @contextmanager
@@ -87,7 +90,7 @@ def _style():
     import matplotlib
     from matplotlib import font_manager
 
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of fonts that are not there
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # else it reports missing fonts
     names = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
     settings = dict.fromkeys(names, INK) | {
         "font.family": ["sans-serif"],
@@ -96,38 +99,36 @@ def _style():
         "axes.spines.top": False,
         "axes.spines.right": False,
         "svg.fonttype": "none",
-        "svg.hashsalt": "report",  # the same names inside each time
+        "svg.hashsalt": "report",  # the same ids inside the SVG each time
     }
     with matplotlib.rc_context(settings), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # in the page, the browser has fonts enough
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser that shows the page has fonts enough
         yield
 
 
-def _figure(width, height, columns=1):
+def _new_figure(width, height, columns=1):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
-def draw_curves(lines, metric, of_majority):
-    """Draw losses and the first metric over the epochs; lines: of metrics.jsonl; of_majority: the baseline, or None."""
+def draw_curves(lines, metric, majority):
+    """Draw losses and the first metric over the epochs. lines: of metrics.jsonl; majority: the baseline, or None."""
     with _style():
-        figure, (left, right) = _figure(8, 3, 2)
-        trained = [line for line in lines if line["type"] == "train"]
-        evaluated = [line for line in lines if line["type"] == "eval"]
-        left.plot(
-            [line["epoch"] for line in trained], [line["loss"] for line in trained], color=BLUE, lw=1, label="train"
-        )
-        for number, split in enumerate(dict.fromkeys(line["split"] for line in evaluated)):
-            of_split = [line for line in evaluated if line["split"] == split]
-            epochs, style = [line["epoch"] for line in of_split], ("-", "--", ":")[number % 3]
-            name = "a part of train" if split == "train" else split
-            left.plot(epochs, [line["loss"] for line in of_split], style, marker="o", ms=4, color=ORANGE, label=name)
-            scores = [np.nan if line["scores"][metric] is None else line["scores"][metric] for line in of_split]
+        figure, (left, right) = _new_figure(8, 3, 2)
+        steps = [line for line in lines if line["type"] == "train"]
+        evaluations = [line for line in lines if line["type"] == "eval"]
+        left.plot([line["epoch"] for line in steps], [line["loss"] for line in steps], color=BLUE, lw=1, label="train")
+        for number, split in enumerate(dict.fromkeys(line["split"] for line in evaluations)):
+            split_lines = [line for line in evaluations if line["split"] == split]
+            epochs, style = [line["epoch"] for line in split_lines], ("-", "--", ":")[number % 3]
+            name = "sample of train" if split == "train" else split
+            left.plot(epochs, [line["loss"] for line in split_lines], style, marker="o", ms=4, color=ORANGE, label=name)
+            scores = [np.nan if line["scores"][metric] is None else line["scores"][metric] for line in split_lines]
             right.plot(epochs, scores, style, marker="o", ms=4, color=ORANGE, label=name)
-        if of_majority is not None:
-            right.axhline(of_majority, color=INK, lw=0.8, ls=":", label="majority")
+        if majority is not None:
+            right.axhline(majority, color=INK, lw=0.8, ls=":", label="majority")
         left.set(title="loss", xlabel="epoch", ylim=(0, None))
         right.set(title=metric, xlabel="epoch")
         for axes in (left, right):
@@ -136,13 +137,13 @@ def draw_curves(lines, metric, of_majority):
 
 
 def draw_confusion(matrix, names):
-    """Draw how often each label is predicted as each; shares of the label's row, with the counts where they fit."""
+    """Draw how often each label is predicted as each: fractions of the label's row, with the counts where they fit."""
     with _style():
         counts, size = np.array(matrix), len(names)
-        shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        fractions = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
         side = min(2.2 + 0.45 * min(size, MOST_NAMES), 11)
-        figure, (axes,) = _figure(side + 1, side)
-        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        figure, (axes,) = _new_figure(side + 1, side)
+        axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
         axes.set(xlabel="predicted", ylabel="label")
         axes.spines[:].set_visible(False)
         if size <= MOST_NAMES:
@@ -150,38 +151,38 @@ def draw_confusion(matrix, names):
             axes.set_xticks(range(size), short, rotation=45 if size > 3 else 0, ha="right" if size > 3 else "center")
             axes.set_yticks(range(size), short)
         if size <= MOST_NUMBERS:
-            for (row, column), share in np.ndenumerate(shares):
-                colour = "#ffffff" if share > 0.5 else "#111111"  # the cell's own colour is under it
+            for (row, column), fraction in np.ndenumerate(fractions):
+                colour = "#ffffff" if fraction > 0.5 else "#111111"  # not the page's: the cell is the background
                 axes.text(column, row, counts[row, column], ha="center", va="center", color=colour)
         return figure
 
 
-def draw_reliability(calibration):
-    """Draw how often a model is right against how sure it is; a dot's area is its number of examples."""
+def draw_calibration(calibration):
+    """Draw accuracy against confidence (a reliability diagram); the area of a dot is its number of examples."""
     with _style():
-        figure, (axes,) = _figure(3.6, 3.4)
+        figure, (axes,) = _new_figure(3.6, 3.4)
         bins = calibration["bins"]
-        number = np.array([of_bin["examples"] for of_bin in bins])
+        examples, confidence, accuracy, low = (
+            np.array([row[name] for row in bins]) for name in ("examples", "confidence", "accuracy", "low")
+        )
         axes.plot([0, 1], [0, 1], color=INK, lw=0.8, ls=":")
-        x, y = ([of_bin[name] for of_bin in bins] for name in ("confidence", "accuracy"))
-        axes.plot(x, y, color=BLUE, lw=1)
-        axes.scatter(x, y, s=10 + 190 * number / number.max(), color=BLUE, alpha=0.8)
-        lowest = min(0.5, *(of_bin["low"] for of_bin in bins))
-        axes.set(xlabel="how sure", ylabel="how often right", xlim=(lowest, 1.02), ylim=(-0.02, 1.04))
+        axes.plot(confidence, accuracy, color=BLUE, lw=1)
+        axes.scatter(confidence, accuracy, s=10 + 190 * examples / examples.max(), color=BLUE, alpha=0.8)
+        axes.set(xlabel="confidence", ylabel="accuracy", xlim=(min(0.5, low.min()), 1.02), ylim=(-0.02, 1.04))
         return figure
 
 
 def draw_batches(scores, total):
-    """Draw Matthews' correlation of each 32 examples as bars, and that of all as a line."""
+    """Draw Matthews' correlation of every 32 examples as bars, and that of all examples as a line."""
     with _style():
-        figure, (axes,) = _figure(8, 2.6)
+        figure, (axes,) = _new_figure(8, 2.6)
         heights = [np.nan if score is None else score for score in scores]
         axes.bar(range(1, len(heights) + 1), heights, color=BLUE)
         axes.xaxis.get_major_locator().set_params(integer=True)
         if total is not None:
             axes.axhline(total, color=ORANGE, lw=1.2, label=f"all examples: {total:.3f}")
             axes.legend(frameon=False)
-        axes.set(xlabel="32 examples each", ylabel="matthews_correlation")
+        axes.set(xlabel="batches of 32 examples", ylabel="matthews_correlation")
         return figure
 
 
@@ -190,7 +191,7 @@ def save_png(figure, path):
         figure.savefig(path, format="png", dpi=150, facecolor="white")
 
 
-def as_svg(figure):
+def to_svg(figure):
     """Return a figure as an SVG element that takes its colours from the page."""
     stream = io.StringIO()
     with _style():

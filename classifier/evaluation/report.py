@@ -1,23 +1,24 @@
-"""What is told of a run: what its data are like, what it will take, what it came to; results.json."""
+"""What a run came to: results.json, its summary in the log, the report page and the model card."""
 
 import json
 import platform
 from importlib.metadata import version
 
 import torch
-import yaml
 
 from classifier.data.cache import column_array
 from classifier.evaluation import analysis, metrics
 from classifier.messages import RunFailed, format_duration, format_score, format_scores, in_red, log
 
+# ------------------------------------------------------------------------------------------------------ results.json
 
-def collect_results(args, task, facts, progress, evaluations, data, accelerator):
-    """Return the content of results.json; evaluations: of the best model, by split."""
+
+def collect_results(args, task, model_facts, progress, evaluations, data_facts, accelerator):
+    """Return the content of results.json. evaluations: {split: result of common.score_logits} of the best model."""
     return {
         "task": task.name,
-        "model": facts["model"],
-        "model_commit": facts["commit"],
+        "model": model_facts["model"],
+        "model_commit": model_facts["commit"],
         "seed": args.seed,
         **progress.totals(),
         "best_step": progress.state.best["step"],
@@ -27,154 +28,22 @@ def collect_results(args, task, facts, progress, evaluations, data, accelerator)
             for name, evaluation in evaluations.items()
         },
         "majority_baseline": {name: evaluation["majority"] for name, evaluation in evaluations.items()},
-        "data": data,
+        "data": data_facts,
         "settings": vars(args),
         **environment(accelerator),
     }
 
 
-def format_results(results):
-    """Return the scores of a finished run as lines: each split's, the majority's, and 95 % intervals."""
-    lines = [
-        f"{results['steps']} steps in {format_duration(results['train_seconds'])}, "
-        f"{results['train_examples_per_second']:.0f} examples/s; best at step {results['best_step']}"
-    ]
-    for split, scores in results["scores"].items():
-        lines.append(
-            f"{split}: {format_scores(scores)} (majority: {format_scores(results['majority_baseline'][split])})"
-        )
-        lines.append(
-            f"{split}, 95 % intervals: {metrics.format_intervals(results.get('intervals', {}).get(split, {}))}"
-        )
-    return "\n".join(lines)
-
-
-def epoch_table(lines):
-    """Return the evaluations in metrics.jsonl as lines of a table: losses, scores, and the time that each took."""
-    rows, before = [], 0.0
-    lines = [line for line in lines if line["type"] == "eval"]
-    names = list(lines[0]["scores"]) if lines else []
-    for line in lines:
-        # All splits of one evaluation come together; the time goes with the first of them.
-        seconds, before = line["seconds"] - before, line["seconds"]
-        numbers = [line["train_loss"], line["loss"], *(line["scores"][name] for name in names)]
-        rows.append([f"{line['epoch']:.2f}", line["split"], *map(format_score, numbers), format_duration(seconds)])
-    rows = [["epoch", "split", "train loss", "loss", *names, "h:mm:ss"], *rows]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(word.rjust(width) for word, width in zip(row, widths, strict=True)) for row in rows)
-
-
-def overfitting_warning(lines):
-    """Return a hint where the validation loss has risen since its lowest while the training loss fell, else None."""
-    lines = [line for line in lines if line["type"] == "eval" and line["split"] != "train"]
-    lines = [line for line in lines if line["split"] == lines[0]["split"]]
-    lowest, last = min(lines, key=lambda line: line["loss"], default=None), lines[-1] if lines else None
-    if not lines or last["loss"] <= 1.05 * lowest["loss"] or last["train_loss"] >= lowest["train_loss"]:
-        return None
-    return (
-        f"{lowest['split']} loss rose from {lowest['loss']:.4f} (epoch {lowest['epoch']:.2f}) to {last['loss']:.4f} "
-        "while that of train fell: the model learns its examples by heart. What usually helps: fewer --epochs, "
-        "--early_stopping_patience 2, a lower --learning_rate, --weight_decay 0.1, more data."
-    )
-
-
-def log_results(folder, task, results, evaluations, progress):
-    """Log what a run has come to: first what is wrong with it, then the table of its epochs, and its scores."""
-    if progress.state.step < progress.total_steps:
-        since = progress.state.evaluations_since_best
-        log.info(f"no better {task.metrics[0]} in {since} evaluations: stopped early")
-    for name, evaluation in evaluations.items():
-        if warning := collapse_warning(task, name, evaluation):
-            log.warning(in_red(f"WARNING: {warning}"))
-    lines = read_metric_lines(folder)
-    if hint := overfitting_warning(lines):
-        log.warning(f"WARNING: {hint}")
-    log.info(
-        f"{epoch_table(lines)}\n{format_results(results)}\nmodel: {folder / 'model'}, report: {folder / 'report.html'}"
-    )
-
-
-def read_metric_lines(folder):
-    """Return the lines of a run's metrics.jsonl; none where there is no such file."""
-    file = folder / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
-
-
-def write_page(folder, task, results, evaluations, splits, examples):
-    """Write report.html and plots/ of a run. Raises RunFailed where that does not work."""
-    from classifier.evaluation import page
-
-    contents = []
-    for split in [name for name in evaluations if name != "train"]:
-        evaluation = evaluations[split]
-        contents.append(
-            {
-                "split": split,
-                "examples": len(evaluation["labels"]),
-                "scores": evaluation["scores"],
-                "majority_baseline": evaluation["majority"],
-                "intervals": results["intervals"][split],
-                "warning": collapse_warning(task, split, evaluation),
-                **analysis.analyse(task, evaluation, column_array(examples[split], "length"), {}),
-                "mistakes": page.mistakes_of(task, splits[split], evaluation["logits"], *analysis.worst_mistakes(evaluation)),
-            }
-        )
-    lines = read_metric_lines(folder)
-    headline = {
-        "title": task.name,
-        "model": format_origin(results),
-        "text": f"{results['steps']} steps in {format_duration(results['train_seconds'])}, "
-        f"{results['train_examples_per_second']:.0f} examples/s; the best at step {results['best_step']}",
-        "hint": overfitting_warning(lines),
-    }
-    tables = {
-        "Settings": results["settings"],
-        "Data": {**results["data"], "source": task.source, "licence": task.licence},
-        "Environment": {name: results[name] for name in ("num_processes", "mixed_precision", "versions", "hardware")},
-    }
-    try:
-        page.write(folder, task, headline, contents, lines, tables)
-    except OSError as error:
-        words = f"{folder}/report.html could not be written: {error}\nMend this; then the same command."
-        raise RunFailed(words) from error
-
-
-def log_finished(folder, results, final_test):
-    """Log the scores of a run that is finished."""
-    log.info(f"{folder}: already complete (--overwrite trains again)\n{format_results(results)}")
-    if final_test and not any(name.startswith("test") for name in results["scores"]):
-        log.info(f"its test split was not scored: evaluate.py --model {folder} --split test")
-
-
-def collapse_warning(task, split, evaluation):
-    """Return None, or in words that a model has learnt nothing: one prediction for all, no better than the majority."""
-    metric, constant = task.metrics[0], evaluation["constant"]
-    score, limit = evaluation["scores"][metric], evaluation["majority"][metric]
-    if constant is not None:
-        what = f"ON {split.upper()} THE MODEL PREDICTS THE SAME FOR EVERY EXAMPLE"
-        if not task.is_multi_label:
-            what += f": {constant if task.is_regression else task.labels[constant]!r}"
-    elif limit is not None and not metrics.is_better(metric, score, limit):
-        words = f"{metric} {format_score(score)} to {format_score(limit)}"
-        what = f"ON {split.upper()} THE MODEL IS NO BETTER THAN THE MAJORITY CLASS ({words})"
-    else:
-        return None
-    return (
-        f"{what}.\nIt has learnt nothing of use. What usually helps: a lower --learning_rate, "
-        "--warmup_ratio 0.1, more --epochs, another --seed, --class_weights balanced; or the labels are wrong."
-    )
-
-
 def environment(accelerator):
-    """Return the versions of Python and of the libraries that numbers depend on, and what they were computed on.
+    """Return the versions that numbers depend on, and the hardware and precision in use.
 
-    As observed: `products` is the type of a product under autocast.
+    `products` is observed, not configured: the dtype of a matrix product under autocast.
     """
     names = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
     device = accelerator.device
-    one = torch.ones(1, 1, device=device)
+    matrix = torch.ones(1, 1, device=device)
     with accelerator.autocast():
-        products = (one @ one).dtype
+        products = (matrix @ matrix).dtype
     return {
         "num_processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
@@ -189,19 +58,162 @@ def environment(accelerator):
     }
 
 
+# ----------------------------------------------------------------------------------------------------------- the log
+
+
+def log_results(folder, task, results, evaluations, progress):
+    """Log the outcome of a run: first what is wrong with it, then the table of its epochs and its scores."""
+    if progress.state.step < progress.total_steps:
+        number = progress.state.evaluations_since_best
+        log.info(f"no better {task.metrics[0]} in {number} evaluations: stopped early")
+    for name, evaluation in evaluations.items():
+        if warning := collapse_warning(task, name, evaluation):
+            log.warning(in_red(f"WARNING: {warning}"))
+    lines = read_metric_lines(folder)
+    if hint := overfitting_warning(lines):
+        log.warning(f"WARNING: {hint}")
+    log.info(
+        f"{epoch_table(lines)}\n{format_results(results)}\nmodel: {folder / 'model'}, report: {folder / 'report.html'}"
+    )
+
+
+def log_finished(folder, results, final_test):
+    """Log the scores of a run that had finished before."""
+    log.info(f"{folder}: already complete (--overwrite trains again)\n{format_results(results)}")
+    if final_test and not any(name.startswith("test") for name in results["scores"]):
+        log.info(f"the test split was not scored. To score it: evaluate.py --model {folder} --split test")
+
+
+def format_results(results):
+    """Return the scores of a finished run as lines: each split's, the majority's, and 95 % intervals."""
+    lines = [f"{_format_speed(results)}; best at step {results['best_step']}"]
+    for split, scores in results["scores"].items():
+        majority = format_scores(results["majority_baseline"][split])
+        intervals = metrics.format_intervals(results.get("intervals", {}).get(split, {}))
+        lines += [f"{split}: {format_scores(scores)} (majority: {majority})", f"{split}, 95 % intervals: {intervals}"]
+    return "\n".join(lines)
+
+
+def _format_speed(results):
+    seconds, rate = results["train_seconds"], results["train_examples_per_second"]
+    return f"{results['steps']} steps in {format_duration(seconds)}, {rate:.0f} examples/s"
+
+
+def read_metric_lines(folder):
+    """Return the lines of a run's metrics.jsonl; none if there is no such file."""
+    file = folder / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+
+
+def epoch_table(lines):
+    """Return the evaluations in metrics.jsonl as lines of a table: losses, scores, and the time each epoch took."""
+    rows, previous = [], 0.0
+    lines = [line for line in lines if line["type"] == "eval"]
+    names = list(lines[0]["scores"]) if lines else []
+    for line in lines:
+        # All splits of one evaluation come together: the first of them gets the time.
+        seconds, previous = line["seconds"] - previous, line["seconds"]
+        numbers = [line["train_loss"], line["loss"], *(line["scores"][name] for name in names)]
+        rows.append([f"{line['epoch']:.2f}", line["split"], *map(format_score, numbers), format_duration(seconds)])
+    rows = [["epoch", "split", "train loss", "loss", *names, "h:mm:ss"], *rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def overfitting_warning(lines):
+    """Return a hint if the validation loss has risen since its lowest while the training loss fell, else None."""
+    lines = [line for line in lines if line["type"] == "eval" and line["split"] != "train"]
+    lines = [line for line in lines if line["split"] == lines[0]["split"]]
+    lowest, last = min(lines, key=lambda line: line["loss"], default=None), lines[-1] if lines else None
+    if not lines or last["loss"] <= 1.05 * lowest["loss"] or last["train_loss"] >= lowest["train_loss"]:
+        return None
+    return (
+        f"{lowest['split']} loss rose from {lowest['loss']:.4f} (epoch {lowest['epoch']:.2f}) to {last['loss']:.4f} "
+        "while the train loss fell: the model is overfitting. What usually helps: fewer --epochs, "
+        "--early_stopping_patience 2, a lower --learning_rate, --weight_decay 0.1, more data."
+    )
+
+
+def collapse_warning(task, split, evaluation):
+    """Return a warning if the model predicts the same for all examples or does not beat the majority, else None."""
+    metric, constant = task.metrics[0], evaluation["constant"]
+    score, majority = evaluation["scores"][metric], evaluation["majority"][metric]
+    if constant is not None:
+        symptom = f"ON {split.upper()} THE MODEL PREDICTS THE SAME FOR EVERY EXAMPLE"
+        if not task.is_multi_label:
+            symptom += f": {constant if task.is_regression else task.labels[constant]!r}"
+    elif majority is not None and not metrics.is_better(metric, score, majority):
+        scores = f"{metric} {format_score(score)} to {format_score(majority)}"
+        symptom = f"ON {split.upper()} THE MODEL IS NO BETTER THAN THE MAJORITY CLASS ({scores})"
+    else:
+        return None
+    return (
+        f"{symptom}.\nIt has learned nothing useful. What usually helps: a lower --learning_rate, --warmup_ratio 0.1, "
+        "more --epochs, another --seed, --class_weights balanced. Or the labels are wrong."
+    )
+
+
+# --------------------------------------------------------------------------------------------------- the report page
+
+
+def write_report(folder, task, results, evaluations, splits, examples):
+    """Write report.html and plots/ of a run. Raises RunFailed if they cannot be written."""
+    from classifier.evaluation import page
+
+    contents = []
+    for split in [name for name in evaluations if name != "train"]:
+        evaluation = evaluations[split]
+        numbers, losses = analysis.worst_mistakes(evaluation)
+        contents.append(
+            {
+                "split": split,
+                "examples": len(evaluation["labels"]),
+                "scores": evaluation["scores"],
+                "majority_baseline": evaluation["majority"],
+                "intervals": results["intervals"][split],
+                "warning": collapse_warning(task, split, evaluation),
+                **analysis.analyse(task, evaluation, column_array(examples[split], "length"), {}),
+                "mistakes": page.mistake_rows(task, splits[split], evaluation["logits"], numbers, losses),
+            }
+        )
+    lines = read_metric_lines(folder)
+    headline = {
+        "title": task.name,
+        "model": format_origin(results),
+        "text": f"{_format_speed(results)}; best checkpoint at step {results['best_step']}",
+        "hint": overfitting_warning(lines),
+    }
+    tables = {
+        "Settings": results["settings"],
+        "Data": {**results["data"], "source": task.source, "licence": task.licence},
+        "Environment": {name: results[name] for name in ("num_processes", "mixed_precision", "versions", "hardware")},
+    }
+    try:
+        page.write_page(folder, task, headline, contents, lines, tables)
+    except OSError as error:
+        reason = f"{folder}/report.html could not be written: {error}"
+        raise RunFailed(f"{reason}\nFix this, then run the same command again.") from error
+
+
+def format_origin(results):
+    """Return what a run started from, as text."""
+    if not isinstance(results["model"], str):
+        return "trained from scratch"
+    commit = f" at commit {results['model_commit']}" if results["model_commit"] else ""
+    return f"fine-tuned from {results['model']}{commit}"
+
+
+# ---------------------------------------------------------------------------------------------------- the model card
+
 RECIPE = ("epochs", "batch_size", "learning_rate", "scheduler", "weight_decay", "freeze", "class_weights")
 
 
 def model_card(task, results):
     """Return the README.md of a model folder. results: the content of results.json."""
-    about = {"library_name": "transformers", "pipeline_tag": "text-classification", "metrics": task.metrics}
-    if isinstance(results["model"], str):
-        about["base_model"] = results["model"]
-    if task.dataset:
-        about["datasets"] = [task.dataset["path"]]
     settings = [f"{name} {results['settings'][name]}" for name in RECIPE]
     return f"""---
-{yaml.safe_dump(about)}---
+{_card_metadata(task, results)}
+---
 
 # {task.name}
 
@@ -233,12 +245,33 @@ print(classify({'"..."' if len(task.text) == 1 else '{"text": "...", "text_pair"
 """
 
 
-def format_origin(results):
-    """Return in words what a run started from."""
-    if not isinstance(results["model"], str):
-        return "trained from new weights"
-    commit = f" at commit {results['model_commit']}" if results["model_commit"] else ""
-    return f"fine-tuned from {results['model']}{commit}"
+def _card_metadata(task, results):
+    """Return the YAML head of a model card, from which the Hub takes its filters and the scores that it shows."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    eval_results = [
+        EvalResult(
+            task_type="text-classification",
+            dataset_type=task.dataset["path"],
+            dataset_name=task.name,
+            dataset_config=task.dataset.get("name"),
+            dataset_split=split,
+            metric_type=metric,
+            metric_value=score,
+        )
+        for split, scores in results["scores"].items()
+        for metric, score in scores.items()
+        if task.dataset and score is not None
+    ]
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-classification",
+        metrics=task.metrics,
+        base_model=results["model"] if isinstance(results["model"], str) else None,
+        datasets=[task.dataset["path"]] if task.dataset else None,
+        model_name=task.name if eval_results else None,
+        eval_results=eval_results or None,
+    ).to_yaml()
 
 
 def _format_output(task):
@@ -258,25 +291,29 @@ def _format_score_rows(results):
 
 
 def _format_limits(task, data):
-    """Return what the facts of the data say that the model cannot be trusted with, as a list in Markdown."""
+    """Return what the model cannot be trusted with, by the facts of its training data, as a list in Markdown."""
     train, lines = data["train"], []
     if task.is_regression:
-        lines.append("It answers any text with a number, one of another kind too.")
+        lines.append("It predicts a number for any text, also for texts unlike its training data.")
     else:
-        labels = ", ".join(f"{label} {number:,}" for label, number in train["labels"].items())
-        lines.append(f"It answers any text with these labels, one of another kind too. It has seen of each: {labels}.")
-    tokens, number = train["tokens"], len(task.text)
-    words = "pairs" if number == 2 else "texts"
+        counts = ", ".join(f"{label} {number:,}" for label, number in train["labels"].items())
+        lines.append(
+            "It chooses among these labels for any text, also for texts unlike its training data. "
+            f"Training examples per label: {counts}."
+        )
+    tokens, kind = train["tokens"], "pairs" if len(task.text) == 2 else "texts"
     lines.append(
-        f"It learnt from {train['rows']:,} {words} of {tokens['median']:.0f} tokens (median), 95 % of them up to "
-        f"{tokens['p95']:.0f}: of longer ones it knows little. What lies beyond {task.max_length} tokens is not read."
+        f"It was trained on {train['rows']:,} {kind} with a median of {tokens['median']:.0f} tokens; 95 % have at most "
+        f"{tokens['p95']:.0f}. Expect less of it on longer ones. It reads at most {task.max_length} tokens."
     )
     if train["unknown"] >= 0.001:
-        lines.append(f"Its vocabulary does not hold {train['unknown']:.1%} of the tokens it learnt from.")
+        lines.append(f"{train['unknown']:.1%} of its training tokens are not in its vocabulary.")
     if task.is_multi_label:
-        cuts = ", ".join(f"{label} {cut:.2f}" for label, cut in zip(task.labels, task.thresholds, strict=True))
-        lines.append(f"A label applies from its own probability on, which transformers does not know: {cuts}.")
-    lines.append("The scores hold for texts like those of the splits above, and the intervals say how far.")
+        thresholds = ", ".join(
+            f"{label} {value:.2f}" for label, value in zip(task.labels, task.thresholds, strict=True)
+        )
+        lines.append(f"Each label has its own decision threshold, which transformers' pipeline ignores: {thresholds}.")
+    lines.append("The scores apply to texts like those of the splits above; the intervals show how precise they are.")
     return "\n".join(f"- {line}" for line in lines)
 
 

@@ -1,4 +1,4 @@
-"""analysis.py against scikit-learn and hand-computed values; predictions matched by text; what two scores allow to say."""
+"""analysis.py against scikit-learn and hand-computed values; predictions by text; what two scores allow to say."""
 
 import csv
 

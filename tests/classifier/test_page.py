@@ -38,10 +38,10 @@ def write_page(folder, texts, labels, task, seed=0, lines=(), **more):
         "intervals": metrics.intervals(task.metrics, result["predictions"], labels),
         "majority_baseline": result["majority"],
         **analysis.analyse(task, result, lengths, {}),
-        "mistakes": page.mistakes_of(task, rows, logits, *analysis.mistakes(result)),
+        "mistakes": page.mistake_rows(task, rows, logits, *analysis.worst_mistakes(result)),
         **more,
     }
-    page.write(folder, task, {"title": task.name, "model": "a model", "text": ""}, [content], lines)
+    page.write_page(folder, task, {"title": task.name, "model": "a model", "text": ""}, [content], lines)
     return (folder / "report.html").read_text(encoding="utf-8"), content
 
 
@@ -68,11 +68,11 @@ def test_pictures_and_numbers(tmp_path):
     lines.append({"type": "eval", "split": "validation", **numbers})
     html, content = write_page(tmp_path, ["a text"] * 40, [0, 1] * 20, TWO, lines=lines)
     names = {path.name for path in (tmp_path / "plots").iterdir()}
-    assert names == {f"{name}.png" for name in ("curves", *(f"{kind}-validation" for kind in page.KINDS))}
+    assert names == {f"{name}.png" for name in ("curves", *(f"{kind}-validation" for kind in page.PICTURES))}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / "plots").iterdir())
     assert html.count("<svg") == 4
     low, high = content["intervals"]["accuracy"]
-    assert f"95 %: {low:.4f} to {high:.4f}" in html and f"<b>{content['scores']['accuracy']:.4f}</b>" in html
+    assert f"95 % interval: {low:.4f} to {high:.4f}" in html and f"<b>{content['scores']['accuracy']:.4f}</b>" in html
 
 
 def test_all_kinds_of_tasks_have_a_page(tmp_path):

@@ -2,15 +2,19 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from conftest import TORCHRUN_2, lines_of, run_script
+from datasets import Dataset
 
+from classifier.model import inference
+from classifier.training import batching
 from classifier.training.checkpoint import State
-from classifier.training.progress import Progress
+from classifier.training.progress import Progress, log_dry_run
 
 
 def take_steps(progress, first, last, losses, norm=0.5, ids=(3, 1, 2, 0)):
@@ -206,3 +210,87 @@ def test_trackers_hear_of_one_run_of_two_processes(review_task):
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [
         (step, pytest.approx(loss)) for step, loss in zip((2, 4), losses, strict=True)
     ]
+
+
+# ---------------------------------------------------------------------------------------------------------- a dry run
+
+
+def dry_run_table(
+    monkeypatch, log_lines, tmp_path, differences, device="npu", lengths=(10,) * 100, is_packed=True, **changes
+):
+    """The table that a dry run of 100 steps of 4 logs, on a device whose numbers differ so much from a CPU's."""
+    args = {
+        "batch_size": 4,
+        "micro_batch_size": None,
+        "eval_every": "epoch",
+        "eval_train_rows": None,
+        "keep_checkpoints": 2,
+        "freeze": "none",
+    }
+    args = SimpleNamespace(output_dir="runs/two", **{**args, **changes})
+    monkeypatch.setattr(inference, "compare_with_cpu", lambda *arguments: differences)
+    monkeypatch.setattr(inference, "peak_memory", lambda device: 3 * 2**29)
+    state = State(evaluation_seconds=7.0, micro_batch_size=4)
+    progress = SimpleNamespace(lines=tmp_path / "metrics.jsonl", steps_per_epoch=25, state=state)
+    # 100 positions a second, once the slow first steps are over.
+    progress.intervals = [(9.0, 10), (3.0, 10), (0.1, 10), (0.3, 30)]
+    (tmp_path / "checkpoints" / "step-00000004").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-00000004" / "model.safetensors").write_bytes(b"0" * 4_600_000)
+    examples = {
+        "train": Dataset.from_dict({"length": list(lengths)}),
+        "validation": Dataset.from_dict({"length": [6] * 50}),
+    }
+    accelerator = SimpleNamespace(
+        device=SimpleNamespace(type=device),
+        num_processes=2,
+        is_main_process=True,
+        mixed_precision="bf16",
+        autocast=lambda: None,
+    )
+    monkeypatch.setattr(batching, "step_loader", lambda *arguments: [[{"inputs": {}, "labels": None}]])
+    plan = batching.make_plan(100, 4, seed=1, steps=100)
+    model = torch.nn.Linear(1000, 1000, bias=False)
+    packer = SimpleNamespace(is_packed=is_packed)
+    log_dry_run(args, accelerator, model, packer, plan, examples, progress)
+    return dict(line.split(maxsplit=1) for line in log_lines[-1].splitlines())
+
+
+def test_a_dry_run_counts_what_is_to_come(monkeypatch, log_lines, tmp_path):
+    table = dry_run_table(monkeypatch, log_lines, tmp_path, [1e-3, 2e-3])
+    assert list(table) == ["steps", "batch", "memory", "time", "files", "check"]
+    assert table["steps"] == "100 of 4, 25 an epoch; 4 evaluations"
+    assert table["batch"] == "4 = 2 process(es) x 2, 2 at a time"
+    assert table["memory"].startswith("1.50 GiB in each process")
+    # 100 steps of 4 x 10 positions; 4 evaluations of 300 tokens at a third of the price, and 7 seconds that were seen.
+    assert table["time"].startswith("0:00:51 (0:00:40 training, 0:00:11 evaluating)")
+    # A million weights of 4 bytes; two checkpoints, the best, and one that is being written.
+    assert table["files"] == "runs/two/: model/ 4 MB, and until then up to 4 checkpoints of 5 MB"
+    assert table["check"] == "largest difference from fp32 on the CPU: logits 1.0e-03, gradients 2.0e-03"
+    assert len(log_lines) == 1
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_padding_costs_time(monkeypatch, log_lines, tmp_path, is_packed):
+    """Of four examples, longest first, the third is padded to the first's length, the fourth to the second's."""
+    lengths = np.array([10, 30] * 50)
+    table = dry_run_table(monkeypatch, log_lines, tmp_path, [0, 0], lengths=lengths, is_packed=is_packed)
+    padded = sum(2 * sum(sorted(lengths[batch])[2:]) for batch in batching.make_plan(100, 4, seed=1, steps=100))
+    seconds = round((100 * 4 * 20 if is_packed else padded) / 100)  # 100 positions a second
+    assert (seconds == 80) == is_packed
+    assert f"(0:01:{seconds - 60:02} training" in table["time"]
+
+
+def test_rows_of_train_that_are_scored_cost_time(monkeypatch, log_lines, tmp_path):
+    table = dry_run_table(monkeypatch, log_lines, tmp_path, [0, 0], eval_every="10", eval_train_rows=900)
+    assert table["steps"].endswith("; 10 evaluations")
+    assert table["time"].startswith("0:01:30 (0:00:40 training, 0:00:50 evaluating)")  # 10 x (300 + 1000) / 300 + 7
+
+
+@pytest.mark.parametrize("differences", [[0.5, 1e-3], [1e-3, 0.5], [float("nan"), 0.0], [0.0, float("nan")]])
+def test_a_device_that_computes_other_numbers_is_warned_of(monkeypatch, log_lines, tmp_path, differences):
+    dry_run_table(monkeypatch, log_lines, tmp_path, differences)
+    assert log_lines[0].startswith("WARNING: NPU COMPUTES OTHER NUMBERS THAN THE CPU: largest difference")
+
+
+def test_a_cpu_is_not_compared_with_itself(monkeypatch, log_lines, tmp_path):
+    assert "check" not in dry_run_table(monkeypatch, log_lines, tmp_path, [1.0, 1.0], device="cpu")
