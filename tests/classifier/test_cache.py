@@ -1,20 +1,18 @@
-"""cache.py: tables that are complete or absent, digests, arrays of columns, and files from a web server of our own."""
+"""The cache: tables that are complete or absent, columns as arrays, files from a web server of our own, and the Hub."""
 
-import json
-import os
 import socket
 import threading
 from pathlib import Path
 
 import datasets
 import filelock
+import huggingface_hub
 import numpy as np
 import pyarrow
 import pytest
-from data_help import served, use_cache
+from data_help import COMMIT, LATER, served, use_cache
 
 from classifier.data import cache
-from classifier.files import digest, write_json, write_text
 from classifier.messages import BadInput
 
 SCHEMA = pyarrow.schema([("text", pyarrow.string()), ("row", pyarrow.int64())])
@@ -24,13 +22,6 @@ SCHEMA = pyarrow.schema([("text", pyarrow.string()), ("row", pyarrow.int64())])
 def empty_cache(tmp_path, monkeypatch):
     """A cache of its own for each test."""
     return use_cache(monkeypatch, tmp_path / "the cache")
-
-
-def test_a_digest_is_the_same_everywhere():
-    assert digest("rows", 1, ["a"], {"y": 1, "x": None}) == digest("rows", 1, ["a"], {"x": None, "y": 1})
-    # printf '["rows", 1]' | sha256sum
-    assert digest("rows", 1) == "36b914be43a193d5e4461abc7e0d693e"
-    assert digest("a") != digest(["a"])
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
@@ -172,58 +163,127 @@ def test_a_refresh_that_fails_keeps_the_file(tmp_path):
     assert Path(path).read_text() == "old"
 
 
-# ------------------------------------------------------------------------------------------- files complete or absent
+# ------------------------------------------------------------------------------------------------------------- the Hub
 
 
-def test_write_json(tmp_path):
-    write_json(tmp_path / "a.json", {"b": [1, None, 0.1], "a": "中"})
-    assert json.loads((tmp_path / "a.json").read_bytes()) == {"b": [1, None, 0.1], "a": "中"}
-    write_json(tmp_path / "a.json", 2)  # replaces
-    assert (tmp_path / "a.json").read_text() == "2\n"
-    assert os.listdir(tmp_path) == ["a.json"]
+def test_the_commit_is_asked_for_once(hub, empty_cache):
+    assert cache.hub_commit("org/model", "model") == COMMIT
+    (pin,) = empty_cache.iterdir()
+    assert pin.read_text() == COMMIT and pin.name == "models--org--model--main.commit"
+    hub.commit = LATER
+    assert cache.hub_commit("org/model", "model") == COMMIT
+    assert hub.asked == [("commit", "org/model", "model", None)]
+    assert cache.hub_commit("org/model", "model", refresh=True) == LATER
+    assert cache.hub_commit("org/model", "model") == LATER
+    assert len(hub.asked) == 2
+
+
+def test_a_commit_needs_no_asking(hub):
+    assert cache.hub_commit("org/model", "model", LATER, refresh=True) == LATER and hub.asked == []
+
+
+def test_each_repository_kind_and_revision_has_a_commit_of_its_own(hub):
+    questions = [("a/b", "model"), ("a/b", "dataset"), ("a/c", "model"), ("a/b", "model", "v1"), ("b", "model")]
+    questions.append(("a/b", "dataset", "refs/convert/parquet"))
+    expected = {}
+    for number, question in enumerate(questions):
+        hub.commit = expected[question] = str(number) * 40
+        assert cache.hub_commit(*question) == hub.commit
+    assert {question: cache.hub_commit(*question) for question in questions} == expected
+    assert len(hub.asked) == len(questions)
+
+
+def test_a_model_was_loaded_where_that_is_noted_and_its_files_are_still_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    snapshot = tmp_path / "hub" / "models--org--model" / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    assert not cache.was_loaded("org/model", COMMIT)  # a download may have broken off
+    cache.note_loaded("org/model", COMMIT)
+    assert cache.was_loaded("org/model", COMMIT)
+    assert not cache.was_loaded("org/model", LATER) and not cache.was_loaded("org/other", COMMIT)
+    snapshot.rmdir()
+    assert not cache.was_loaded("org/model", COMMIT)
+
+
+def fail_with(monkeypatch, error):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", fail)
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+
+
+def refusal(function, *arguments, **options):
+    with pytest.raises(BadInput) as caught:
+        function(*arguments, **options)
+    assert "\n" not in caught.value.reason and "\n" not in caught.value.advice
+    return caught.value
+
+
+HTTP_ERROR = huggingface_hub.errors.HTTPError  # of requests, httpx or httpx2, by version
+NETWORK_ERRORS = {
+    "offline": huggingface_hub.errors.OfflineModeIsEnabled("offline mode"),
+    "refused": HTTP_ERROR("[Errno 111]\nConnection refused"),
+    "timed out": TimeoutError("timed out"),
+}
+# What HfApi raises without a network: in offline mode, and from the HTTP library underneath.
+network_errors = pytest.mark.parametrize("error", NETWORK_ERRORS.values(), ids=NETWORK_ERRORS)
+
+
+@network_errors
+@pytest.mark.parametrize("call", [(cache.hub_commit, "org/name", "model"), (cache.download, "org/name", None, COMMIT)])
+def test_an_unreachable_hub(monkeypatch, error, call):
+    fail_with(monkeypatch, error)
+    refused = refusal(*call)
+    assert "cannot download org/name" in refused.reason and str(error).split("\n")[-1] in refused.reason
+    assert all(word in refused.advice for word in ("HF_ENDPOINT", "--task demo", "--train_file"))
+
+
+def test_offline_mode_as_it_is():
+    """Without a stand-in: the tests run with HF_HUB_OFFLINE=1."""
+    assert "HF_ENDPOINT" in refusal(cache.hub_commit, "org/model", "model").advice
+
+
+@network_errors
+@pytest.mark.parametrize(("kind", "revision", "reference"), [("model", None, "main"), ("dataset", "v1", "v1")])
+def test_what_another_tool_downloaded_serves_without_a_network(tmp_path, monkeypatch, kind, revision, reference, error):
+    fail_with(monkeypatch, error)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    file = tmp_path / "hub" / f"{kind}s--org--name" / "refs" / reference
+    file.parent.mkdir(parents=True)
+    file.write_text(LATER + "\n")
+    assert cache.hub_commit("org/name", kind, revision) == LATER
+    file.unlink()
+    assert cache.hub_commit("org/name", kind, revision) == LATER  # pinned
+
+
+@pytest.mark.parametrize("error", ["RepositoryNotFoundError", "GatedRepoError", "RevisionNotFoundError"])
+@pytest.mark.parametrize(("kind", "words"), [("model", "give a folder"), ("dataset", "give a file")])
+def test_a_repository_or_revision_that_is_not_there(monkeypatch, kind, words, error):
+    response = type("Response", (), {"headers": {}, "request": None, "status_code": 404})()
+    fail_with(monkeypatch, getattr(huggingface_hub.errors, error)("404", response=response))
+    refused = refusal(cache.hub_commit, "org/nmae", kind, "v9")
+    assert f'no {kind} "org/nmae" at v9' in refused.reason and words in refused.advice
+
+
+def test_a_mistyped_folder_is_no_repository():
+    """A path of several parts cannot be a repository: huggingface_hub says so before it asks."""
+    refused = refusal(cache.hub_commit, "runs/mprc/model", "model")
+    assert 'no model "runs/mprc/model"' in refused.reason and "give a folder" in refused.advice
 
 
 @pytest.mark.parametrize(
-    "content",
-    [{"score": float("nan")}, [np.inf], {"a": object()}, "a lone surrogate \ud800"],
-    ids=["nan", "infinity", "no JSON", "no UTF-8"],
+    ("error", "words"),
+    [
+        (datasets.exceptions.DatasetNotFoundError("Dataset 'some/data' doesn't exist"), "doesn't exist"),
+        (ValueError("BuilderConfig 'part' not found.\nAvailable: ['cola', 'mrpc']"), "Available: ['cola', 'mrpc']"),
+        (datasets.exceptions.DatasetGenerationError("a damaged file"), "a damaged file"),
+        (FileNotFoundError("no data files"), "no data files"),
+    ],
+    ids=["no such data", "no such part", "damaged", "no files"],
 )
-def test_json_that_cannot_be_written_leaves_the_old_file_and_nothing_else(tmp_path, content):
-    write_json(tmp_path / "a.json", {"old": 1})
-    with pytest.raises((ValueError, TypeError)):
-        write_json(tmp_path / "a.json", content)
-    assert os.listdir(tmp_path) == ["a.json"]
-    assert json.loads((tmp_path / "a.json").read_text()) == {"old": 1}
-
-
-def test_a_write_that_is_cut_short_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    write_text(tmp_path / "a.txt", "old")
-    at_the_end = []
-
-    def full_disk(old, new):
-        at_the_end.append((Path(old).read_text(), Path(new).read_text()))
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(os, "replace", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        write_text(tmp_path / "a.txt", "new")
-    assert at_the_end == [("new", "old")]  # written elsewhere, as a whole, before it takes the place
-    assert os.listdir(tmp_path) == ["a.txt"] and (tmp_path / "a.txt").read_text() == "old"
-
-
-def test_a_text_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    events, sync, replace = [], os.fsync, os.replace
-
-    def noting_sync(descriptor):
-        events.append(("sync", os.readlink(f"/proc/self/fd/{descriptor}"), os.fstat(descriptor).st_size))
-        sync(descriptor)
-
-    def noting_replace(old, new):
-        events.append(("rename", str(old), str(new)))
-        replace(old, new)
-
-    monkeypatch.setattr(os, "fsync", noting_sync)
-    monkeypatch.setattr(os, "replace", noting_replace)
-    write_text(tmp_path / "a.txt", "twelve bytes")
-    temporary = f"{tmp_path}/a.txt.{os.getpid()}.tmp"
-    assert events == [("sync", temporary, 12), ("rename", temporary, f"{tmp_path}/a.txt")]
+def test_a_data_set_that_cannot_be_loaded(monkeypatch, error, words):
+    fail_with(monkeypatch, error)
+    refused = refusal(cache.download, "some/data", "part", COMMIT)
+    assert refused.reason.startswith("some/data (part): ") and words in refused.reason
+    assert "dataset: {path, name}" in refused.advice
