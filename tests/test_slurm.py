@@ -1,4 +1,4 @@
-"""The job scripts on a real Slurm of two nodes: stopped in the middle, they go on, and nothing shows that they were."""
+"""The job scripts on a real Slurm of two nodes: stopped in the middle, they resume, and end as if they had not been."""
 
 import json
 import os
@@ -29,16 +29,15 @@ def cluster():
 
 @pytest.fixture
 def submit(cluster, review_task):
-    """A function that submits a script of slurm/ from a folder with train.py and returns (id of the job, its log)."""
+    """A function that submits train.sbatch from a folder with train.py and returns (id of the job, its log)."""
     folder = review_task.parent
     (folder / "train.py").symlink_to(ROOT / "train.py")
     environment = {"MASTER_ADDR": "127.0.0.1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
-    def submit(script, *words, options=(), **more):
-        options = ["--cpus-per-task=1", *options]
-        words = [*options, ROOT / "slurm" / script, "--task", review_task, *FLAGS, *words]
-        job = cluster.submit(*words, cwd=folder, environment={**environment, **more})
-        return job, folder / ("slurm-{}_*.log" if script.startswith("array") else "slurm-{}.log").format(job)
+    def submit(*flags, options=(), **more):
+        arguments = ["--cpus-per-task=1", *options, ROOT / "slurm/train.sbatch", "--task", review_task, *FLAGS, *flags]
+        job = cluster.submit(*arguments, cwd=folder, environment={**environment, **more})
+        return job, folder / f"slurm-{job}{'_*' if 'array' in str(options) else ''}.out"
 
     return submit
 
@@ -81,21 +80,17 @@ def assert_same(run, whole):
 
 
 @pytest.mark.parametrize(
-    ("script", "processes", "launcher"),
-    [("one_node.sbatch", 1, (sys.executable,)), ("multi_node.sbatch", 2, TORCHRUN_2)],
-    ids=["one_node", "multi_node"],
+    ("nodes", "launcher"), [(1, (sys.executable,)), (2, TORCHRUN_2)], ids=["one node", "two nodes"]
 )
-def test_a_job_that_is_stopped_in_the_middle_ends_as_if_it_had_not_been(
-    cluster, submit, review_task, script, processes, launcher
-):
+def test_a_job_that_is_stopped_in_the_middle_ends_as_if_it_had_not_been(cluster, submit, review_task, nodes, launcher):
     folder = review_task.parent
-    job, log = submit(script, "--output_dir", "run")
+    job, log = submit("--output_dir", "run", options=[f"--nodes={nodes}"])
     last = interrupt(cluster, job, log, folder / "run")
     complete(cluster, job, log)
     words = log.read_text(encoding="utf-8")
-    assert re.search(rf"goes on after step \d+: run/checkpoints/{last}\n", words), words
+    assert re.search(rf"resuming after step \d+: run/checkpoints/{last}\n", words), words
     assert state(folder / "run")["status"] == "done"
-    assert json.loads((folder / "run" / "results.json").read_text(encoding="utf-8"))["num_processes"] == processes
+    assert json.loads((folder / "run" / "results.json").read_text(encoding="utf-8"))["num_processes"] == nodes
 
     arguments = ["--task", review_task, *FLAGS, "--output_dir", "whole"]
     done = run_script("train.py", *arguments, cwd=folder, launcher=launcher)
@@ -103,12 +98,12 @@ def test_a_job_that_is_stopped_in_the_middle_ends_as_if_it_had_not_been(
     assert_same(folder / "run", folder / "whole")
 
 
-def test_multi_node_uses_both_nodes(cluster, submit, review_task):
+def test_two_nodes_are_both_used(cluster, submit, review_task):
     folder = review_task.parent
     (folder / "train.py").unlink()
     names = "SLURMD_NODENAME RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR OMP_NUM_THREADS".split()
     (folder / "train.py").write_text(f"import os\nprint(*map(os.environ.get, {names}), flush=True)\n", encoding="utf-8")
-    job, log = submit("multi_node.sbatch")
+    job, log = submit(options=["--nodes=2"])
     complete(cluster, job, log)
     lines = sorted(log.read_text(encoding="utf-8").splitlines())
     assert lines == ["n1 0 2 0 1 127.0.0.1 1", "n2 1 2 0 1 127.0.0.1 1"]
@@ -120,7 +115,7 @@ def test_an_array_trains_once_for_each_seed_and_its_tasks_are_stopped_one_by_one
     activate = folder / ".venv" / "bin" / "activate"
     activate.parent.mkdir(parents=True)
     activate.write_text(f"PATH={Path(sys.executable).parent}:$PATH\n", encoding="utf-8")
-    job, log = submit("array.sbatch", options=["--array=1-2"], PATH="/usr/bin:/bin")
+    job, log = submit(options=["--array=1-2"], PATH="/usr/bin:/bin")
     runs = [folder / "runs" / f"reviews,epochs={EPOCHS}.0,seed={seed},eval_every=200" for seed in (1, 2)]
     interrupt(cluster, f"{job}_2", log, runs[1])
     tasks = complete(cluster, job, log)
@@ -131,9 +126,9 @@ def test_an_array_trains_once_for_each_seed_and_its_tasks_are_stopped_one_by_one
         results = json.loads((run / "results.json").read_text(encoding="utf-8"))
         assert (results["seed"], results["steps"]) == (seed, STEPS)
 
-    job, log = submit("array.sbatch", options=["--array=1"])
+    job, log = submit(options=["--array=1"])
     complete(cluster, job, log)
-    assert "already complete" in (folder / f"slurm-{job}_1.log").read_text(encoding="utf-8")
+    assert "already complete" in (folder / f"slurm-{job}_1.out").read_text(encoding="utf-8")
 
 
 # Ends as a test tells it to; where that is by a signal, it takes a moment to save. Two signals may come at once.
@@ -152,7 +147,7 @@ sys.exit({code})
 """
 
 
-@pytest.mark.parametrize("script", ["one_node.sbatch", "multi_node.sbatch", "array.sbatch"])
+@pytest.mark.parametrize("option", ["--nodes=1", "--nodes=2", "--array=1"])
 @pytest.mark.parametrize(
     ("code", "usr1", "send", "end", "exit_code", "saves"),
     [
@@ -167,13 +162,13 @@ sys.exit({code})
     ids=["fails", "cancelled", "tasks-stopped", "stopped-early"],
 )
 def test_only_what_was_stopped_comes_back(
-    cluster, submit, review_task, script, code, usr1, send, end, exit_code, saves
+    cluster, submit, review_task, option, code, usr1, send, end, exit_code, saves
 ):
     folder = review_task.parent
     (folder / "train.py").unlink()
     (folder / "train.py").write_text(STAND_IN.format(code=code, usr1=usr1), encoding="utf-8")
-    processes = 2 if script.startswith("multi") else 1
-    job, log = submit(script, options=["--array=1"] if script.startswith("array") else [])
+    processes = 2 if option == "--nodes=2" else 1
+    job, log = submit(options=[option])
 
     def words():
         return "".join(path.read_text(encoding="utf-8") for path in folder.glob(log.name))
@@ -195,7 +190,7 @@ def test_a_job_does_not_come_back_for_ever(cluster, submit, review_task):
     folder = review_task.parent
     (folder / "train.py").unlink()
     (folder / "train.py").write_text("import sys\nsys.exit(75)\n", encoding="utf-8")
-    job, log = submit("one_node.sbatch", MAX_RESTARTS="1")
+    job, log = submit(MAX_RESTARTS="1")
     cluster.wait(job, lambda task: (task["JobState"], task["Restarts"]) == ("PENDING", "1"), SECONDS, log)
     cluster.start_again(job)
     (task,) = cluster.wait(job, lambda task: task["JobState"] == "FAILED", SECONDS, log)
@@ -207,13 +202,13 @@ def test_a_job_does_not_come_back_for_ever(cluster, submit, review_task):
 
 @pytest.fixture
 def predict(cluster, tmp_path):
-    """A function that submits predict_array.sbatch from tmp_path and returns (id of the job, its log)."""
+    """A function that submits predict.sbatch from tmp_path and returns (id of the job, its log)."""
     environment = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
     def submit(array, *words):
-        words = ["--cpus-per-task=1", f"--array={array}", ROOT / "slurm" / "predict_array.sbatch", *words]
+        words = ["--cpus-per-task=1", f"--array={array}", ROOT / "slurm" / "predict.sbatch", *words]
         job = cluster.submit(*words, cwd=tmp_path, environment=environment)
-        return job, tmp_path / f"slurm-{job}_*.log"
+        return job, tmp_path / f"slurm-{job}_*.out"
 
     return submit
 
@@ -243,7 +238,7 @@ def test_a_prediction_that_is_stopped_comes_back(cluster, predict, tmp_path):
     program += "time.sleep(0 if os.environ.get('SLURM_RESTART_COUNT') else 60)\n"
     (tmp_path / "predict.py").write_text(program, encoding="utf-8")
     job, log = predict("1", "--model", "a b")
-    file = tmp_path / f"slurm-{job}_1.log"
+    file = tmp_path / f"slurm-{job}_1.out"
     slurm_cluster.poll(lambda: file.exists() and file.read_text(), SECONDS, lambda: cluster.tell(job, log))
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     cluster.wait(job, lambda task: (task["JobState"], task["Restarts"]) == ("PENDING", "1"), SECONDS, log)
