@@ -54,22 +54,23 @@ def write_files(folder, files):
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
 
 
-def check(words, reason, advice, folder, script="train.py"):
+def check(errors, reason, advice, folder, script="train.py"):
     """Check what a script printed on standard error: two lines, with these parts."""
-    assert "Traceback" not in words
-    lines = words.splitlines()
+    assert "Traceback" not in errors
+    lines = errors.splitlines()
     if script == "predict.py":  # its standard output is for predictions: its log goes to standard error, too
         lines = [line for line in lines if LOGGED not in line]
-    assert len(lines) == 2 and words.endswith("\n"), words
+    assert len(lines) == 2 and errors.endswith("\n"), errors
     first, second = f"{script}: error: ", f"{script}: "
-    assert lines[0].startswith(first) and lines[1].startswith(second), words
-    assert not lines[1].startswith(first) and len(lines[1]) > len(second) + 3, words
-    said, advised = lines[0].removeprefix(first), lines[1].removeprefix(second)
+    assert lines[0].startswith(first) and lines[1].startswith(second), errors
+    assert not lines[1].startswith(first) and len(lines[1]) > len(second) + 3, errors
+    shown_reason, shown_advice = lines[0].removeprefix(first), lines[1].removeprefix(second)
     for part in [reason] if isinstance(reason, str) else reason:
         part = part.replace("HERE", str(folder))
-        assert said == part.removeprefix(EXACTLY) if part.startswith(EXACTLY) else part in said, said
+        is_exact = part.startswith(EXACTLY)
+        assert shown_reason == part.removeprefix(EXACTLY) if is_exact else part in shown_reason, shown_reason
     for part in advice:
-        assert part in advised, advised
+        assert part in shown_advice, shown_advice
 
 
 @pytest.fixture
@@ -110,7 +111,7 @@ def table(**columns):
 
 def lines(*objects):
     """JSON lines; a str is a line as it is."""
-    return "".join(f"{one if isinstance(one, str) else json.dumps(one)}\n" for one in objects)
+    return "".join(f"{each if isinstance(each, str) else json.dumps(each)}\n" for each in objects)
 
 
 def row(text, label):
@@ -342,19 +343,19 @@ FILES = [
         "a quote left open",
         {"train.csv": TRAIN + '"clean and quiet,positive\nbad,negative\n'},
         ("HERE/train.csv, from line 6: ", "quote left open"),
-        "Mend",
+        "Fix",
     ),
     case(
         "a quote inside",
         {"train.csv": TRAIN + '"clean" and quiet,positive\n'},
         ("HERE/train.csv, from line 6: ", "quote"),
-        "Mend",
+        "Fix",
     ),
     case(
         "an empty text",
         {"train.csv": TRAIN + ",positive\n"},
         '= HERE/train.csv, line 6: column "text" is empty',
-        "Mend",
+        "Fix",
         "--on_bad_row skip",
     ),
     case(
@@ -367,7 +368,7 @@ FILES = [
         "no label",
         {"train.csv": TRAIN + "clean and quiet,\n"},
         '= HERE/train.csv, line 6: column "label" holds no label',
-        "Mend",
+        "Fix",
         "--on_bad_row skip",
     ),
     case(
@@ -520,14 +521,16 @@ YAML = [
         "a key twice",
         yaml.safe_dump(TASK) + "text: review\n",
         ("my.yaml: ", 'the key "text" occurs twice', "line 1"),  # 10 or 11
-        "Mend",
+        "Fix",
     ),
-    case("no YAML", "files: {train: train.csv\nlabel: x\n", ("my.yaml: is not YAML", "line 2"), "Mend"),
+    case("no YAML", "files: {train: train.csv\nlabel: x\n", ("my.yaml: is not YAML", "line 2"), "Fix"),
     case("an empty YAML", "", "my.yaml: is not a mapping", "data/demo.yaml"),
     case("no data", without("files"), "my.yaml: needs either `dataset`", "data/demo.yaml"),
     case("data twice", TASK | {"dataset": {"path": "glue"}}, "my.yaml: needs either `dataset`", "data/demo.yaml"),
     case("a share of 1.5", TASK | {"split": {"test": 1.5}}, ("my.yaml: ", "test: 1.5"), "test: 0.1"),
-    case("another metric", TASK | {"metrics": ["acuracy"]}, ("task my: ", "'acuracy'", 'did you mean "accuracy"'), "..."),
+    case(
+        "another metric", TASK | {"metrics": ["acuracy"]}, ("task my: ", "'acuracy'", 'did you mean "accuracy"'), "..."
+    ),
     case(
         "a wrong default",
         TASK | {"defaults": {"learning_rat": 1e-5}},
@@ -568,7 +571,7 @@ YAML = [
     case(
         "an empty vocabulary",
         TASK | {"model": {"model_type": "bert", "vocab": "train.csv.empty"}},
-        "= HERE/train.csv.empty: holds no vocabulary",
+        "= HERE/train.csv.empty: has no vocabulary",
         "tokenizer",
     ),
 ]
@@ -770,7 +773,7 @@ MODELS = {
     "no weights": (without_files("model.safetensors"), ("model: cannot be loaded", "model.safetensors"), "weights"),
     "an empty folder": (without_files("*"), "model: cannot be loaded", "config.json"),
     "no config.json": (without_files("config.json"), ("model: cannot be loaded", "config.json"), "--model"),
-    "no tokenizer": (without_files("*token*", "vocab*"), "= model: holds no vocabulary", "tokenizer.json"),
+    "no tokenizer": (without_files("*token*", "vocab*"), "= model: has no vocabulary", "tokenizer.json"),
     "half a config.json": (
         lambda folder: (folder / "config.json").write_text('{"model_type": "be'),
         ("model: cannot be loaded", "config.json"),
@@ -902,7 +905,7 @@ PREDICTED = {
     "a ragged row at the end": (["--model", "model", "--input", "ragged.csv", *OUT], "ragged.csv, line 6: 3", "Quote"),
     "a number as text": (["--model", "model", "--input", "number.jsonl", *OUT], ("line 2", '"text" holds 5'), "skip"),
     "an unknown output": (["--model", "model", "--input", "train.csv", "--output", "out.xls"], "out.xls", ".jsonl"),
-    "a pair for one text": (["--model", "model", "--text", "a", "--text_pair", "b"], "1 text(s)", "--text alone"),
+    "a pair for one text": (["--model", "model", "--text", "a", "--text_pair", "b"], "1 text(s)", "only --text"),
 }
 
 
@@ -945,23 +948,11 @@ PROCESSES = {
         '= HERE/trian.csv: no such file (did you mean "train.csv"?)',
         ("path",),
     ),
-    "latin-1": (
-        ["train.py", "--train_file", "german.csv"],
-        {},
-        ("HERE/german.csv, line 2: ", "byte 17 of the file"),
-        ("--encoding latin-1",),
-    ),
     "no Hub": (
         ["train.py", *BOTH, "--model", "google-bert/bert-base-uncased"],
         HUB,
         "cannot download google-bert/bert-base-uncased from http://127.0.0.1:9 (",
         ("HF_ENDPOINT", "--train_file", "--model FOLDER", "--task demo"),
-    ),
-    "half a pytorch_model.bin": (
-        ["train.py", *BOTH, "--model", "model"],
-        {},
-        "model: cannot be loaded as a text classifier",
-        ("again",),
     ),
     "no head for predict": (
         ["predict.py", "--model", "base", "--text", "good"],
@@ -974,10 +965,8 @@ PROCESSES = {
 
 @pytest.mark.parametrize("mistake", PROCESSES)
 def test_a_process(tmp_path, tiny_bert, mistake):
-    write_files(tmp_path, {"train.csv": TRAIN, "validation.csv": VALIDATION, "german.csv": GERMAN.encode("latin-1")})
-    for name in ("model", "base"):
-        shutil.copytree(tiny_bert, tmp_path / name)
-    bin_of(1 / 2)(tmp_path / "model")
+    write_files(tmp_path, {"train.csv": TRAIN, "validation.csv": VALIDATION})
+    shutil.copytree(tiny_bert, tmp_path / "base")
     before = contents_of(tmp_path)
     (script, *flags), environment, reason, advice = PROCESSES[mistake]
     ended = run_script(script, *flags, cwd=tmp_path, environment=environment)
@@ -1003,41 +992,53 @@ def test_two_processes_say_it_once(tmp_path):
 
 
 SKIP = ("--threads", 1, "--on_bad_row", "skip", "--max_steps", 1, "--output_dir", "run")
-GOOD = lines(*(row(*line.split(",")) for line in TRAIN.splitlines()[1:]))
-FLAWS = {
-    "ragged": ("train.csv", TRAIN + "nice, clean and quiet,positive\n", 6, "3 fields"),
-    "short": ("train.csv", TRAIN + "clean and quiet\n", 6, "1 field"),
-    "an empty text": ("train.csv", TRAIN + ",positive\n", 6, 'column "text" is empty'),
-    "no label": ("train.csv", TRAIN + "clean and quiet,\n", 6, 'column "label" holds no label'),
-    "an unknown label": ("validation.csv", VALIDATION + "so so,postive\n", 4, "column \"label\" holds 'postive'"),
-    "NUL": ("train.csv", TRAIN + "clean and\0quiet,positive\n", 6, "NUL"),
-    "bad UTF-8": ("train.csv", TRAIN.encode() + b"clean and\xfcquiet,positive\n", 6, "0xfc is not UTF-8"),
-    "a long field": ("train.csv", f"{TRAIN}{'x' * 10_000_001},positive\n", 6, "10,000,000 characters"),
-    "NaN": ("train.jsonl", GOOD + '{"text": "a", "label": NaN}\n', 5, "nan, not a label"),
-    "a number as text": ("train.jsonl", GOOD + '{"text": 5, "label": "positive"}\n', 5, 'column "text" holds 5'),
-    "no JSON": ("train.jsonl", GOOD + '{"text": "a"\n', 5, "is not JSON"),
-    "no such key": ("train.jsonl", GOOD + '{"text": "a", "lable": "positive"}\n', 5, 'no column "label"'),
+BAD_ROWS = {  # rows of a file, and what bad_rows.csv says of each
+    "train.csv": [
+        (b"nice, clean and quiet,positive", "3 fields"),
+        (b"clean and quiet", "1 field"),
+        (b",positive", 'column "text" is empty'),
+        (b"clean and quiet,", 'column "label" holds no label'),
+        (b"clean and\0quiet,positive", "NUL"),
+        (b"clean and\xfcquiet,positive", "0xfc is not UTF-8"),
+        (b"x" * 10_000_001 + b",positive", "10,000,000 characters"),
+    ],
+    "validation.csv": [(b"so so,postive", "column \"label\" holds 'postive'"), (b"so so,", "no label")],
+    "train.jsonl": [
+        (b'{"text": "a", "label": NaN}', "nan, not a label"),
+        (b'{"text": 5, "label": "positive"}', 'column "text" holds 5'),
+        (b'{"text": "a"', "is not JSON"),
+        (b'{"text": "a", "lable": "positive"}', 'no column "label"'),
+    ],
+}
+GOOD = {
+    "train.csv": TRAIN,
+    "validation.csv": VALIDATION,
+    "train.jsonl": lines(*(row(*line.split(",")) for line in TRAIN.splitlines()[1:])),
 }
 
 
-@pytest.mark.parametrize("flaw", FLAWS)
-def test_a_bad_row_is_left_out_and_listed(tmp_path, tiny_bert, run_inside, flaw):
-    name, content, line, words = FLAWS[flaw]
-    split, _, suffix = name.partition(".")
-    write_files(tmp_path, {"train.csv": TRAIN, "validation.csv": VALIDATION, name: content})
-    data = JSONL if suffix == "jsonl" else BOTH
-    code, printed, errors = run_inside("train.py", *data, "--model", tiny_bert, *SKIP, cwd=tmp_path)
+@pytest.mark.parametrize("train_file", ["train.csv", "train.jsonl"])
+def test_bad_rows_are_skipped_and_listed(tmp_path, tiny_bert, run_inside, train_file):
+    """Each between good rows: a bad row costs no other."""
+    files, expected = {"train": train_file, "validation": "validation.csv"}, []
+    for split, name in files.items():
+        first, *rest = GOOD[name].encode().splitlines()
+        rows = [first, *(bad for bad, _ in BAD_ROWS[name]), *rest]
+        (tmp_path / name).write_bytes(b"\n".join(rows) + b"\n")
+        expected += [(split, name, number, reason) for number, (_, reason) in enumerate(BAD_ROWS[name], start=2)]
+    flags = [*("--train_file", train_file, "--validation_file", "validation.csv"), "--model", tiny_bert, *SKIP]
+    code, printed, errors = run_inside("train.py", *flags, cwd=tmp_path)
     assert code == 0, errors
     with open(tmp_path / "run" / "bad_rows.csv", encoding="utf-8", newline="") as file:
         header, *listed = csv.reader(file)
     assert header == ["split", "file", "row", "reason"]
-    ((of_split, path, number, reason),) = listed
-    assert (of_split, path, number) == (split, str(tmp_path / name), str(line))
-    assert words in reason
-    (said,) = [line for line in printed.splitlines() if "bad_rows.csv" in line]
-    assert said.startswith(f"WARNING: {split}: 1 ") and words in said
-    rows = json.loads((tmp_path / "run" / "results.json").read_text())["data"]["splits"]
-    assert {name: rows[name]["rows"] for name in rows} == {"train": 4, "validation": 2}
+    for (*place, reason), (split, name, number, part) in zip(listed, expected, strict=True):
+        assert place == [split, str(tmp_path / name), str(number)] and part in reason
+    warnings = [line for line in printed.splitlines() if "bad_rows.csv" in line]
+    for warning, (split, name) in zip(warnings, files.items(), strict=True):
+        assert warning.startswith(f"WARNING: {split}: {len(BAD_ROWS[name])} ") and BAD_ROWS[name][0][1] in warning
+    splits = json.loads((tmp_path / "run" / "results.json").read_text())["data"]["splits"]
+    assert {name: splits[name]["rows"] for name in splits} == {"train": 4, "validation": 2}
 
 
 def test_a_dry_run_counts_bad_rows_and_writes_nothing(tmp_path, tiny_bert, run_inside):
@@ -1055,7 +1056,7 @@ UNSKIPPED = [
     case("a column twice", {"train.csv": "text,label,text\na,b,c\n"}, ("HERE/train.csv, line 1: ", "twice"), "name"),
     case("a header with NUL", {"train.csv": "te\0xt,label\na,b\n"}, ("HERE/train.csv, line 1", "NUL"), "header"),
     case("semicolons", {"train.csv": TRAIN.replace(",", ";")}, "HERE/train.csv, line 1: ", "--delimiter ';'"),
-    case("a quote left open", {"train.csv": TRAIN + '"a,b\nc,d\n'}, "HERE/train.csv, from line 6: ", "Mend"),
+    case("a quote left open", {"train.csv": TRAIN + '"a,b\nc,d\n'}, "HERE/train.csv, from line 6: ", "Fix"),
     case(
         "half a .gz",
         {"train.csv.gz": GZIPPED[: len(GZIPPED) // 2]},
@@ -1066,11 +1067,11 @@ UNSKIPPED = [
     case("UTF-16", {"train.csv": CHINESE.encode("utf-16")}, "HERE/train.csv: is not ", "--encoding utf-16"),
     case("no label column", {"train.csv": TRAIN.replace("label", "lable")}, 'no column "label"', "--label_column"),
     case("no good row", {"train.csv": "text,label\na,b,c\nd\n"}, ("HERE/train.csv", "every row"), "Quote"),
-    case("no good label", {"validation.csv": "text,label\na,b\n"}, ("HERE/validation.csv", "'b'"), "Look"),
+    case("no good label", {"validation.csv": "text,label\na,b\n"}, ("HERE/validation.csv", "'b'"), "Check"),
 ]
 
 
 @pytest.mark.parametrize(("files", "flags", "reason", "advice"), UNSKIPPED)
-def test_what_is_no_row_cannot_be_left_out(tmp_path, refused, files, flags, reason, advice):
+def test_what_is_no_row_cannot_be_skipped(tmp_path, refused, files, flags, reason, advice):
     write_files(tmp_path, {"train.csv": TRAIN, "validation.csv": VALIDATION, **files})
     refused(*flags, "--on_bad_row", "skip", reason=reason, advice=advice)
