@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "classifier")]  # the latter: its helpers, for one file run alone
 
 # No test may reach the network, nor the caches of the person who runs it. Set before datasets is imported, which reads
 # its cache folder once.
