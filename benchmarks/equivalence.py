@@ -1,9 +1,9 @@
-"""One training in many layouts: how far losses, weights and scores of each are from those of one process.
+"""Compare one training in many layouts: how far losses, weights and scores are from those of a single process.
 
     python benchmarks/equivalence.py [--steps 50 200] [--layouts one micro_4 ...] [--dropout 0.1]
 
-Trains the demo's small BERT, batch 32, for 50 steps in fp32 and 200 in float64 (a run made for this comparison: the
-scripts know fp32 and 16-bit types), without and with dropout, on gloo processes. Prints a table for RESULTS.md.
+Trains the demo's small BERT, batch 32, for 50 steps in fp32 and 200 in float64, without and with dropout, on gloo
+processes. Float64 is for this comparison only; the scripts offer fp32 and 16-bit types. Prints a table for RESULTS.md.
 """
 
 import argparse
@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
 ACCELERATE += [str(ROOT / "accelerate_configs/multi_cpu.yaml"), "--num_processes"]
-LAYOUTS = {  # name: (words, launcher, flags)
+LAYOUTS = {  # name: (title, launcher, flags)
     "one": ("1 process", [sys.executable], []),
     "micro_4": ("accumulation by 4 (8 + 8 + 8 + 8)", [sys.executable], ["--micro_batch_size", "8"]),
     "micro_3": ("accumulation by 3 (11 + 11 + 10)", [sys.executable], ["--micro_batch_size", "11"]),
@@ -32,22 +32,22 @@ LAYOUTS = {  # name: (words, launcher, flags)
 
 
 def train_in_float64(arguments):
-    """Run train.py with these arguments, its model in float64."""
-    from classifier.model.models import load_model
+    """Run train.py with these arguments and its model in float64."""
+    from classifier.model import models
 
-    load_model = load_model
+    load_model = models.load_model
 
-    def load_double(*given):
-        model, tokenizer, facts = load_model(*given)
+    def load_double(*arguments):
+        model, tokenizer, facts = load_model(*arguments)
         return model.double(), tokenizer, facts
 
-    load_model = load_double
+    models.load_model = load_double
     sys.argv = ["train.py", *arguments]
     runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 
 
 def task_with_dropout(folder, rate):
-    """Write the demo's task with this dropout into a folder; return the file."""
+    """Write the demo's task with this dropout rate into a folder; return the file."""
     import yaml
 
     content = yaml.safe_load((ROOT / "data/demo.yaml").read_text(encoding="utf-8"))
@@ -59,7 +59,7 @@ def task_with_dropout(folder, rate):
     return str(file)
 
 
-def run(layout, task, steps, is_float64, folder):
+def train(layout, task, steps, is_float64, folder):
     """Train; return (losses of all steps, weights by name in float64, evaluations, best step)."""
     import torch
     from safetensors.torch import load_file
@@ -69,7 +69,10 @@ def run(layout, task, steps, is_float64, folder):
     script = [__file__, "--float64"] if is_float64 else [str(ROOT / "train.py")]
     arguments = ["--task", task, "--batch_size", "32", "--max_steps", str(steps), "--log_every", "1", "--threads", "1"]
     arguments += ["--eval_every", str(max(1, steps // 4)), "--mixed_precision", "no", "--output_dir", str(output)]
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}  # more processes than cores must not spin
+    environment = {
+        **os.environ,
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }  # more processes than cores: waiting threads must not spin
     done = subprocess.run(
         [*launcher, *script, *arguments, *flags], env=environment, cwd=folder, capture_output=True, text=True
     )
@@ -82,13 +85,13 @@ def run(layout, task, steps, is_float64, folder):
     return losses, weights, evaluations, json.loads((output / "results.json").read_text())["best_step"]
 
 
-def compare(run_, base):
-    """Return (largest relative difference of a loss, relative L2 difference of all weights, words about decisions)."""
-    losses, weights, evaluations, best_step = run_
+def compare_runs(result, base):
+    """Return (largest relative difference of a loss, relative L2 difference of all weights, decisions as text)."""
+    losses, weights, evaluations, best_step = result
     squares = sum(((weights[name] - value) ** 2).sum() for name, value in base[1].items())
-    whole = sum((value**2).sum() for value in base[1].values())
-    same = "equal" if (evaluations, best_step) == base[2:] else f"best step {best_step}, {evaluations[-1]}"
-    return ((losses - base[0]) / base[0]).abs().max().item(), (squares / whole).sqrt().item(), same
+    total = sum((value**2).sum() for value in base[1].values())
+    decisions = "equal" if (evaluations, best_step) == base[2:] else f"best step {best_step}, {evaluations[-1]}"
+    return ((losses - base[0]) / base[0]).abs().max().item(), (squares / total).sqrt().item(), decisions
 
 
 def main():
@@ -97,7 +100,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, nargs=2, default=[50, 200], help="in fp32 and in float64")
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
-    parser.add_argument("--dropout", nargs="+", type=float, default=[0.0, 0.1], help="its rates")
+    parser.add_argument("--dropout", nargs="+", type=float, default=[0.0, 0.1], help="dropout rates")
     args = parser.parse_args()
     fp32, float64 = args.steps
     print(
@@ -111,8 +114,8 @@ def main():
             for layout in dict.fromkeys(["one", *args.layouts]):
                 cells = []
                 for steps, is_float64 in ((fp32, False), (float64, True)):
-                    result = run(layout, task, steps, is_float64, folder)
-                    cells.append(compare(result, bases.setdefault(is_float64, result)))
+                    result = train(layout, task, steps, is_float64, folder)
+                    cells.append(compare_runs(result, bases.setdefault(is_float64, result)))
                 (loss32, _, _), (loss64, weights, decisions) = cells
                 numbers = " | ".join(f"{number:.1e}" for number in (loss32, loss64, weights))
                 print(f"| {LAYOUTS[layout][0]} | {rate or 'off'} | {numbers} | {decisions} |", flush=True)

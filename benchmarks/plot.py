@@ -1,6 +1,6 @@
-"""A picture of how many times as fast ours is, from the files that train_speed.py and predict_speed.py write.
+"""Plot how many times faster ours is, from the files that train_speed.py and predict_speed.py write.
 
-python benchmarks/plot.py train_speed.json predict_speed.json --output benchmarks/speed.png
+python benchmarks/plot.py train_speed.json predict_speed.json --output docs/pictures/speed.png
 """
 
 import argparse
@@ -21,16 +21,16 @@ def main():
     bars = []
     for file in args.files:
         for row in json.loads(file.read_text(encoding="utf-8"))["rows"]:
-            if row["base"] and row["name"] != "ours_fp32":  # ours against ours is for the tables
-                what = f"predicting, {row['data']}" if "data" in row else "training"
-                bars.append((row["ratio"], f"{what}: {row['words']}"))
+            if row["base"] and row["name"] != "ours_fp32":  # ours against ours belongs in the tables
+                work = f"predicting, {row['data']}" if "data" in row else "training"
+                bars.append((row["ratio"], f"{work}: {row['words']}"))
     figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.42 * len(bars)), facecolor="white")
-    ratios, words = zip(*reversed(bars), strict=True)
-    drawn = axes.barh(words, ratios, color="#4477aa", height=0.65)
-    axes.bar_label(drawn, [f"{ratio:.1f} x" for ratio in ratios], padding=4)
+    ratios, titles = zip(*reversed(bars), strict=True)
+    rectangles = axes.barh(titles, ratios, color="#4477aa", height=0.65)
+    axes.bar_label(rectangles, [f"{ratio:.1f} x" for ratio in ratios], padding=4)
     axes.axvline(1, color="#333333", linewidth=1)
     axes.set_xlim(0, max(1, *ratios) * 1.12)
-    axes.set_xlabel("times as many examples per second with ours; the line: equally fast")
+    axes.set_xlabel("how many times faster ours is (examples per second); the line: equally fast")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     figure.savefig(args.output, dpi=150, bbox_inches="tight")

@@ -1,10 +1,10 @@
-"""How fast predict.py labels texts, side by side with transformers' pipeline: examples per second without start-up.
+"""Compare the speed of predict.py with transformers' pipeline: examples per second, without start-up.
 
     python benchmarks/predict_speed.py --output predict_speed.json     # 10,000 MRPC pairs, 2,000 IMDb reviews
 
-The model has a new head (one training step), the texts are a seeded draw of all splits, repeated where there are too
-few. Of predict.py all is timed but start-up and loading: reading the table, tokens, logits, writing the predictions; of
-the pipeline the call on a list of texts. Both have seen 64 texts before.
+The model has a new head (one training step). The texts are a seeded sample of all splits, repeated if there are too
+few. For predict.py everything but start-up and loading is timed: reading the table, tokenising, logits, writing the
+predictions. For the pipeline it is the call on a list of texts. Both have warmed up on 64 texts.
 """
 
 import json
@@ -27,9 +27,9 @@ def ours(args, flags=()):
 
     predict_file, seconds = predict.predict_file, []
 
-    def timed(*given):
+    def timed(*arguments):
         begin = time.perf_counter()
-        predict_file(*given)
+        predict_file(*arguments)
         seconds.append(time.perf_counter() - begin)
 
     predict.predict_file = timed
@@ -37,7 +37,7 @@ def ours(args, flags=()):
         sys.argv = ["predict.py", "--model", str(args.folder / "run"), "--input", str(args.folder / f"{name}.jsonl")]
         sys.argv += ["--output", f"{name}.jsonl", *flags]
         predict.main()
-    return {"examples": len(read("rows.jsonl")), "seconds": seconds[-1]}
+    return {"examples": len(read_rows("rows.jsonl")), "seconds": seconds[-1]}
 
 
 def pipeline(args, precision="float32"):
@@ -53,7 +53,7 @@ def pipeline(args, precision="float32"):
         "text-classification", model=folder, device=args.device, dtype=getattr(torch, precision), batch_size=32
     )
     for name in ("few", "rows"):
-        rows = read(args.folder / f"{name}.jsonl")
+        rows = read_rows(args.folder / f"{name}.jsonl")
         inputs = [dict(zip(("text", "text_pair"), (row[column] for column in task.text), strict=False)) for row in rows]
         begin = time.perf_counter()
         predictions = classify(inputs, truncation=True, max_length=task.max_length)
@@ -61,12 +61,12 @@ def pipeline(args, precision="float32"):
     return {"examples": len(predictions), "seconds": seconds}
 
 
-def read(path):
+def read_rows(path):
     with open(path, encoding="utf-8") as file:  # splitlines() would cut a text at its U+2028
         return [json.loads(line) for line in file]
 
 
-CONTENDERS = {  # name: (words, function, the one to compare with)
+CONTENDERS = {  # name: (title, function, the contender to compare with)
     "ours": ("predict.py", ours, None),
     "ours_fp32": ("predict.py, fp32", partial(ours, flags=["--mixed_precision", "no"]), "ours"),
     "pipeline": ("transformers' pipeline, batch_size=32", pipeline, "ours"),
@@ -82,14 +82,16 @@ def prepare(args, folder):
 
     processes.quieten_libraries()
     task, splits, _, _ = load_splits(read_task(args.task))
-    limits = [word for name in splits for word in ("--limit", f"{name}=64")]
+    limits = [flag for name in splits for flag in ("--limit", f"{name}=64")]
     command = ["--task", args.task, "--model", args.model, "--max_steps", "1", *limits]
-    rounds.run([sys.executable, str(ROOT / "train.py"), *command, "--output_dir", str(folder / "run")], args, folder)
+    rounds.run_command(
+        [sys.executable, str(ROOT / "train.py"), *command, "--output_dir", str(folder / "run")], args, folder
+    )
     rows = [{column: row[column] for column in task.text} for split in splits.values() for row in split]
     random.Random(0).shuffle(rows)
     rows = (rows * -(-args.rows // len(rows)))[: args.rows]
-    for name, some in (("rows", rows), ("few", rows[:WARMUP_ROWS])):
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in some)
+    for name, part in (("rows", rows), ("few", rows[:WARMUP_ROWS])):
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
 
@@ -97,32 +99,30 @@ def main():
     parser = rounds.argument_parser(__doc__, CONTENDERS)
     parser.add_argument("--data", nargs="+", default=["mrpc=10000", "imdb=2000"], metavar="TASK=ROWS")
     parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2", help="an id or a folder")
-    parser.add_argument("--folder", type=Path, help="what prepare() wrote, for a contender's own process")
+    parser.add_argument("--folder", type=Path, help="the folder that prepare() wrote, for the process of one contender")
     args = parser.parse_args()
     if args.contender:
-        return rounds.compute(CONTENDERS, args)
+        return rounds.write_result(CONTENDERS, args)
     args.model = str(Path(args.model).resolve() if Path(args.model).exists() else args.model)
-    content = {"benchmark": "predict_speed", **rounds.surroundings(args), "rows": [], "rates": {}}
+    content = {"benchmark": "predict_speed", **rounds.describe_machine(args), "rows": [], "rates": {}}
     for data in args.data:
         name, _, number = data.rpartition("=")
         args.rows, args.task = int(number), str(Path(name).resolve() if Path(name).exists() else name)
-        contenders = rounds.chosen(CONTENDERS, args.only)
+        contenders = rounds.choose_contenders(CONTENDERS, args.only)
         rates = {contender: [] for contender in contenders}
         with tempfile.TemporaryDirectory() as folder:
             prepare(args, Path(folder))
             for round_number in range(1, args.runs + 1):
                 for contender in contenders:
-                    run = rounds.start(__file__, contender, ["--folder", folder], args)
+                    run = rounds.run_contender(__file__, contender, ["--folder", folder], args)
                     rates[contender].append(run["examples"] / run["seconds"])
-                    words = (
-                        f"{Path(name).stem}, round {round_number}, {contender}: {rates[contender][-1]:.2f} examples/s"
-                    )
-                    rounds.progress(words)
-        rows = rounds.compare(contenders, rates)
-        print(f"\n{args.rows:,} rows of {Path(name).stem}\n\n{rounds.table(rows)}", flush=True)
+                    rate = f"{contender}: {rates[contender][-1]:.2f} examples/s"
+                    rounds.log_progress(f"{Path(name).stem}, round {round_number}, {rate}")
+        rows = rounds.compare_rates(contenders, rates)
+        print(f"\n{args.rows:,} rows of {Path(name).stem}\n\n{rounds.format_table(rows)}", flush=True)
         content["rows"] += [{**row, "data": Path(name).stem, "examples": args.rows} for row in rows]
         content["rates"][Path(name).stem] = rates
-    rounds.write(args.output, content)
+    rounds.write_content(args.output, content)
 
 
 if __name__ == "__main__":

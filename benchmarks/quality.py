@@ -2,8 +2,8 @@
 
     python benchmarks/quality.py --output_dir FOLDER [--seeds 10] [--only trainer]
 
-A run that is complete in FOLDER is not made again. Prints, for the best epoch by F1 of each run, the means, and their
-difference with its 95 % interval (Welch: two samples whose spread may differ).
+Runs that are complete in FOLDER are not repeated. Prints the means over the best epoch (by F1) of each run, and their
+difference with its 95 % interval (Welch's, for two samples of different variance).
 """
 
 import argparse
@@ -48,11 +48,11 @@ def train(seed):
     from sklearn.metrics import accuracy_score, f1_score
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
-    def scores(evaluated):
-        predictions = evaluated.predictions.argmax(axis=-1)
+    def compute_scores(output):
+        predictions = output.predictions.argmax(axis=-1)
         return {
-            "f1": f1_score(evaluated.label_ids, predictions),
-            "accuracy": accuracy_score(evaluated.label_ids, predictions),
+            "f1": f1_score(output.label_ids, predictions),
+            "accuracy": accuracy_score(output.label_ids, predictions),
         }
 
     set_seed(seed)
@@ -74,16 +74,16 @@ def train(seed):
         report_to="none",
         disable_tqdm=True,
     )
-    work = Trainer(
+    trainer = Trainer(
         model,
         settings,
         train_dataset=rows["train"],
         eval_dataset=rows["validation"],
         processing_class=tokenizer,
-        compute_metrics=scores,
+        compute_metrics=compute_scores,
     )
-    work.train()
-    evaluations = [line for line in work.state.log_history if "eval_f1" in line]
+    trainer.train()
+    evaluations = [line for line in trainer.state.log_history if "eval_f1" in line]
     Path("scores.json").write_text(
         json.dumps([{"f1": line["eval_f1"], "accuracy": line["eval_accuracy"]} for line in evaluations])
     )
@@ -110,8 +110,8 @@ def main():
             print(name, seed, best[name][-1], flush=True)
     for metric in ("f1", "accuracy"):
         values = {name: [scores[metric] for scores in runs] for name, runs in best.items()}
-        for name, of_runs in values.items():
-            print(f"{metric} {name}: {stats.tmean(of_runs):.4f} ± {stats.tstd(of_runs):.4f}")
+        for name, scores in values.items():
+            print(f"{metric} {name}: {stats.tmean(scores):.4f} ± {stats.tstd(scores):.4f}")
         if len(values) == 2:
             low, high = stats.ttest_ind(*values.values(), equal_var=False).confidence_interval(0.95)
             difference = stats.tmean(values["ours"]) - stats.tmean(values["trainer"])

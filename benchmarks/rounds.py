@@ -1,8 +1,8 @@
-"""Runs of contenders in turn, each in a process of its own: A B C A B C ..., and what their numbers come to.
+"""Run contenders in turn, each in its own process (A B C A B C ...), and compare their speed.
 
-Threads, allocators and caches of one run reach no other; a machine that slows down slows all of them. A contender is an
-entry (words, function, base): function(args) is called in the new process and returns a dict with `examples` and
-`seconds`; base names the contender that it is compared with, None for such a one itself.
+Runs share no threads, allocators or caches, and a machine that slows down slows all contenders. A contender is an entry
+(title, function, base): function(args) is called in the new process and returns a dict with `examples` and `seconds`;
+base names the contender to compare with, None for a base itself.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy", "sentence-transformers")
-CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")  # that products are made with
+CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")  # instructions for matrix products
 
 
 def argument_parser(description, contenders):
@@ -30,21 +30,21 @@ def argument_parser(description, contenders):
     parser.add_argument("--only", nargs="+", choices=contenders, metavar="NAME", help=f"of {', '.join(contenders)}")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(default: %(default)s)")
     parser.add_argument("--threads", type=int, default=available_cores(), help="(default: all cores, %(default)s)")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write every run's numbers, too")
-    parser.add_argument("--contender", choices=contenders, help=argparse.SUPPRESS)  # what a process of its own computes
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="also write the numbers of every run")
+    parser.add_argument("--contender", choices=contenders, help=argparse.SUPPRESS)  # for the process of one contender
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     return parser
 
 
-def chosen(contenders, only):
-    """Return the contenders that were asked for, and those that they are compared with; all where none was named."""
+def choose_contenders(contenders, only):
+    """Return the named contenders and their bases, or all contenders if none is named."""
     names = set(only or contenders)
     names |= {contenders[name][2] for name in names}
     return {name: contender for name, contender in contenders.items() if name in names}
 
 
-def run(command, args, folder, is_launched=False):
-    """Run a command in a folder, on the device and with the threads of args; end this script if it fails.
+def run_command(command, args, folder, is_launched=False):
+    """Run a command in a folder, with the device and threads of args; exit if it fails.
 
     is_launched: by plain `accelerate launch`, which then sets the number of threads.
     """
@@ -58,18 +58,18 @@ def run(command, args, folder, is_launched=False):
         sys.exit(f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
 
 
-def start(script, name, arguments, args, is_launched=False):
-    """Run a contender in a process of its own, in an empty folder; return what its function returned."""
+def run_contender(script, name, arguments, args, is_launched=False):
+    """Run a contender in a new process, in an empty folder; return the result of its function."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch"] if is_launched else [sys.executable]
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "result.json")
         command = [*launcher, script, *arguments, "--device", args.device, "--threads", str(args.threads)]
-        run([*command, "--contender", name, "--result", str(result)], args, folder, is_launched)
+        run_command([*command, "--contender", name, "--result", str(result)], args, folder, is_launched)
         return json.loads(result.read_text(encoding="utf-8"))
 
 
-def compute(contenders, args):
-    """Call the function of args.contender and write what it returns to args.result."""
+def write_result(contenders, args):
+    """Call the function of args.contender, in its own process, and write the result to args.result."""
     import torch
 
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -78,39 +78,38 @@ def compute(contenders, args):
 
 
 def synchronise():
-    """Wait until the GPU, where there is one, has done what it was told."""
+    """Wait until the GPU, if there is one, has finished its work."""
     import torch
 
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def progress(words):
-    print(words, file=sys.stderr, flush=True)
+def log_progress(text):
+    print(text, file=sys.stderr, flush=True)
 
 
-def compare(contenders, rates):
-    """Return a row for each contender: median, least and largest of its rates, and how many times as fast its base is.
+def compare_rates(contenders, rates):
+    """Return a row for each contender: median, minimum and maximum of its rates, and how many times faster its base is.
 
-    rates: {name: [examples/s of each round]}. `ratio` is the quotient of the medians, `paired_ratio` the median of the
-    quotients of each round.
+    rates: {name: [examples/s of each round]}. `ratio` is the ratio of the medians, `paired_ratio` the median of the
+    ratios of each round.
     """
     rows = []
-    for name, (words, _, base) in contenders.items():
-        of_name, of_base = rates[name], rates.get(base)
-        row = {"name": name, "words": words, "base": base, "median": statistics.median(of_name)}
-        row |= {"min": min(of_name), "max": max(of_name), "ratio": None, "paired_ratio": None}
+    for name, (title, _, base) in contenders.items():
+        row = {"name": name, "words": title, "base": base, "median": statistics.median(rates[name])}
+        row |= {"min": min(rates[name]), "max": max(rates[name]), "ratio": None, "paired_ratio": None}
         if base:
-            row["ratio"] = statistics.median(of_base) / row["median"]
-            row["paired_ratio"] = statistics.median(a / b for a, b in zip(of_base, of_name, strict=True))
+            row["ratio"] = statistics.median(rates[base]) / row["median"]
+            row["paired_ratio"] = statistics.median(a / b for a, b in zip(rates[base], rates[name], strict=True))
         rows.append(row)
     return rows
 
 
-def table(rows):
-    """Return the rows of `compare` as a table in Markdown."""
+def format_table(rows):
+    """Return the rows of compare_rates as a Markdown table."""
     lines = [
-        "| | examples/s (median) | least to most | ours is faster by | median of the rounds |",
+        "| | examples/s (median) | min to max | ours is faster by | median of the rounds |",
         "|---|---|---|---|---|",
     ]
     for row in rows:
@@ -121,8 +120,8 @@ def table(rows):
     return "\n".join(lines)
 
 
-def surroundings(args):
-    """Return the command, the hardware and the versions that numbers depend on."""
+def describe_machine(args):
+    """Return the command, the hardware and the versions that the numbers depend on."""
     import torch
 
     from classifier import processes
@@ -148,9 +147,9 @@ def surroundings(args):
     }
 
 
-def write(path, content):
+def write_content(path, content):
     from classifier.files import write_json
 
     if path:
         write_json(path, content)
-        progress(f"written: {path}")
+        log_progress(f"written: {path}")

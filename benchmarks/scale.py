@@ -1,12 +1,12 @@
-"""train.py, or predict.py, on files of more and more rows: speed and peak anonymous memory, which stay level.
+"""Measure speed and peak memory of train.py or predict.py on files of more and more rows: memory should stay level.
 
     python benchmarks/scale.py [--rows 1000 10000 100000 1000000] [--suffix csv|jsonl|json|parquet] [--device cpu|cuda]
     python benchmarks/scale.py --script predict --rows 10000 1000000
 
-Start-up is from the command to the end of the first step: with an empty cache (cold: reading and tokenising) and with
-what the first run left (warm). predict.py's rate is the one that it tells: from the first row read to the last one
-written, loading not counted. Measures RssAnon, since the resident size counts the mapped pages of the cache, which the
-system may take back. Linux.
+Start-up is from the command to the end of the first step, with an empty cache (cold: reads and tokenises) and with the
+first run's cache (warm). predict.py's rate is the one that it logs: from the first row read to the last one written,
+without loading. Memory is RssAnon: the resident size also counts mapped pages of the cache, which the system can
+reclaim. Linux only.
 """
 
 import argparse
@@ -29,8 +29,8 @@ WORDS = [word for word in (ROOT / "data/demo/vocab.txt").read_text(encoding="utf
 
 def write_table(path, number, suffix):
     """Write a table of `number` short reviews of random words."""
-    chooser = random.Random(number)
-    rows = ({"text": " ".join(chooser.choices(WORDS, k=12)), "label": chooser.choice("ab")} for _ in range(number))
+    generator = random.Random(number)
+    rows = ({"text": " ".join(generator.choices(WORDS, k=12)), "label": generator.choice("ab")} for _ in range(number))
     if suffix == "parquet":
         from datasets import Dataset
 
@@ -44,52 +44,44 @@ def write_table(path, number, suffix):
         file.write("]" if suffix == "json" else "")
 
 
-def peak_memory(command, folder, variables, look=lambda: None):
-    """Run a command, which must succeed; return its largest RssAnon in MB. look() is called all the while."""
-    process, largest = subprocess.Popen(command, cwd=folder, env=variables, stdout=subprocess.DEVNULL), 0
+def peak_memory(command, folder, variables, poll=lambda: None):
+    """Run a command, which must succeed; return its peak RssAnon in MB. poll() is called every 20 ms."""
+    process, peak = subprocess.Popen(command, cwd=folder, env=variables, stdout=subprocess.DEVNULL), 0
     while process.poll() is None:
-        look()
+        poll()
         try:
             status = Path(f"/proc/{process.pid}/status").read_text()
-            largest = max(largest, *map(int, re.findall(r"RssAnon:\s+(\d+)", status)), 0)
-        except (OSError, TypeError):  # it ended just now
+            peak = max(peak, *map(int, re.findall(r"RssAnon:\s+(\d+)", status)), 0)
+        except (OSError, TypeError):  # the process has ended
             pass
         time.sleep(0.02)
     if process.returncode:
         sys.exit(f"{' '.join(command)}: exit code {process.returncode}")
-    return largest / 1000
+    return peak / 1000
 
 
 def measure_training(command, folder, variables):
-    """Run train.py in a folder; return (seconds to the first step, median ms of a step, largest RssAnon in MB)."""
+    """Run train.py in a folder; return (seconds to the first step, median ms of a step, peak RssAnon in MB)."""
     lines, begin, first = Path(folder, "run/metrics.jsonl"), time.monotonic(), []
     lines.unlink(missing_ok=True)
 
-    def look():
+    def poll():
         if not first and lines.exists():
             first.append(time.monotonic() - begin)
 
-    largest = peak_memory(command, folder, variables, look)
+    peak = peak_memory(command, folder, variables, poll)
     rates = [json.loads(line).get("examples_per_second") for line in lines.read_text().splitlines()]
-    return first[0], statistics.median(1000 * BATCH_SIZE / rate for rate in rates if rate), largest
+    return first[0], statistics.median(1000 * BATCH_SIZE / rate for rate in rates if rate), peak
 
 
 def measure_prediction(file, folder, variables):
-    """Label the file with the model of the run in a folder; return (rows/s, largest RssAnon in MB)."""
-    command = [
-        sys.executable,
-        str(ROOT / "predict.py"),
-        "--model",
-        "run",
-        "--input",
-        str(file),
-        "--output",
-        "out.jsonl",
-    ]
+    """Label the file with the model of the run in a folder; return (rows/s, peak RssAnon in MB)."""
+    command = [sys.executable, str(ROOT / "predict.py"), "--model", "run", "--input", str(file)]
+    command += ["--output", "out.jsonl"]
     log = Path(folder, "log")
-    largest = peak_memory(["bash", "-c", f"exec {shlex.join(command)} 2> {log}"], folder, variables)
+    peak = peak_memory(["bash", "-c", f"exec {shlex.join(command)} 2> {log}"], folder, variables)
     (rate,) = re.findall(r"out.jsonl: .* rows in .*, ([\d,]+) rows/s", log.read_text(encoding="utf-8"))
-    return int(rate.replace(",", "")), largest
+    return int(rate.replace(",", "")), peak
 
 
 def main():
@@ -105,8 +97,8 @@ def main():
     if args.device == "cpu":
         variables["CUDA_VISIBLE_DEVICES"] = ""
     measured = []
-    of_train = "| rows | first step, cold | first step, warm | step | peak RssAnon |\n|---|---|---|---|---|"
-    print(of_train if args.script == "train" else "| rows | rows/s | peak RssAnon |\n|---|---|---|", flush=True)
+    train_header = "| rows | first step, cold | first step, warm | step | peak RssAnon |\n|---|---|---|---|---|"
+    print(train_header if args.script == "train" else "| rows | rows/s | peak RssAnon |\n|---|---|---|", flush=True)
     for number in args.rows:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, f"rows.{args.suffix}")
@@ -121,8 +113,8 @@ def main():
             command += ["--eval_every", str(args.steps), "--output_dir", "run", "--overwrite"]
             variables["HF_HOME"] = f"{folder}/cache"
             if args.script == "predict":
-                few = [*command, "--max_steps", "1", "--limit", "train=64", "--eval_every", "1"]
-                subprocess.run(few, cwd=folder, env=variables, stdout=subprocess.DEVNULL, check=True)
+                one_step = [*command, "--max_steps", "1", "--limit", "train=64", "--eval_every", "1"]
+                subprocess.run(one_step, cwd=folder, env=variables, stdout=subprocess.DEVNULL, check=True)
                 rate, peak = measure_prediction(file, folder, variables)
                 measured.append({"rows": number, "rows_per_second": rate, "peak_mb": peak})
                 print(f"| {number:,} | {rate:,} | {peak:.0f} MB |", flush=True)

@@ -1,8 +1,8 @@
-"""Whole runs over several seeds in several layouts: do their scores agree within the spread of the seeds?
+"""Train with several seeds in several layouts: do the scores agree within the spread between seeds?
 
     python benchmarks/seeds.py --output_dir FOLDER [--seeds 5] [--task demo] [--layouts fp32 bf16]
 
-Trains with --final_test; a run that is complete in FOLDER is not trained again. Prints a table for RESULTS.md.
+Trains with --final_test; runs that are complete in FOLDER are not trained again. Prints a table for RESULTS.md.
 """
 
 import argparse
