@@ -1,4 +1,4 @@
-"""Flags, exit codes, the choice of processes, models and their heads, losses and baselines."""
+"""Flags, exit codes, start-up, losses and scores."""
 
 import ctypes
 import gc
@@ -193,7 +193,7 @@ def test_one_prediction_for_all_is_told(task, logits, labels, constant):
 
 
 def test_balanced_weights_are_inverse_to_the_frequencies():
-    weights = common.balanced_weights(MANY, np.array([0, 0, 0, 1]))  # nobody has class 2
+    weights = common.class_weights("balanced", MANY, np.array([0, 0, 0, 1]))  # nobody has class 2
     torch.testing.assert_close(weights[:2], torch.tensor([4 / (2 * 3), 4 / 2]))
     assert weights[[0, 0, 0, 1]].mean() == pytest.approx(1)
 
@@ -281,11 +281,12 @@ def test_time_is_h_mm_ss(seconds, words):
 
 
 FRESH_PAGES = """
-import resource, sys, torch, common
+import resource, sys, torch
 from types import SimpleNamespace
+from classifier import processes
 if sys.argv[1] == "fresh":
-    common.keep_freed_memory = lambda: None
-common.start(SimpleNamespace(mixed_precision="no", threads=1), stream=sys.stderr)
+    processes.keep_freed_memory = lambda: None
+processes.start(SimpleNamespace(mixed_precision="no", threads=1), stream=sys.stderr)
 for round in range(6):
     if round == 2:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
