@@ -195,7 +195,7 @@ def test_a_made_validation_split_is_made_again(reviews, vocabulary, run_inside, 
     assert evaluation["examples"] == 40
     shutil.rmtree(reviews / "run" / "evaluation-validation")
     write_table(reviews / "train.csv", make_rows(199, 1))
-    assert "have changed" in refused("--model", "run", cwd=reviews)
+    assert "is not the one used in training" in refused("--model", "run", cwd=reviews)
 
 
 def test_labels_are_matched_by_name(copy, evaluate):
@@ -563,7 +563,7 @@ def test_a_bag_of_words_is_the_one_of_scikit_learn(copy, evaluate):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--compare", "nowhere"], "--compare nowhere: is not there"),
+        (["--compare", "nowhere"], "--compare nowhere: does not exist"),
         (["--compare", "test.csv"], 'has no column "predicted_label"'),
         (["--compare", "reviews.yaml"], "reviews.yaml"),
     ],
