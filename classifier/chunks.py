@@ -1,7 +1,7 @@
-"""Logits of a large table, in parts on disk: a killed prediction goes on, and several processes share the work.
+"""Logits of a large table, in chunks on disk: a killed prediction resumes, and several processes share the work.
 
-OUTPUT.parts/ holds a file for each 4,096 rows, complete or absent, and settings.json, which says what they are of. When
-all are there, the output is written from them in one pass, under a temporary name, and they go.
+OUTPUT.parts/ holds one file for each 4,096 rows, complete or absent, and settings.json, which says what the logits
+depend on. Once all chunks exist, the output is written from them in one pass, atomically, and the folder is removed.
 """
 
 import json
@@ -16,11 +16,11 @@ from classifier.files import CannotWrite, write_json
 from classifier.messages import RunFailed
 from classifier.predictor import ROWS_AT_A_TIME
 
-ROWS_OF_A_CHUNK = ROWS_AT_A_TIME  # of a part: read, sorted by length, predicted
+ROWS_PER_CHUNK = ROWS_AT_A_TIME
 
 
 class LogitChunks:
-    """The parts of one output. Every process makes one; `settings` tell what they must be of."""
+    """The chunks of one output. Each process makes one; chunks of other `settings` are removed."""
 
     def __init__(self, output, settings, accelerator):
         self.folder = Path(f"{output}.parts")
@@ -35,18 +35,18 @@ class LogitChunks:
                 raise CannotWrite(output, error) from None
         accelerator.wait_for_everyone()
 
-    def compute(self, rows, logits_of, done):
-        """Compute the parts that are not there, each process every n-th.
+    def compute(self, rows, compute_logits, report):
+        """Compute the missing chunks; each process takes every n-th chunk.
 
-        rows: an iterator of (line, row); logits_of: a function of such rows to logits (rows, outputs);
-        done(rows, computed) is called after each part: how many rows it has, and how many of them were computed now.
+        rows: an iterator of (line, row); compute_logits: from a list of such pairs to logits (rows, outputs);
+        report(rows, computed): called after each chunk of this process with its rows, and how many were computed now.
         """
-        for number, some in enumerate(chunked(rows)):
+        for number, chunk in enumerate(split_into_chunks(rows)):
             if number % self.accelerator.num_processes != self.accelerator.process_index:
                 continue
-            is_there = self._read(number, len(some)) is not None
-            if not is_there:
-                logits = logits_of(some)
+            is_cached = self._read(number, len(chunk)) is not None
+            if not is_cached:
+                logits = compute_logits(chunk)
                 temporary = self._path(number).with_suffix(".tmp")
                 try:
                     with open(temporary, "wb") as file:
@@ -54,16 +54,16 @@ class LogitChunks:
                     os.replace(temporary, self._path(number))
                 except OSError as error:
                     raise CannotWrite(self.folder, error) from None
-            done(len(some), 0 if is_there else len(some))
+            report(len(chunk), 0 if is_cached else len(chunk))
         self.accelerator.wait_for_everyone()
 
-    def rows(self, rows):
-        """Yield (rows, their logits) for each part, of the (line, row) pairs that compute had."""
-        for number, some in enumerate(chunked(rows)):
-            logits = self._read(number, len(some))
+    def read(self, rows):
+        """Yield (rows, their logits) for each chunk. rows: the (line, row) pairs that compute was given."""
+        for number, chunk in enumerate(split_into_chunks(rows)):
+            logits = self._read(number, len(chunk))
             if logits is None:
                 raise RunFailed(f"{self._path(number)}: is gone. Does another process write the same --output?")
-            yield [row for _, row in some], logits
+            yield [row for _, row in chunk], logits
 
     def remove(self):
         if self.accelerator.is_main_process:
@@ -73,7 +73,7 @@ class LogitChunks:
         return self.folder / f"{number:08}.npy"
 
     def _read(self, number, rows):
-        """Return the logits of a part; None where they are not there, or not whole."""
+        """Return the logits of a chunk, or None where it is missing or incomplete."""
         try:
             logits = np.load(self._path(number), allow_pickle=False)
         except (FileNotFoundError, ValueError, EOFError):
@@ -81,8 +81,8 @@ class LogitChunks:
         return logits if len(logits) == rows else None
 
 
-def chunked(rows):
-    """Yield lists of at most ROWS rows."""
+def split_into_chunks(rows):
+    """Yield lists of at most ROWS_PER_CHUNK rows."""
     rows = iter(rows)
-    while some := list(islice(rows, ROWS_OF_A_CHUNK)):
-        yield some
+    while chunk := list(islice(rows, ROWS_PER_CHUNK)):
+        yield chunk

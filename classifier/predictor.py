@@ -4,7 +4,7 @@
     predictor = load("runs/mrpc")                                 # or an exported model: runs/mrpc/model/onnx
     table = predictor.table([["He left."], ["He went away."]])    # {"predicted_label": [...], "probability": [...]}
 
-It writes no file and talks to no other process: an engine that runs one in each of its workers divides the rows itself.
+It writes no files and needs no other process: an engine with one Predictor per worker can divide the rows as it likes.
 """
 
 import gc
@@ -26,7 +26,7 @@ from classifier.files import digest, sha256
 from classifier.messages import BadInput, log
 from classifier.model.tokenization import encode, longest_input, padded
 
-ROWS_AT_A_TIME = 4096  # enough to find texts of like length among them
+ROWS_AT_A_TIME = 4096  # enough to batch texts of similar length
 
 
 @dataclass
@@ -35,51 +35,50 @@ class Predictor:
 
     task: tasks.Task
     tokenizer: object
-    forward: Callable  # of a batch, {column: ragged ids}, to its logits, float32 (examples, outputs)
+    forward: Callable  # from a batch, {column: ragged ids}, to its logits, float32 (examples, outputs)
     batch_size: int
-    made_of: list  # files, and the commit of a model of the Hub
+    sources: list  # the model's files, or the id and commit of a Hub model
 
     @cached_property
     def digest(self):
-        """A name for the weights and the task."""
-        return digest([sha256(part) if isinstance(part, Path) else part for part in self.made_of])
+        """A digest of the weights and the task."""
+        return digest([sha256(source) if isinstance(source, Path) else source for source in self.sources])
 
     def logits(self, texts):
-        """Return the logits of texts, float32 (texts, outputs). texts: a list for each of the task's columns."""
+        """Return the logits of texts, float32 (texts, outputs). texts: one list for each of the task's text columns."""
         encoded, _ = encode(self.task, self.tokenizer, texts, self.task.max_length)
-        order = np.argsort([-len(ids) for ids in encoded["input_ids"]], kind="stable")  # those of like length together
+        order = np.argsort([-len(ids) for ids in encoded["input_ids"]], kind="stable")  # similar lengths together
         logits = np.empty((len(order), 1 if self.task.is_regression else len(self.task.labels)), dtype=np.float32)
         for start in range(0, len(order), self.batch_size):
-            chosen = order[start : start + self.batch_size]
-            logits[chosen] = self.forward({name: [ids[i] for i in chosen] for name, ids in encoded.items()})
+            batch = order[start : start + self.batch_size]
+            logits[batch] = self.forward({name: [ids[i] for i in batch] for name, ids in encoded.items()})
         return logits
 
-    def logits_of_rows(self, rows):
-        """Return the logits of a Dataset's rows, (rows, outputs), some rows at a time."""
-        parts = (rows[start : start + ROWS_AT_A_TIME] for start in range(0, len(rows), ROWS_AT_A_TIME))
-        return np.concatenate([self.logits([part[column] for column in self.task.text]) for part in parts])
+    def dataset_logits(self, rows):
+        """Return the logits of a Dataset, (rows, outputs), in constant memory for its texts."""
+        slices = (rows[start : start + ROWS_AT_A_TIME] for start in range(0, len(rows), ROWS_AT_A_TIME))
+        return np.concatenate([self.logits([columns[name] for name in self.task.text]) for columns in slices])
 
     def table(self, texts):
-        """Return what predict.py adds to a table: {column: values}. texts: as of logits."""
+        """Return the columns that predict.py adds to a table: {name: values}. texts: as for logits."""
         rows = list(prediction_rows(self.task, self.logits(texts)))
         return {name: [row[at] for row in rows] for at, name in enumerate(prediction_columns(self.task))}
 
 
 def onnx_file(path):
-    """Return the .onnx file that a path names: itself, or model.onnx in a folder; None for any other model."""
+    """Return the .onnx file at a path, which may be a folder with model.onnx; None for any other model."""
     file = Path(path) if str(path).endswith(".onnx") else Path(path) / "model.onnx"
     return file if file.is_file() else None
 
 
 def load(path, accelerator=None, batch_size=64, threads=None):
-    """Return the Predictor of a run, a model folder, a model of the Hub, or a folder that export.py wrote.
+    """Return the Predictor of a run, a model folder, a Hub id, or a folder that export.py wrote.
 
-    accelerator: says on which device, and in which precision; without one, as accelerate chooses by itself. threads: of
-    an exported model; None: the cores there are.
-    Raises BadInput for what is no classifier.
+    accelerator: chooses the device and the precision (default: a new Accelerator). threads: for an exported model
+    (default: all available cores). Raises BadInput for anything that is not a classifier.
     """
     if file := onnx_file(path):
-        return _exported(file, batch_size, threads)
+        return _load_exported(file, batch_size, threads)
     import torch
     from accelerate import Accelerator
     from accelerate.utils import send_to_device
@@ -113,20 +112,20 @@ def load(path, accelerator=None, batch_size=64, threads=None):
         except RuntimeError as error:
             if len(lengths) == 1 or not should_reduce_batch_size(error):
                 raise
-        clear_device_cache(garbage_collection=True)  # too large for the memory: in two halves
-        half = len(lengths) // 2
-        halves = [{name: ids[at] for name, ids in batch.items()} for at in (slice(half), slice(half, None))]
-        return np.concatenate([forward(part) for part in halves])
+        clear_device_cache(garbage_collection=True)  # out of memory: in two halves
+        middle = len(lengths) // 2
+        halves = [{name: ids[half] for name, ids in batch.items()} for half in (slice(middle), slice(middle, None))]
+        return np.concatenate([forward(half) for half in halves])
 
     files = sorted(file for file in Path(folder).glob("*") if file.is_file() and file.suffix != ".md")
-    made_of = [path, facts["commit"]] if facts["commit"] else files
-    return Predictor(task, tokenizer, forward, batch_size, made_of)
+    sources = [path, facts["commit"]] if facts["commit"] else files
+    return Predictor(task, tokenizer, forward, batch_size, sources)
 
 
 class _Tokenizer:
-    """The tokenizer.json of an exported model, called as tokens.encode does: transformers' own would import torch."""
+    """The tokenizer.json of an exported model, for tokenization.encode: transformers' tokenizers would import torch."""
 
-    unk_token_id = None  # nobody counts the unknown tokens here
+    unk_token_id = None  # unknown tokens are not counted
 
     def __init__(self, file, columns):
         from tokenizers import Tokenizer
@@ -137,12 +136,12 @@ class _Tokenizer:
 
     def __call__(self, *texts, return_special_tokens_mask):
         encoded = self.backend.encode_batch(list(zip(*texts, strict=True)) if len(texts) > 1 else list(texts[0]))
-        parts = {"input_ids": "ids", "token_type_ids": "type_ids", "special_tokens_mask": "special_tokens_mask"}
-        return {name: [getattr(one, part) for one in encoded] for name, part in parts.items()}
+        attributes = {"input_ids": "ids", "token_type_ids": "type_ids", "special_tokens_mask": "special_tokens_mask"}
+        return {name: [getattr(example, attribute) for example in encoded] for name, attribute in attributes.items()}
 
 
-def _exported(file, batch_size, threads):
-    """Return the Predictor of an .onnx file that export.py wrote. It needs no torch, whose import takes seconds."""
+def _load_exported(file, batch_size, threads):
+    """Return the Predictor of an .onnx file that export.py wrote, without torch, whose import takes seconds."""
     try:
         import onnxruntime
     except ImportError:
@@ -150,43 +149,46 @@ def _exported(file, batch_size, threads):
     folder = file.parent
     task, _ = tasks.read_saved_task(folder)
     if task is None:
-        raise BadInput(f"{file}: has no task.json beside it", "Keep all files together that export.py wrote.")
+        raise BadInput(f"{file}: has no task.json next to it", "Keep all files that export.py wrote together.")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or processes.available_cores()
     try:
         session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-        columns = [of.name for of in session.get_inputs()]
+        columns = [column.name for column in session.get_inputs()]
         tokenizer = _Tokenizer(folder / "tokenizer.json", columns)
         pad_token_id = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("pad_token_id") or 0
-    except Exception as error:  # onnxruntime and tokenizers have kinds of their own
-        words = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise BadInput(f"{file}: cannot be loaded ({words})", "Export again, or copy the whole folder again.") from None
+    except Exception as error:  # onnxruntime and tokenizers raise types of their own
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise BadInput(f"{file}: cannot be loaded ({reason})", "Export again, or copy the folder again.") from None
     gc.enable()  # see processes.run
 
     def forward(batch):
         return session.run(["logits"], padded(batch, pad_token_id))[0]
 
-    made_of = [*sorted(folder.glob(f"{file.name}*")), folder / "tokenizer.json", folder / "task.json"]
-    return Predictor(task, tokenizer, forward, batch_size, made_of)
+    sources = [*sorted(folder.glob(f"{file.name}*")), folder / "tokenizer.json", folder / "task.json"]
+    return Predictor(task, tokenizer, forward, batch_size, sources)
 
 
 def start_exported(args, stream=None):
-    """Return (what stands for the Accelerator where onnxruntime computes, threads): one process, and no torch."""
+    """Return (a stand-in for the Accelerator, threads) for ONNX Runtime: one process, no torch.
+
+    Raises BadInput for several processes and for a precision.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise BadInput("onnxruntime computes in one process, the launcher started several", "Launch with python alone.")
+        raise BadInput("ONNX Runtime uses one process, but the launcher started several", "Launch with python alone.")
     if args.mixed_precision not in ("auto", "no"):
-        words = f"--mixed_precision {args.mixed_precision}: an exported model has its precision in it"
-        raise BadInput(words, "Drop the flag. Smaller and faster: export.py --quantize int8.")
+        reason = f"--mixed_precision {args.mixed_precision}: the precision of an exported model is fixed"
+        raise BadInput(reason, "Drop the flag. For a smaller and faster model: export.py --quantize int8.")
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
-    threads, words = processes.choose_threads(
+    threads, threads_reason = processes.choose_threads(
         args.threads, os.environ.get("OMP_NUM_THREADS"), processes.available_cores(), 1, launched
     )
     processes.log_to(stream or sys.stdout)
-    log.info(f"onnxruntime, cpu, 1 process, precision of the file, {words}")
+    log.info(f"onnxruntime, cpu, 1 process, precision of the file, {threads_reason}")
 
-    def nothing(*_):
+    def no_op(*_):
         pass
 
-    alone = {"is_main_process": True, "process_index": 0, "num_processes": 1, "mixed_precision": "no"}
-    calls = {"wait_for_everyone": nothing, "free_memory": nothing, "end_training": nothing}
-    return SimpleNamespace(**alone, **calls), threads
+    facts = {"is_main_process": True, "process_index": 0, "num_processes": 1, "mixed_precision": "no"}
+    methods = dict.fromkeys(("wait_for_everyone", "free_memory", "end_training"), no_op)
+    return SimpleNamespace(**facts, **methods), threads
