@@ -394,7 +394,9 @@ def test_one_text_and_the_int8_file(bert, tmp_path, run_inside):
 
 def test_what_an_exported_model_refuses(copy, refused, monkeypatch):
     texts = ("--text", "a", "--text_pair", "b")
-    assert "precision in it" in refused("predict.py", "--model", "model/onnx", *texts, "--mixed_precision", "bf16")
+    assert "the precision of an exported model is fixed" in refused(
+        "predict.py", "--model", "model/onnx", *texts, "--mixed_precision", "bf16"
+    )
     assert "exported model" in refused("evaluate.py", "--model", "model/onnx")
     with monkeypatch.context() as patch:
         patch.setenv("WORLD_SIZE", "2")
@@ -413,7 +415,7 @@ def test_what_an_exported_model_refuses(copy, refused, monkeypatch):
 
 def test_weights_too_large_for_one_file_lie_beside_it(copy, monkeypatch):
     expected = predictor.load(copy / "model/onnx").logits([["the room"], ["was good"]])
-    monkeypatch.setattr(export, "LARGEST", 0)
+    monkeypatch.setattr(export, "MAX_BYTES_IN_ONE_FILE", 0)
     run_main(monkeypatch, "--model", copy, "--quantize", "int8")
     folder = copy / "model/onnx"
     assert (folder / "model.onnx.data").stat().st_size > 0.5 * (copy / "model/model.safetensors").stat().st_size
