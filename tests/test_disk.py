@@ -1,10 +1,11 @@
-"""A full disk, and one that cannot be written: nothing half is left; with room the same command goes on."""
+"""A full disk, and one that cannot be written: nothing half is left; with room the same command resumes."""
 
 import os
 import shutil
 import subprocess
 
 import pytest
+from conftest import bert_config, write_review_task, write_reviews
 from test_checkpoint import DATA, SETTINGS, TASK, Training, accelerator, names, outcome  # noqa: F401 - a fixture
 from test_preemption import ended, start, start_2, state_of
 from transformers import BertTokenizer
@@ -22,13 +23,13 @@ def disk(tmp_path):
     def mount(kibibytes, *options):
         folder = tmp_path / f"disk{len(mounted)}"
         folder.mkdir()
-        words = ",".join([f"size={kibibytes}k", *options])
+        command = ["mount", "-t", "tmpfs", "-o", ",".join([f"size={kibibytes}k", *options]), "none", folder]
         try:
-            done = subprocess.run(["mount", "-t", "tmpfs", "-o", words, "none", folder], capture_output=True, text=True)
+            mounting = subprocess.run(command, capture_output=True, text=True)
         except OSError as error:
             pytest.skip(f"no tmpfs can be mounted: {error}")
-        if done.returncode:
-            pytest.skip(f"no tmpfs can be mounted: {done.stderr.strip()}")
+        if mounting.returncode:
+            pytest.skip(f"no tmpfs can be mounted: {mounting.stderr.strip()}")
         mounted.append(folder)
         return folder
 
@@ -38,12 +39,12 @@ def disk(tmp_path):
 
 
 def fill(folder, left=0):
-    """Let another program's file fill the disk, but for `left` KiB."""
+    """Let another program's file fill the disk, except for `left` KiB."""
     disk = os.statvfs(folder)
-    number = disk.f_bavail * disk.f_frsize // 1024 - left
+    kibibytes = disk.f_bavail * disk.f_frsize // 1024 - left
     descriptor = os.open(folder / "of another program", os.O_WRONLY | os.O_CREAT)
     try:
-        os.posix_fallocate(descriptor, 0, max(1, number) * 1024)
+        os.posix_fallocate(descriptor, 0, max(1, kibibytes) * 1024)
     finally:
         os.close(descriptor)
 
@@ -54,40 +55,41 @@ def make_room(folder):
 
 # Fills the disk of the run in step 7, and makes room in step 12, or never.
 FILLS = """
-import dropout
 from pathlib import Path
-sys.path.insert(0, {tests!r})
+from classifier.model import dropout
+sys.path[:0] = [{tests!r}, {tests!r} + "/classifier"]
 from test_disk import fill, make_room
-begin = dropout.Masks.begin
-def filling(self, step, *given):
+set_batch = dropout.Masks.set_batch
+def filling(self, step, *arguments):
     if step == 7:
         fill(Path({disk!r}), {left})
     if step == {until}:
         {then}
-    return begin(self, step, *given)
-dropout.Masks.begin = filling
+    return set_batch(self, step, *arguments)
+dropout.Masks.set_batch = filling
 """
-# What is said to be left is not there once it is to be written.
+# The disk reports room that is gone once it is needed.
 UNSEEN = """
 import collections, shutil
 shutil.disk_usage = lambda path: collections.namedtuple("usage", "total used free")(10**9, 0, 10**9)
 """
 
 
-def train(task, disk, *flags, change="", left=0, until=0, then="pass", save_every=5, name="run"):
+def train(task, disk, *flags, change="", left=0, until=0, then="pass", save_every=5):
     """Train with the run on this disk; return (exit code, standard output, standard error)."""
     filling = {"tests": os.path.dirname(__file__), "disk": str(disk), "left": left, "until": until, "then": then}
     change = f"{change}\n{FILLS.format(**filling)}" if until else change
     options = ("--task", task, "--threads", 1, "--save_every", save_every, "--log_every", 1, *flags)
-    return ended(start(task.parent, *options, "--output_dir", disk / name, change=change))
+    return ended(start(task.parent, *options, "--output_dir", disk / "run", change=change))
 
 
-@pytest.fixture
-def whole(review_task, tmp_path):
-    """What the unbroken run ends with."""
-    code, _, err = train(review_task, tmp_path, name="whole")
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, vocabulary):
+    """What the unbroken run of review_task ends with."""
+    folder = write_reviews(tmp_path_factory.mktemp("whole"))
+    code, _, err = train(write_review_task(folder / "reviews.yaml", bert_config(vocabulary)), folder)
     assert code == 0, err
-    return outcome(tmp_path / "whole")
+    return outcome(folder / "run")
 
 
 def warnings_of(log):
@@ -188,8 +190,8 @@ def written(folder, left, model, tokenizer):
     error = None
     try:
         checkpoint.write_model(run, model, tokenizer, TASK, DATA, 1, RESULTS, "a card")
-    except Exception as found:
-        error = found
+    except Exception as raised:
+        error = raised
     make_room(folder)
     state = state_of(run)["status"]
     assert state == ("running" if error else "done")
@@ -208,14 +210,14 @@ def test_a_disk_that_ends_anywhere_in_the_model_is_told_in_two_lines(disk, tiny_
 
 
 FILLS_LATE = """
-import checkpoint
 from pathlib import Path
-sys.path.insert(0, {tests!r})
+from classifier.training import checkpoint
+sys.path[:0] = [{tests!r}, {tests!r} + "/classifier"]
 from test_disk import fill
 write = checkpoint.write_model
-def filled(folder, *given):
+def filled(folder, *arguments):
     fill(Path({disk!r}), {left})
-    return write(folder, *given)
+    return write(folder, *arguments)
 checkpoint.write_model = filled
 """
 
@@ -243,7 +245,7 @@ def test_a_full_disk_at_the_model_is_told_and_the_same_command_finishes(review_t
 def test_a_folder_that_cannot_be_written_is_found_before_the_model_is_loaded(review_task, disk, number_of_processes):
     folder = disk(100, "ro")
     options = ("--task", review_task, "--threads", 1, "--output_dir", folder / "run")
-    start_them = start_2 if number_of_processes == 2 else lambda *given: [start(*given)]
+    start_them = start_2 if number_of_processes == 2 else lambda *arguments: [start(*arguments)]
     for process in start_them(review_task.parent, *options):
         code, log, err = ended(process, 30)
         assert code == 2
@@ -267,7 +269,7 @@ def test_a_disk_with_room_for_the_lock_alone_is_told_in_two_lines(review_task, d
     folder = disk(3000)
     fill(folder, 4)
     options = ("--task", review_task, "--threads", 1, "--output_dir", folder / "run")
-    start_them = start_2 if number_of_processes == 2 else lambda *given: [start(*given)]
+    start_them = start_2 if number_of_processes == 2 else lambda *arguments: [start(*arguments)]
     processes = start_them(review_task.parent, *options)
     code, _, err = ended(processes[0], 30)
     for process in processes[1:]:  # a launcher would end it
