@@ -38,14 +38,14 @@ import datetime
 import torch.distributed
 begin = torch.distributed.init_process_group
 def impatient(*given, **options):
-    return begin(*given, **{**options, "timeout": datetime.timedelta(seconds=15)})
+    return set_batch(*given, **{**options, "timeout": datetime.timedelta(seconds=15)})
 torch.distributed.init_process_group = impatient
-import batching
-encode = batching.encode
+from classifier.model import tokenization
+encode = tokenization.encode
 def slow(*given):
     time.sleep(10)
     return encode(*given)
-batching.encode = slow
+tokenization.encode = slow
 """
 
 
@@ -75,12 +75,12 @@ def broken(task, logits, labels, *given):
     if common.step_of_test == 4 and os.environ.get("RANK", "0") == {rank!r}:
         losses = losses * float("nan")
     return losses
-import dropout
-begin = dropout.Masks.begin
+from classifier.model import dropout
+set_batch = dropout.Masks.set_batch
 def noting(self, step, *given):
     common.step_of_test = step
-    return begin(self, step, *given)
-dropout.Masks.begin = noting
+    return set_batch(self, step, *given)
+dropout.Masks.set_batch = noting
 common.step_of_test = 0
 common.example_losses = broken
 """
@@ -96,13 +96,13 @@ def test_a_loss_that_is_not_finite_stops_all_and_is_told_once(review_task, rank)
 
 
 ONE_RANK_FAILS = """
-import dropout
-begin = dropout.Masks.begin
+from classifier.model import dropout
+set_batch = dropout.Masks.set_batch
 def failing(self, step, *given):
     if step == 3 and os.environ["RANK"] == {rank!r}:
         raise ValueError("the disk of this machine is on fire")
-    return begin(self, step, *given)
-dropout.Masks.begin = failing
+    return set_batch(self, step, *given)
+dropout.Masks.set_batch = failing
 """
 
 
@@ -118,8 +118,9 @@ def test_a_process_that_fails_alone_ends_the_job_in_seconds_with_its_message(rev
 
 # A gradient that is not finite at step 3 leaves the weights as they were: the loss of step 4 is that of these weights.
 NO_UPDATE = """
-import torch, common
-start = common.start
+import torch
+from classifier import processes
+start = processes.start
 def started(*given, **options):
     accelerator = start(*given, **options)
     clip = accelerator.clip_grad_norm_
@@ -131,13 +132,13 @@ def started(*given, **options):
             parameters[0].grad.fill_(float("inf"))
         before = [parameter.detach().clone() for parameter in parameters]
         if len(norms) == 4:
-            words = "UNCHANGED " + str(all(map(torch.equal, before, common.kept)))
+            words = "UNCHANGED " + str(all(map(torch.equal, before, processes.kept)))
             os.write(1, (words + chr(10)).encode())  # in one piece: both processes write here
-        common.kept = before
+        processes.kept = before
         return clip(parameters, limit)
     accelerator.clip_grad_norm_ = broken
     return accelerator
-common.start = started
+processes.start = started
 """
 
 
@@ -149,16 +150,16 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(review_task):
 
 
 FP16 = """
-import torch, common
-from accelerate.utils import AutocastKwargs
-start = common.start
+import torch
+from classifier import processes
+start = processes.start
 def started(*given, **options):
     accelerator = start(*given, **options)
     accelerator.state._mixed_precision = "fp16"
     accelerator.native_amp = True
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**{power}, growth_interval=10**6)
     return accelerator
-common.start = started
+processes.start = started
 """
 
 

@@ -29,7 +29,7 @@ from conftest import (
     write_table,
 )
 from punisher import punish
-from test_processes import FP16, WRAPPER
+from test_launch import FP16, WRAPPER
 
 from classifier.training import batching
 
@@ -48,7 +48,11 @@ import gc, json, os, runpy, signal, socket, sys, time
 sys.path.insert(0, {root!r})
 import numpy as np
 import torch, transformers, accelerate.utils, accelerate.tracking, safetensors.torch
-import batching, checkpoint, common, dropout, facts, metrics, page, report
+import common
+from classifier.data import facts
+from classifier.evaluation import metrics, page, report
+from classifier.model import dropout, inference, packing
+from classifier.training import batching, checkpoint, preemption, progress
 import jinja2, matplotlib.figure, scipy.sparse
 from matplotlib import font_manager
 from transformers import BertForSequenceClassification, get_scheduler, trainer_pt_utils
@@ -164,27 +168,28 @@ def whole(tasks, launch):
 
 # ---------------------------------------------------------------------------------- where and how a run is stopped
 
-# Looks for signals between any two steps, and not once a second: so it is known where the run ends.
+# Polls for signals between any two steps, and not once a second: so it is known where the run ends.
 STOP = """
 import os, signal
-import batching, dropout, preemption
-preemption.SECONDS_BETWEEN_LOOKS = 0
+from classifier.model import dropout, inference
+from classifier.training import preemption
+preemption.SECONDS_BETWEEN_POLLS = 0
 def stop(calls):
     calls.append(1)
     if len(calls) == 1 and int(os.environ.get("RANK", "0")) in {ranks!r}:
         os.kill(os.getpid(), signal.{how})
 """
 IN_A_STEP = """
-begin, calls = dropout.Masks.begin, []
+set_batch, calls = dropout.Masks.set_batch, []
 def stopping(self, step, *given):
-    begin(self, step, *given)
+    set_batch(self, step, *given)
     if step == {step}:
         stop(calls)
-dropout.Masks.begin = stopping
+dropout.Masks.set_batch = stopping
 """
 # In the second of the seven batches of 8 of an evaluation, or of the four that a process has.
 IN_AN_EVALUATION = """
-all_logits, evaluations, batches, calls = batching.all_logits, [], [], []
+compute_logits, evaluations, batches, calls = inference.compute_logits, [], [], []
 def count(*_):
     batches.append(1)
     if len(batches) == 2:
@@ -192,13 +197,13 @@ def count(*_):
 def stopping(model, *given):
     evaluations.append(1)
     if len(evaluations) != {evaluation}:
-        return all_logits(model, *given)
+        return compute_logits(model, *given)
     handle = model.register_forward_pre_hook(count)
     try:
-        return all_logits(model, *given)
+        return compute_logits(model, *given)
     finally:
         handle.remove()
-batching.all_logits = stopping
+inference.compute_logits = stopping
 """
 # Where: what stops it there, and the steps that a run that saves every 5 goes on after (told by SIGTERM, killed). A
 # model is saved at its evaluation, too, where it is the best: the first one, after step 13, always is.
@@ -310,7 +315,7 @@ def test_a_run_that_was_stopped_is_equal_to_one_that_was_not(tasks, whole, launc
         goes_on_after = steps_of_saves
     done = launch(*flags, cwd=tasks, processes=processes)
     assert done.returncodes == [0] * processes, done.stderr
-    assert any(f"goes on after step {step}: " in done.stdout for step in goes_on_after), done.stdout
+    assert any(f"resuming after step {step}: " in done.stdout for step in goes_on_after), done.stdout
     assert_equal(tmp_path / "run", expected)
 
 
@@ -324,7 +329,7 @@ def test_two_processes_of_torchrun_go_on(tasks, whole, tmp_path):
     assert stopped.returncode == 1
     assert state_of(tmp_path / "run")["status"] == "preempted"
     done = run_script("train.py", *flags, cwd=tasks, launcher=TORCHRUN_2)
-    assert done.returncode == 0 and "goes on after step 34" in done.stdout, done.stderr
+    assert done.returncode == 0 and "resuming after step 34" in done.stdout, done.stderr
     assert_equal(tmp_path / "run", whole("on", 2))
 
 
@@ -340,14 +345,15 @@ def test_a_run_that_is_stopped_again_and_again_is_equal(tasks, whole, launch, tm
 
 # The next look for signals is some steps later: before it, the batches of a worker that has ended would be missed.
 TO_ALL = """
-import os, signal, time, dropout
-begin = dropout.Masks.begin
+import os, signal, time
+from classifier.model import dropout
+set_batch = dropout.Masks.set_batch
 def signalling(self, step, *given):
-    begin(self, step, *given)
+    set_batch(self, step, *given)
     if step == 7:
         os.killpg(os.getpgid(0), signal.{how})
         time.sleep(1)
-dropout.Masks.begin = signalling
+dropout.Masks.set_batch = signalling
 """
 
 
@@ -364,13 +370,14 @@ def test_a_signal_to_all_processes_of_a_run_spares_those_that_load_batches(tasks
 # ------------------------------------------------------------------------------------------------------ other layouts
 
 SEEN = """
-import json, os, dropout
-begin = dropout.Masks.begin
+import json, os
+from classifier.model import dropout
+set_batch = dropout.Masks.set_batch
 def noting(self, step, ids, *given):
     with open("{file}-" + os.environ.get("RANK", "0"), "a") as file:
         file.write(json.dumps([step, [int(example) for example in ids]]) + chr(10))
-    return begin(self, step, ids, *given)
-dropout.Masks.begin = noting
+    return set_batch(self, step, ids, *given)
+dropout.Masks.set_batch = noting
 """
 
 
@@ -444,7 +451,7 @@ def test_resume_never_wants_an_empty_folder_and_trains_there(tasks, whole, launc
     assert_equal(tmp_path / "run", whole())
     before = contents_of(tmp_path)
     refused = launch(*flags, cwd=tasks)
-    assert refused.returncodes == [2] and "--resume never wants an empty folder" in refused.stderr
+    assert refused.returncodes == [2] and "--resume never needs an empty folder" in refused.stderr
     assert contents_of(tmp_path) == before
 
 
@@ -458,7 +465,7 @@ def test_a_checkpoint_of_another_run_is_gone_on_from_in_a_new_folder(tasks, whol
         second = tmp_path / f"second-{number}"
         done = launch(*flags, "--output_dir", second, "--resume", source, cwd=tasks)
         assert done.returncodes == [0], done.stderr
-        assert f"goes on after step {(20, 13)[number]}" in done.stdout
+        assert f"resuming after step {(20, 13)[number]}" in done.stdout
         results = [results_of(folder) for folder in (second, whole("on"))]
         for name in ("best_step", "scores", "steps", "train_examples"):
             assert results[0][name] == results[1][name]
@@ -480,7 +487,8 @@ def test_a_checkpoint_of_another_run_is_gone_on_from_in_a_new_folder(tasks, whol
 
 # As XLNet does where its tensors have the positions first.
 TORCHS_OWN = """
-import torch, dropout
+import torch
+from classifier.model import dropout
 def forward(self, values):
     return torch.nn.functional.dropout(values, self.p, self.training)
 dropout.Dropout.forward = forward
@@ -497,7 +505,7 @@ def test_a_model_that_draws_from_torchs_generator_goes_on_with_the_same_draws(
     change = TORCHS_OWN + stopping(IN_A_STEP.format(step=20), how, processes)
     launch(*flags, cwd=tasks, processes=processes, change=change)
     done = launch(*flags, cwd=tasks, processes=processes, change=TORCHS_OWN)
-    assert f"goes on after step {20 if how == 'SIGTERM' else 15}" in done.stdout
+    assert f"resuming after step {20 if how == 'SIGTERM' else 15}" in done.stdout
     assert "some of this model's dropout is torch's own" in done.stdout
     assert_equal(tmp_path / "run", expected)
 
@@ -561,14 +569,15 @@ def test_an_evaluation_that_is_repeated_is_noted_once(tasks, whole, launch, tmp_
     flags = ["--task", "off.yaml", *FLAGS, "--trackers", "tensorboard", "--output_dir", tmp_path / "run"]
     assert launch(*flags, cwd=tasks, change=stopping(IN_A_STEP.format(step=26))).returncodes == [75]
     killed = """
-import os, report
-evaluation = report.Progress.evaluation
+import os
+from classifier.training.progress import Progress
+log_evaluation = Progress.log_evaluation
 def killing(self, *given):
-    evaluation(self, *given)
+    log_evaluation(self, *given)
     for tracker in self.accelerator.trackers:
         tracker.writer.flush()
     os.kill(os.getpid(), 9)
-report.Progress.evaluation = killing
+Progress.log_evaluation = killing
 """
     assert launch(*flags, cwd=tasks, change=killed).returncodes == [-9]
     assert [line["step"] for line in lines_of(tmp_path / "run", "eval")] == [13, 26]
@@ -581,16 +590,21 @@ report.Progress.evaluation = killing
 
 
 def killed_where(function, condition):
-    """A change that kills the run at a call of a function of `os` or `shutil` by checkpoint.py, where this holds."""
+    """A change that kills the run at a call of os.replace by files.py, or shutil.rmtree by checkpoint.py, where this
+    holds.
+    """
     module, name = function.split(".")
+    caller = {"os": "files", "shutil": "checkpoint"}[module]
     return f"""
-import os, shutil, types, checkpoint
+import os, shutil, types
+from classifier import files
+from classifier.training import checkpoint
 original = {function}
 def killing(*given, **options):
     if {condition}:
         os.kill(os.getpid(), 9)
     return original(*given, **options)
-checkpoint.{module} = types.SimpleNamespace(**{{**vars({module}), {name!r}: killing}})
+{caller}.{module} = types.SimpleNamespace(**{{**vars({module}), {name!r}: killing}})
 """
 
 
@@ -619,7 +633,9 @@ def test_killed_while_the_model_is_put_in_place(tasks, whole, launch, tmp_path, 
     assert model.with_name("model.old").exists() == has_one
     assert state_of(tmp_path / "run")["status"] == "running"
     if has_one:  # the model before is there again until the new one is
-        change = "import checkpoint\n\ndef stop(*_):\n    os._exit(3)\n\ncheckpoint.load = stop\n"
+        change = (
+            "from classifier.training import checkpoint\n\ndef stop(*_):\n    os._exit(3)\n\ncheckpoint.load = stop\n"
+        )
         assert launch(*flags, cwd=tasks, change=change).returncodes == [3]
         assert contents_of(model) == before
     assert launch(*flags, cwd=tasks).returncodes == [0]
@@ -627,26 +643,23 @@ def test_killed_while_the_model_is_put_in_place(tasks, whole, launch, tmp_path, 
     assert not list((tmp_path / "run").glob("model.*"))
 
 
-# os.replace of the finished folder, and the writing of what makes it whole.
+# os.replace of the finished folder, and of the files that make it complete.
 SAVING = {
-    "with some of its files": ("os.replace", "str(given[1]).endswith('progress.json')", "cache"),
-    "before its manifest": ("os.replace", "str(given[1]).endswith('manifest.json')", "cache"),
-    "before its rename": ("os.replace", "str(given[1]).endswith('step-00000020')", "checkpoint"),
+    "with some of its files": "str(given[1]).endswith('progress.json') and 'step-00000020' in str(given[1])",
+    "before its manifest": "str(given[1]).endswith('manifest.json') and 'step-00000020' in str(given[1])",
+    "before its rename": "str(given[1]).endswith('step-00000020')",
 }
 
 
 @pytest.mark.parametrize("moment", SAVING)
 def test_killed_while_a_checkpoint_is_written(tasks, whole, launch, tmp_path, moment):
-    function, condition, module = SAVING[moment]
-    if module == "cache":
-        condition += " and 'step-00000020' in str(given[1])"
-    change = killed_where(function, condition).replace("checkpoint.os =", f"import {module}; {module}.os =")
+    change = killed_where("os.replace", SAVING[moment])
     flags = ["--task", "on.yaml", *FLAGS, "--save_every", 10, "--output_dir", tmp_path / "run"]
     assert launch(*flags, cwd=tasks, change=change).returncodes == [-9]
     left = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
     assert left == {"step-00000010", "step-00000013", "step-00000020.tmp"}
     done = launch(*flags, cwd=tasks)
-    assert done.returncodes == [0] and "goes on after step 13" in done.stdout, done.stderr
+    assert done.returncodes == [0] and "resuming after step 13" in done.stdout, done.stderr
     assert_equal(tmp_path / "run", whole("on"))
 
 
@@ -654,13 +667,15 @@ def test_killed_while_a_checkpoint_is_written_for_the_second_time(tasks, whole, 
     """Resumed at a step and told at once to end, a run saves that step again: it is never without it."""
     flags = ["--task", "on.yaml", *FLAGS, "--keep_checkpoints", 1, "--output_dir", tmp_path / "run"]
     assert launch(*flags, cwd=tasks, change=stopping(IN_A_STEP.format(step=7))).returncodes == [75]
-    told = "import preemption\nlook = preemption.Watch.look\n\ndef told(self, step=None):\n"
-    told += "    self.received = 15\n    return look(self, step)\n\npreemption.Watch.look = told\n"
-    change = told + killed_where("os.replace", "str(given[1]).endswith('step-00000007')")
+    signalled = "from classifier.training.preemption import SignalWatch\npoll = SignalWatch.poll\n\n"
+    signalled += "def signalled(self, step=None):\n    self.received = 15\n    return poll(self, step)\n\n"
+    change = f"{signalled}SignalWatch.poll = signalled\n" + killed_where(
+        "os.replace", "str(given[1]).endswith('step-00000007')"
+    )
     assert launch(*flags, cwd=tasks, change=change).returncodes == [-9]
     done = launch(*flags, cwd=tasks)
     assert done.returncodes == [0], done.stderr
-    assert "goes on after step 7" in done.stdout
+    assert "resuming after step 7" in done.stdout
     assert_equal(tmp_path / "run", whole("on"))
 
 

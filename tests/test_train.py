@@ -948,7 +948,7 @@ def test_two_processes_that_accelerate_would_run_as_one_are_refused(review_task)
 
 @pytest.mark.parametrize("is_packed", [True, False])
 def test_facts_of_the_data_are_told_and_kept(review_task, vocabulary, train, monkeypatch, is_packed):
-    monkeypatch.setattr("packing.agrees", lambda *given: is_packed)
+    monkeypatch.setattr("classifier.model.packing.matches_padded", lambda *given: is_packed)
     rows = make_rows(60, 1)
     rows[7] = (rows[3][0], {"positive": "negative", "negative": "positive"}[rows[3][1]])
     write_table(review_task.parent / "train.csv", rows)

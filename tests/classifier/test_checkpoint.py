@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from test_preemption import ended, start, state_of
 from transformers import BertTokenizer
 
+from classifier import files
 from classifier.data.tasks import Task
 from classifier.files import recover_folder, replace_folder, sha256
 from classifier.messages import BadInput, Preempted, RunFailed, log
@@ -169,10 +170,10 @@ def test_other_code_is_said_and_goes_on(finished, told, monkeypatch):
     checkpoint.begin_or_resume(finished, SETTINGS, DATA)
     assert "other code" not in told.text
     code = state_of(finished)["code"]
-    assert {"train.py", "checkpoint.py", "torch"} <= code.keys()
+    assert {"train.py", "classifier/training/checkpoint.py", "torch"} <= code.keys()
     checkpoint.write_state(finished, "failed", code={**code, "train.py": "0123", "torch": "1.0"})
     checkpoint.begin_or_resume(finished, SETTINGS, DATA)
-    assert "other code than when this run began: train.py, torch" in told.text
+    assert "code changed since this run began: train.py, torch" in told.text
     assert state_of(finished)["code"] == code
 
 
@@ -187,7 +188,7 @@ def test_other_code_is_said_and_goes_on(finished, told, monkeypatch):
     ],
 )
 def test_a_failure_is_noted_and_goes_on(finished, accelerator, error, status, reason):
-    with pytest.raises(type(error)), checkpoint.hold(finished, accelerator):
+    with pytest.raises(type(error)), checkpoint.hold(finished, accelerator, checkpoint.State()):
         checkpoint.begin_or_resume(finished, SETTINGS, DATA)
         raise error
     state = state_of(finished)
@@ -197,10 +198,10 @@ def test_a_failure_is_noted_and_goes_on(finished, accelerator, error, status, re
 
 def test_what_fails_before_the_run_began_changes_nothing(finished, accelerator):
     for error in (BadInput("wrong", "mend it"), Preempted("SIGINT")):
-        with pytest.raises(type(error)), checkpoint.hold(finished, accelerator):
+        with pytest.raises(type(error)), checkpoint.hold(finished, accelerator, checkpoint.State()):
             raise error
     assert state_of(finished)["status"] == "done"
-    with pytest.raises(BadInput), checkpoint.hold(finished.parent / "new", accelerator):
+    with pytest.raises(BadInput), checkpoint.hold(finished.parent / "new", accelerator, checkpoint.State()):
         raise BadInput("wrong", "mend it")
     assert not (finished.parent / "new").exists()
 
@@ -213,11 +214,13 @@ def test_the_first_process_that_fails_is_believed(finished):
 
 
 @pytest.mark.parametrize(
-    ("size", "words", "half"), [(8, "goes on with micro-batches of 4", 4), (5, "of 3", 3), (1, "--gradient_ch", 1)]
+    ("size", "words", "half"), [(8, "resumes with micro-batches of 4", 4), (5, "of 3", 3), (1, "--gradient_ch", 1)]
 )
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate")])
 def test_out_of_memory_notes_half_the_micro_batch(finished, accelerator, size, words, half, error):
-    with pytest.raises(RunFailed, match=words), checkpoint.hold(finished, accelerator) as state:
+    state = checkpoint.State()
+    with pytest.raises(RunFailed, match=words), checkpoint.hold(finished, accelerator, state) as folder:
+        assert folder == finished
         checkpoint.begin_or_resume(finished, SETTINGS, DATA)
         state.micro_batch_size = size
         raise error
@@ -260,9 +263,9 @@ class Training:
             self.state.sums = [value + random.random() for value in self.state.sums]
         return self
 
-    def note_best(self):
+    def record_best(self):
         evaluation = {"scores": {"f1": 0.1}, "majority": {"f1": 0.0}, "constant": None, "loss": 1.0, "predictions": 0}
-        checkpoint.record_best(self.state, self.state.step / 10, {"validation": evaluation})
+        checkpoint.record_evaluation(self.state, self.state.step / 10, {"validation": evaluation}, is_best=True)
         return self
 
     def save(self, keep=2):
@@ -292,13 +295,13 @@ def saved_thrice(training):
     for number in (2, 4, 6):
         training.steps(2)
         if number == 2:
-            training.note_best()
+            training.record_best()
         assert training.save()
     return [training.folder / "checkpoints" / f"step-0000000{number}" for number in (2, 4, 6)]
 
 
 def test_what_is_loaded_is_what_was_saved_bit_for_bit(training):
-    training.steps(3).note_best().steps(2)
+    training.steps(3).record_best().steps(2)
     assert training.save()
     expected = training.all_of_it()
     path = training.folder / "checkpoints" / "step-00000005"
@@ -346,7 +349,7 @@ def test_one_that_is_kept_has_its_best_beside_it(training):
     for number in range(1, 7):
         training.steps(1)
         if number in (2, 5):
-            training.note_best()
+            training.record_best()
         training.save(keep=3)
     assert {f"step-0000000{number}" for number in (3, 4, 5, 6)} <= set(names(training.folder / "checkpoints"))
     (training.folder / "checkpoints" / "step-00000005" / "model.safetensors").unlink()  # the best of 5 and 6
@@ -354,7 +357,7 @@ def test_one_that_is_kept_has_its_best_beside_it(training):
 
 
 def test_the_newest_and_the_best_are_kept(training):
-    training.steps(1).note_best()
+    training.steps(1).record_best()
     for _ in range(5):
         training.save(keep=2)
         training.steps(1)
@@ -442,20 +445,20 @@ def die_at_rename(number, monkeypatch):
     ],
 )
 def test_a_save_that_fails_keeps_the_one_before_and_leaves_nothing_half(training, function, error, monkeypatch, told):
-    training.steps(2).note_best()
+    training.steps(2).record_best()
     assert training.save()
     before = {file: sha256(file) for file in training.folder.rglob("*") if file.is_file()}
-    training.steps(2).note_best()
+    training.steps(2).record_best()
 
     def fails(*given):
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, function, fails)
+        patch.setattr(files if function == "sync" else checkpoint, function, fails)
         assert training.save() is False
     assert {file: sha256(file) for file in training.folder.rglob("*") if file.is_file()} == before
     assert names(training.folder / "checkpoints") == ["step-00000002"]
-    assert "step-00000004 could not be saved, training goes on: " in told.text and str(error) in told.text
+    assert "step-00000004 could not be saved, training continues: " in told.text and str(error) in told.text
     # The model of this step is not there, and cannot be the best.
     assert training.state.best["step"] == 2
     assert training.steps(2).save()  # room was made
@@ -463,7 +466,7 @@ def test_a_save_that_fails_keeps_the_one_before_and_leaves_nothing_half(training
 
 
 def test_the_first_best_that_cannot_be_saved_is_none(training, monkeypatch):
-    training.steps(2).note_best()
+    training.steps(2).record_best()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 10))
     assert training.save() is False
     assert training.state.best is None
@@ -622,12 +625,12 @@ def test_the_model_folder_is_whole_readable_and_the_last_thing_written(tmp_path,
         checkpoint.write_model(tmp_path, model, BertTokenizer(str(vocabulary)), TASK, DATA, 1, results, "a card")
     finally:
         os.umask(mask)
-    files = {file.name: stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "model").iterdir()}
-    assert files.keys() == {
+    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "model").iterdir()}
+    assert modes.keys() == {
         *("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"),
         *("task.json", "metrics.json", "README.md"),
     }
-    assert set(files.values()) == {0o640}
+    assert set(modes.values()) == {0o640}
     assert names(tmp_path) == ["model", "results.json", "state.json"]
     assert state_of(tmp_path)["status"] == "done"
     assert saved_metrics(tmp_path / "model") == ("no", 1)
@@ -635,7 +638,7 @@ def test_the_model_folder_is_whole_readable_and_the_last_thing_written(tmp_path,
     renamed = [Path(event[2]).name for event in events if event[0] == "rename"]
     assert renamed[-2:] == ["model", "state.json"]  # "done" is said once all is there
     synced = {event[1] for event in events if event[0] == "sync"}
-    assert {f"{tmp_path}/model.tmp/{name}" for name in files} <= synced
+    assert {f"{tmp_path}/model.tmp/{name}" for name in modes} <= synced
 
 
 def test_a_model_that_cannot_be_written_leaves_the_old_one(finished, tiny_bert, vocabulary, monkeypatch):
@@ -705,7 +708,7 @@ def test_one_whose_best_is_damaged_is_of_no_use(training, name, damage, told, mo
     DAMAGE[damage](best / name)
     assert checkpoint.newest_valid(training.folder) is None
     assert all("its best model, step-00000002: " in line and name in line for line in told.messages[:2])
-    assert "no checkpoint is whole; the run starts again from its beginning" in told.messages[-1]
+    assert "no checkpoint is valid; the run starts again from step 0" in told.messages[-1]
 
 
 def test_a_best_that_is_gone_is_noticed(training):
@@ -733,7 +736,7 @@ def test_names_in_a_manifest_lead_nowhere_else(training, name, monkeypatch):
     manifest = json.loads((newest / "manifest.json").read_text())
     manifest[name] = {"bytes": 7, "sha256": hashlib.sha256(b"outside").hexdigest()}
     (newest / "manifest.json").write_text(json.dumps(manifest))
-    read, sha256 = [], sha256
+    read = []
     monkeypatch.setattr(checkpoint, "sha256", lambda file: read.append(file) or sha256(file))
     assert checkpoint.find_damage(newest) is not None
     assert {file.resolve().parent for file in read} <= {newest}
@@ -743,13 +746,13 @@ def test_names_in_a_manifest_lead_nowhere_else(training, name, monkeypatch):
 
 # The process dies in the middle of step 17, as by kill -9.
 DIES = """
-import dropout
-begin = dropout.Masks.begin
+from classifier.model import dropout
+set_batch = dropout.Masks.set_batch
 def dying(self, step, *given):
     if step == 17:
         os._exit(9)
-    return begin(self, step, *given)
-dropout.Masks.begin = dying
+    return set_batch(self, step, *given)
+dropout.Masks.set_batch = dying
 """
 FLAGS = ("--eval_every", 4, "--save_every", 5, "--keep_checkpoints", 3, "--threads", 1, "--log_every", 1)
 
@@ -818,12 +821,12 @@ SOME = [
 @pytest.mark.parametrize(("name", "damage"), MATRIX if os.environ.get("FULL") == "1" else SOME)
 def test_the_same_command_goes_on_before_the_damage_to_the_same_weights(stopped, tmp_path, name, damage):
     log = go_on(stopped, tmp_path, lambda run: DAMAGE[damage](run / "checkpoints" / "step-00000015" / name))
-    assert "step-00000015 is passed over" in log and "goes on after step 10" in log
+    assert "step-00000015 skipped" in log and "resuming after step 10" in log
 
 
 def test_the_same_command_goes_on_after_nothing_but_a_kill(stopped, tmp_path):
     log = go_on(stopped, tmp_path, lambda run: None)
-    assert "goes on after step 15" in log and "passed over" not in log
+    assert "resuming after step 15" in log and "skipped" not in log
 
 
 def test_the_same_command_starts_again_where_all_are_damaged(stopped, tmp_path):
@@ -832,7 +835,7 @@ def test_the_same_command_starts_again_where_all_are_damaged(stopped, tmp_path):
             DAMAGE[kind](path / "optimizer.safetensors")
 
     log = go_on(stopped, tmp_path, damage)
-    assert "the run starts again from its beginning" in log and "goes on after" not in log
+    assert "the run starts again from step 0" in log and "resuming after" not in log
 
 
 def test_overwrite_keeps_the_old_model_until_there_is_a_new_one(stopped, tmp_path):

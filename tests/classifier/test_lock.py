@@ -9,6 +9,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from conftest import ROOT
 from test_preemption import SLOW_STEPS, ended, start, start_2, state_of, step_of, wait_for
 
 from classifier.messages import BadInput
@@ -189,8 +190,8 @@ RACER = """
 import os, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-import lock
-from reader import BadInput
+from classifier.messages import BadInput
+from classifier.training import lock
 while not os.path.exists("go"):
     time.sleep(0.001)
 try:
@@ -208,8 +209,7 @@ def test_of_several_that_begin_at_once_one_wins(run, dead_pid, tmp_path, is_stal
     if not is_stale:
         (folder / "lock.json").unlink()
     (tmp_path / "racer.py").write_text(RACER)
-    root = os.path.dirname(lock.__file__)
-    racers = [start(tmp_path, folder, root, script=tmp_path / "racer.py", name=f"racer {n}") for n in range(4)]
+    racers = [start(tmp_path, folder, ROOT, script=tmp_path / "racer.py", name=f"racer {n}") for n in range(4)]
     time.sleep(1)
     (tmp_path / "go").touch()
     words = [ended(racer)[1] for racer in racers]
@@ -252,7 +252,7 @@ def test_a_second_run_in_the_folder_is_refused(trains, review_task):
 
 def test_a_run_whose_folder_was_taken_over_leaves_and_takes_nothing_along(review_task):
     folder = review_task.parent / "run"
-    change = f"{SLOW_STEPS}\nimport lock\nlock.HEARTBEAT = 0.2"
+    change = f"{SLOW_STEPS}\nfrom classifier.training import lock\nlock.HEARTBEAT = 0.2"
     process = start(folder.parent, "--task", review_task, *FLAGS, change=change)
     wait_for(lambda: step_of(folder) >= 2)
     other = {"host": "elsewhere", "pid": 1, "job": None, "restart": 0}

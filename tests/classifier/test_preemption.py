@@ -16,6 +16,7 @@ import psutil
 import pytest
 from conftest import ROOT, TORCHRUN_2, lines_of
 
+from classifier import files
 from classifier.files import sha256, sync
 from classifier.messages import BadInput, Preempted, RunFailed
 from classifier.training import checkpoint, preemption
@@ -43,6 +44,14 @@ if __name__ == "__main__":
 """
 
 
+# What train.py, evaluate.py and predict.py import in their functions.
+IMPORTED = [
+    *("common", "classifier.evaluation.report", "classifier.model.inference", "classifier.model.models"),
+    *("classifier.model.packing", "classifier.predictor", "classifier.chunks", "classifier.training.checkpoint"),
+    *("classifier.training.progress", "classifier.training.preemption"),
+]
+
+
 def start(folder, *flags, change="", script="train.py", name="run", environment=None):
     """Start a script of the project in a process of its own, after a change made to the project's code there.
 
@@ -50,7 +59,7 @@ def start(folder, *flags, change="", script="train.py", name="run", environment=
     its output's path beside it, for `ended`.
     """
     if not forkserver._forkserver._forkserver_pid:
-        modules = ["train", "evaluate", "predict", "transformers.models.bert.modeling_bert"]
+        modules = [*IMPORTED, "transformers.models.bert.modeling_bert"]
         multiprocessing.get_context("forkserver").set_forkserver_preload(modules)
         before = os.environ.get("PYTHONPATH")
         os.environ["PYTHONPATH"] = str(ROOT)  # Python 3.11 imports the modules with its own sys.path
@@ -149,7 +158,7 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def signals():
-    """A Watch of one process; the signals go back to what they did before."""
+    """A SignalWatch of one process; the signals go back to what they did before."""
     before = {number: signal.getsignal(number) for number in preemption.SIGNALS}
     yield preemption.SignalWatch(SimpleNamespace(num_processes=1))
     for number, handler in before.items():
@@ -162,7 +171,7 @@ def never():
 
 @pytest.mark.parametrize("number", preemption.SIGNALS)
 def test_outside_of_training_a_signal_ends_the_process_there_and_then(signals, number):
-    with pytest.raises(Preempted, match=f"{number.name}: stopped; the same command goes on"):
+    with pytest.raises(Preempted, match=f"{number.name}: stopped; the same command resumes"):
         signal.raise_signal(number)
     with signals.training(never, (None, None), 0):
         pass
@@ -180,7 +189,7 @@ def test_in_training_a_signal_waits_for_the_next_look_and_saves_once(signals, nu
         return True
 
     with (
-        pytest.raises(Preempted, match=f"{number.name}: ended between two steps"),
+        pytest.raises(Preempted, match=f"{number.name}: saved between two steps"),
         signals.training(save, (5, None), 0),
     ):
         assert signals.poll(1) is False
@@ -204,7 +213,7 @@ def test_other_errors_of_the_training_are_not_saved(signals):
 
 
 def test_a_second_interrupt_ends_it_at_once_but_not_within_a_second(signals, clock):
-    with pytest.raises(Preempted, match="SIGINT: ended between"), signals.training(lambda: True, (5, None), 0):
+    with pytest.raises(Preempted, match="SIGINT: saved between"), signals.training(lambda: True, (5, None), 0):
         signal.raise_signal(signal.SIGINT)
         clock.now += 0.9
         try:  # the launcher sends on what the terminal has sent already
@@ -251,7 +260,7 @@ def test_a_reset_looks_at_once(signals, clock):
 
 
 def test_saves_by_steps_are_due_at_multiples_that_are_new(signals, clock):
-    with signals.training(never, (5, None), 10):  # it goes on after step 10, which is saved
+    with signals.training(never, (5, None), 10):  # it resuming after step 10, which is saved
         due = []
         for step in range(10, 31):
             clock.now += 0.001
@@ -277,9 +286,9 @@ def test_saves_by_minutes_are_due_when_they_are_over(signals, clock):
 def test_without_sigusr1_as_on_windows(monkeypatch):
     monkeypatch.delattr(signal, "SIGUSR1")
     before = {name: signal.getsignal(getattr(signal, name)) for name in ("SIGINT", "SIGTERM")}
-    module = runpy.run_path(str(ROOT / "preemption.py"))
+    module = runpy.run_path(preemption.__file__)
     assert module["SIGNALS"] == [signal.SIGINT, signal.SIGTERM]
-    signals = module["Watch"](SimpleNamespace(num_processes=1))
+    signals = module["SignalWatch"](SimpleNamespace(num_processes=1))
     try:
         with pytest.raises(Preempted, match="SIGTERM"), signals.training(lambda: True, (5, None), 0):
             signal.raise_signal(signal.SIGTERM)
@@ -298,7 +307,7 @@ def test_windows_opens_no_folder_to_sync_it(tmp_path, monkeypatch, system, synce
         return os.open(path, flags)
 
     some = {name: getattr(os, name) for name in ("O_RDONLY", "O_RDWR", "fsync", "close")}
-    monkeypatch.setattr(checkpoint, "os", SimpleNamespace(name=system, open=noting_open, **some))
+    monkeypatch.setattr(files, "os", SimpleNamespace(name=system, open=noting_open, **some))
     (tmp_path / "a.txt").write_text("a")
     for path in (tmp_path, tmp_path / "a.txt"):
         sync(path)
@@ -308,22 +317,22 @@ def test_windows_opens_no_folder_to_sync_it(tmp_path, monkeypatch, system, synce
 # ---------------------------------------------------------------------------------------------- processes of their own
 
 SLOW_STEPS = """
-import dropout
-begin = dropout.Masks.begin
+from classifier.model import dropout
+set_batch = dropout.Masks.set_batch
 def slow(*given):
     time.sleep(0.05)
-    return begin(*given)
-dropout.Masks.begin = slow
+    return set_batch(*given)
+dropout.Masks.set_batch = slow
 """
 # Each batch of an evaluation takes a while; that one has begun is noted in a file.
 SLOW_EVALUATION = """
-import batching
-send = batching.send_to_device
+from classifier.model import inference
+send = inference.send_to_device
 def slow(*given):
     open("evaluating", "a").close()
     time.sleep({seconds})
     return send(*given)
-batching.send_to_device = slow
+inference.send_to_device = slow
 """
 FLAGS = ("--output_dir", "run", "--threads", 1, "--log_every", 1, "--epochs", 100)
 
@@ -337,7 +346,7 @@ def check_preempted(run, name):
     state = state_of(run)
     assert (state["status"], state["reason"]) == (
         "preempted",
-        f"{name}: ended between two steps; the same command goes on",
+        f"{name}: saved between two steps; the same command resumes",
     )
     paths = checkpoint.checkpoint_paths(run)
     assert paths and [checkpoint.find_damage(path) for path in paths] == [None] * len(paths)
@@ -353,19 +362,20 @@ def test_a_signal_saves_and_ends_with_75(review_task, number):
     wait_for(lambda: step_of(run) >= 5)
     os.kill(process.pid, number)
     code, _, err = ended(process, 15)
-    assert (code, err) == (75, f"train.py: {number.name}: ended between two steps; the same command goes on\n")
+    assert (code, err) == (75, f"train.py: {number.name}: saved between two steps; the same command resumes\n")
     assert check_preempted(run, number.name) >= step_of(run) - 1
     # No line is for a step that is not in the checkpoint, nor is one missing.
     assert [line["step"] for line in lines_of(run)] == list(range(1, step_of(run) + 1))
 
 
 def test_a_signal_before_the_training_ends_at_once(review_task):
-    slow = "import batching\ndef slow(*given):\n    open('tokenising', 'w')\n    time.sleep(60)\n"
-    process = start(review_task.parent, "--task", review_task, *FLAGS, change=f"{slow}batching.tokenize_splits = slow")
+    slow = "def slow(*given):\n    open('tokenising', 'w')\n    time.sleep(60)\n"
+    change = f"from classifier.model import tokenization\n{slow}tokenization.tokenize_splits = slow"
+    process = start(review_task.parent, "--task", review_task, *FLAGS, change=change)
     wait_for((review_task.parent / "tokenising").exists)
     os.kill(process.pid, signal.SIGTERM)
     code, _, err = ended(process, 5)
-    assert (code, err) == (75, "train.py: SIGTERM: stopped; the same command goes on\n")
+    assert (code, err) == (75, "train.py: SIGTERM: stopped; the same command resumes\n")
     assert not (review_task.parent / "run").exists()
 
 
@@ -405,7 +415,7 @@ def test_an_interrupt_of_all_processes_with_loaders(review_task):
     assert len(psutil.Process(process.pid).children()) >= 2
     os.killpg(process.pid, signal.SIGINT)
     code, _, err = ended(process, 15)
-    assert (code, err) == (75, "train.py: SIGINT: ended between two steps; the same command goes on\n")
+    assert (code, err) == (75, "train.py: SIGINT: saved between two steps; the same command resumes\n")
     check_preempted(run, "SIGINT")
 
 
@@ -454,4 +464,4 @@ def test_two_processes_under_torchrun_end_together(review_task, target):
     assert seconds < 15, said
     assert not any(worker.is_running() for worker in workers)
     check_preempted(folder / "run", "SIGTERM")
-    assert "train.py: SIGTERM: ended between two steps; the same command goes on\n" in said
+    assert "train.py: SIGTERM: saved between two steps; the same command resumes\n" in said

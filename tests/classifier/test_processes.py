@@ -195,5 +195,9 @@ def test_available_cores_without_affinity(monkeypatch):
     assert processes.available_cores() == 1
 
 
+def test_a_script_without_an_accelerator_ends_at_once():
+    processes.finish(None)
+
+
 def test_this_machine():
     assert 1 <= processes.available_cores() <= os.cpu_count()
