@@ -107,17 +107,19 @@ def test_help_reads_like_a_page(script):
 SLOW_IMPORTS = {"torch", "transformers", "accelerate", "datasets", "evaluate", "sklearn", "scipy", "pandas", "pyarrow"}
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--nonsense"], ["no such file"]], ids=lambda words: words[0])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--nonsense"], ["no such file"]], ids=lambda arguments: arguments[0]
+)
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py", "predict.py"])
-def test_help_and_mistakes_do_not_wait_for_imports_of_seconds(tmp_path, script, words):
-    if words == ["no such file"]:
+def test_help_and_mistakes_do_not_wait_for_imports_of_seconds(tmp_path, script, arguments):
+    if arguments == ["no such file"]:
         model = [] if script == "train.py" else ["--model", "model"]
         flag = {"train.py": "--train_file", "evaluate.py": "--file", "predict.py": "--input"}[script]
-        words = [*model, flag, "none.csv"]
-    command = [sys.executable, "-X", "importtime", ROOT / script, *words]
+        arguments = [*model, flag, "none.csv"]
+    command = [sys.executable, "-X", "importtime", ROOT / script, *arguments]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == (0 if words == ["--help"] else 2)
-    assert "none.csv" not in words or "none.csv: no such file" in done.stderr
+    assert done.returncode == (0 if arguments == ["--help"] else 2)
+    assert "none.csv" not in arguments or "none.csv: no such file" in done.stderr
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert "numpy" in imported  # so the names are read aright
     assert imported & SLOW_IMPORTS == set()
@@ -167,8 +169,8 @@ def test_evaluation_takes_the_argmax_and_the_majority_is_that_of_the_training_la
     assert result["majority"] == {"accuracy": 0.25, "f1": pytest.approx(0.4)}
     assert majority_prediction(task, np.array([1, 1, 0])) == 1
     assert majority_prediction(NUMBER, np.array([1.0, 2.0, 6.0])) == 3.0
-    of_numbers = common.score_logits(NUMBER, np.array([[1.5], [2.0]]), np.array([1.0, 2.0]), majority=3.0)
-    assert of_numbers["majority"] == {"pearson": None}
+    regression = common.score_logits(NUMBER, np.array([[1.5], [2.0]]), np.array([1.0, 2.0]), majority=3.0)
+    assert regression["majority"] == {"pearson": None}
 
 
 @pytest.mark.parametrize(
@@ -274,10 +276,10 @@ def test_one_process_that_was_to_be_two_stops(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"), [(0, "0:00:00"), (59.6, "0:01:00"), (3723, "1:02:03"), (90000, "25:00:00")]
+    ("seconds", "text"), [(0, "0:00:00"), (59.6, "0:01:00"), (3723, "1:02:03"), (90000, "25:00:00")]
 )
-def test_time_is_h_mm_ss(seconds, words):
-    assert format_duration(seconds) == words
+def test_time_is_h_mm_ss(seconds, text):
+    assert format_duration(seconds) == text
 
 
 FRESH_PAGES = """

@@ -140,9 +140,9 @@ def test_the_test_split_each_row_once_in_order_with_the_scores_of_scikit_learn(c
         logits = torch.cat([model(**tokenizer(row["text"], return_tensors="pt")).logits for row in source])
     expected = logits.softmax(-1).numpy()
     columns = ("probability_negative", "probability_positive")
-    found = np.array([[float(row[column]) for column in columns] for row in rows])
-    assert found == pytest.approx(expected, abs=1e-5)
-    assert [float(row["probability"]) for row in rows] == list(found.max(1))
+    probabilities = np.array([[float(row[column]) for column in columns] for row in rows])
+    assert probabilities == pytest.approx(expected, abs=1e-5)
+    assert [float(row["probability"]) for row in rows] == list(probabilities.max(1))
     ids = torch.tensor([["negative", "positive"].index(label) for label in truth])
     assert evaluation["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, ids).item(), rel=1e-5)
 
@@ -345,25 +345,25 @@ def test_every_split_of_the_name_is_scored(copy, evaluate, monkeypatch):
         task, splits, fingerprints, bad_rows = load_splits(task, refresh)
         names = {"validation_matched": "validation", "validation_mismatched": "test", "validationary": "train"}
         splits, fingerprints = (
-            {name: values[theirs] for name, theirs in names.items()} for values in (splits, fingerprints)
+            {name: values[source] for name, source in names.items()} for values in (splits, fingerprints)
         )
         return task, splits, fingerprints, bad_rows
 
     load_splits = splits.load_splits
     monkeypatch.setattr(common, "load_splits", load)
-    both = ["validation_matched", "validation_mismatched"]
+    names = ["validation_matched", "validation_mismatched"]
     printed = evaluate("--model", "run", cwd=copy)
     results = read_json(copy / "run/results.json")["scores"]
-    for name, split, examples in zip(both, ("validation", "test"), (50, 61), strict=True):
+    for name, split, examples in zip(names, ("validation", "test"), (50, 61), strict=True):
         evaluation = read_json(copy / f"run/evaluation-{name}/evaluation.json")
         assert (evaluation["split"], evaluation["examples"]) == (name, examples)
         assert evaluation["scores"] == results[split]
         assert len(read_table(copy / f"run/evaluation-{name}/predictions.csv")) == examples
         assert f"\n{name}: accuracy " in printed
-    assert {path.name for path in (copy / "run").glob("evaluation-*")} == {f"evaluation-{name}" for name in both}
+    assert {path.name for path in (copy / "run").glob("evaluation-*")} == {f"evaluation-{name}" for name in names}
     evaluate("--model", "run", "--output_dir", "here", cwd=copy)
-    assert sorted(path.name for path in (copy / "here").iterdir()) == both
-    evaluate("--model", "run", "--split", both[1], "--output_dir", "one", cwd=copy)
+    assert sorted(path.name for path in (copy / "here").iterdir()) == names
+    evaluate("--model", "run", "--split", names[1], "--output_dir", "one", cwd=copy)
     assert read_json(copy / "one/evaluation.json")["examples"] == 61
 
 
@@ -403,7 +403,7 @@ def test_a_model_without_a_head_is_refused(copy, tiny_bert, refused):
 
 
 @pytest.mark.parametrize(
-    "flags, words",
+    "flags, message",
     [
         (["--model", "run", "--split", "tset"], "no tset split"),
         (["--model", "run", "--file", "mroe.csv"], "mroe.csv: no such file"),
@@ -415,8 +415,8 @@ def test_a_model_without_a_head_is_refused(copy, tiny_bert, refused):
         (["--model", "run", "--mixed_precision", "fp16"], "fp16 on a CPU"),
     ],
 )
-def test_a_mistake_gets_two_lines_and_writes_nothing(copy, refused, flags, words):
-    assert words in refused(*flags, cwd=copy)
+def test_a_mistake_gets_two_lines_and_writes_nothing(copy, refused, flags, message):
+    assert message in refused(*flags, cwd=copy)
 
 
 def test_the_folder_of_a_run_that_failed_holds_no_model(copy, refused):
@@ -469,8 +469,8 @@ def test_slices_are_the_values_of_a_column(copy, evaluate, refused):
     predictions = read_table(copy / "run/evaluation-more/predictions.csv")
     assert [(part["slice"], part["examples"]) for part in slices["source"]] == [("web", 20), ("book", 10)]
     for part in slices["source"]:
-        of_part = [row for row, (*_, source) in zip(predictions, rows, strict=True) if source == part["slice"]]
-        expected = np.mean([row["label"] == row["predicted_label"] for row in of_part])
+        part_rows = [row for row, (*_, source) in zip(predictions, rows, strict=True) if source == part["slice"]]
+        expected = np.mean([row["label"] == row["predicted_label"] for row in part_rows])
         assert part["scores"]["accuracy"] == pytest.approx(expected)
     assert {part["slice"] for part in slices["label"]} == {"negative", "positive"}
     assert "by source" in printed
@@ -497,15 +497,15 @@ def test_compare_with_a_run_an_evaluation_and_a_file(copy, evaluate, run_inside)
     assert run_inside("train.py", *flags, cwd=copy)[0] == 0
     evaluate("--model", "other", cwd=copy)
     there = read_table(copy / "other/evaluation-validation/predictions.csv")
-    found = []
+    comparisons = []
     for other in ("other", "other/evaluation-validation", "other/evaluation-validation/predictions.csv"):
         printed = evaluate("--model", "run", "--compare", other, cwd=copy)
         comparison = read_json(copy / "run/evaluation-validation/evaluation.json")["comparison"]
         assert comparison["conclusion"] in printed
-        found.append({key: comparison[key] for key in ("scores", "differences", "mcnemar")})
-    assert found[0] == found[1] == found[2]
+        comparisons.append({key: comparison[key] for key in ("scores", "differences", "mcnemar")})
+    assert comparisons[0] == comparisons[1] == comparisons[2]
     labels, predicted = ([row[name] for row in there] for name in ("label", "predicted_label"))
-    assert found[0]["scores"]["accuracy"] == pytest.approx(accuracy_score(labels, predicted))
+    assert comparisons[0]["scores"]["accuracy"] == pytest.approx(accuracy_score(labels, predicted))
     here = read_table(copy / "run/evaluation-validation/predictions.csv")
     only_one = read_table(copy / "run/evaluation-validation/compared.csv")
     differ = [
@@ -552,8 +552,8 @@ def test_a_bag_of_words_is_the_one_of_scikit_learn(copy, evaluate):
 
     evaluate("--model", "run", "--split", "test", "--baseline", cwd=copy)
     train, test = (read_table(copy / f"{name}.csv") for name in ("train", "test"))
-    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
-    model = make_pipeline(words, LogisticRegression(max_iter=1000))
+    vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
+    model = make_pipeline(vectorizer, LogisticRegression(max_iter=1000))
     model.fit([row["text"] for row in train], [row["label"] for row in train])
     expected = accuracy_score([row["label"] for row in test], model.predict([row["text"] for row in test]))
     baselines = read_json(copy / "run/evaluation-test/evaluation.json")["baselines"]
@@ -561,23 +561,23 @@ def test_a_bag_of_words_is_the_one_of_scikit_learn(copy, evaluate):
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "message"),
     [
         (["--compare", "nowhere"], "--compare nowhere: does not exist"),
         (["--compare", "test.csv"], 'has no column "predicted_label"'),
         (["--compare", "reviews.yaml"], "reviews.yaml"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(copy, refused, flags, words):
-    assert words in refused("--model", "run", *flags, cwd=copy)
+def test_what_cannot_be_compared_is_refused(copy, refused, flags, message):
+    assert message in refused("--model", "run", *flags, cwd=copy)
 
 
 @pytest.mark.parametrize("file", ["errors.csv.tmp", "evaluation.json"])
 def test_a_full_disk_is_told_in_two_lines(copy, run_inside, monkeypatch, file):
-    def full(path, *given, **options):
+    def full(path, *arguments, **options):
         if Path(path).name.startswith(file):
             path = "/dev/full"
-        return ordinary(path, *given, **options)
+        return ordinary(path, *arguments, **options)
 
     ordinary = open
     monkeypatch.setattr("builtins.open", full)

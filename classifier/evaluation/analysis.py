@@ -43,17 +43,15 @@ def analyse(task, evaluation, lengths, columns):
 
 def class_scores(task, predictions, labels):
     """Return precision, recall, F1, support and number of predictions of each class; None for a rate of 0/0."""
-    if not task.is_multi_label:
-        classes = np.arange(len(task.labels))
-        predictions, labels = predictions[:, None] == classes, labels[:, None] == classes
-    predictions, labels = predictions.astype(bool), labels.astype(bool)
     rows = []
-    for name, hits, predicted, support in zip(
-        task.labels, (predictions & labels).sum(axis=0), predictions.sum(axis=0), labels.sum(axis=0), strict=True
-    ):
+    for number, name in enumerate(task.labels):
+        is_predicted, is_actual = (
+            values[:, number] == 1 if task.is_multi_label else values == number for values in (predictions, labels)
+        )
+        hits, predicted, support = (int(side.sum()) for side in (is_predicted & is_actual, is_predicted, is_actual))
         rates = {"precision": (hits, predicted), "recall": (hits, support), "f1": (2 * hits, predicted + support)}
-        rates = {rate: float(part / whole) if whole else None for rate, (part, whole) in rates.items()}
-        rows.append({"label": name, **rates, "support": int(support), "predicted": int(predicted)})
+        rates = {rate: part / whole if whole else None for rate, (part, whole) in rates.items()}
+        rows.append({"label": name, **rates, "support": support, "predicted": predicted})
     return rows
 
 

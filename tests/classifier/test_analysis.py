@@ -55,13 +55,13 @@ def test_calibration_by_hand():
     sure = np.repeat([0.9, 0.62], 10)
     probabilities = np.stack([sure, 1 - sure], axis=1)
     labels = np.array([0] * 6 + [1] * 4 + [0] * 7 + [1] * 3)
-    found = analysis.calibration(probabilities, np.zeros(20, int), labels)
-    assert found["expected_calibration_error"] == pytest.approx((0.3 + 0.08) / 2)
-    assert [(bin["examples"], bin["accuracy"]) for bin in found["bins"]] == [(10, 0.7), (10, 0.6)]
-    assert all(bin["low"] <= bin["confidence"] <= bin["high"] for bin in found["bins"])
+    result = analysis.calibration(probabilities, np.zeros(20, int), labels)
+    assert result["expected_calibration_error"] == pytest.approx((0.3 + 0.08) / 2)
+    assert [(bin["examples"], bin["accuracy"]) for bin in result["bins"]] == [(10, 0.7), (10, 0.6)]
+    assert all(bin["low"] <= bin["confidence"] <= bin["high"] for bin in result["bins"])
     # Each label of several is a prediction of its own: here two that are sure and right, one that is wrong.
-    found = analysis.calibration(np.array([[1.0, 0.0, 1.0]]), np.array([[1, 0, 1]]), np.array([[1, 0, 0]]))
-    assert found["expected_calibration_error"] == pytest.approx(1 / 3)
+    result = analysis.calibration(np.array([[1.0, 0.0, 1.0]]), np.array([[1, 0, 1]]), np.array([[1, 0, 0]]))
+    assert result["expected_calibration_error"] == pytest.approx(1 / 3)
 
 
 def test_a_model_that_says_how_sure_it_is_has_no_calibration_error():
@@ -152,8 +152,8 @@ def write_rows(path, rows):
 
 def test_predictions_are_found_by_their_texts(tmp_path):
     rows = Dataset.from_dict({"text": ["a", 'b, "b"', "a", "c\nc"]})
-    found = [("c\nc", "yes"), ("a", "no"), ("not scored here", "no"), ('b, "b"', "yes"), ("a", "yes")]
-    file = write_rows(tmp_path / "predictions.csv", [{"text": text, "predicted_label": label} for text, label in found])
+    table = [("c\nc", "yes"), ("a", "no"), ("not scored here", "no"), ('b, "b"', "yes"), ("a", "yes")]
+    file = write_rows(tmp_path / "predictions.csv", [{"text": text, "predicted_label": label} for text, label in table])
     for path in (file, tmp_path):
         assert analysis.read_predictions(path, TWO, rows).tolist() == [0, 1, 1, 1]
 
@@ -164,12 +164,12 @@ def test_predictions_of_values_and_of_several_labels(tmp_path):
     assert analysis.read_predictions(write_rows(tmp_path / "a.csv", values), PAIRS, rows).tolist() == [-2.0, 1.5]
     rows = Dataset.from_dict({"text": ["a", "b"]})
     tags = [{"text": "a", "predicted_label": "z;x"}, {"text": "b", "predicted_label": ""}]
-    found = analysis.read_predictions(write_rows(tmp_path / "b.csv", tags), TAGS, rows)
-    assert found.tolist() == [[1, 0, 1], [0, 0, 0]]
+    result = analysis.read_predictions(write_rows(tmp_path / "b.csv", tags), TAGS, rows)
+    assert result.tolist() == [[1, 0, 1], [0, 0, 0]]
 
 
 @pytest.mark.parametrize(
-    ("row", "words"),
+    ("row", "message"),
     [
         ({"text": "other", "predicted_label": "no"}, "has no prediction for example 0, 'a'"),
         ({"text": "a", "predicted_label": "maybe"}, "line 2: 'maybe' is not a prediction of this task"),
@@ -177,10 +177,10 @@ def test_predictions_of_values_and_of_several_labels(tmp_path):
         ({"texts": "a", "predicted_label": "no"}, 'has no column "text" (did you mean "texts"?)'),
     ],
 )
-def test_a_file_that_does_not_fit_is_refused(tmp_path, row, words):
+def test_a_file_that_does_not_fit_is_refused(tmp_path, row, message):
     with pytest.raises(BadInput) as refused:
         analysis.read_predictions(write_rows(tmp_path / "a.csv", [row]), TWO, Dataset.from_dict({"text": ["a"]}))
-    assert words in refused.value.reason
+    assert message in refused.value.reason
 
 
 def compare_at_random(other_is_right, rows=500):
@@ -231,7 +231,7 @@ def test_a_smaller_error_is_better():
 def test_a_difference_that_is_rounding_is_none():
     task = Task("r", text=["text"], labels="regression", metrics=["mse"])
     values = np.random.default_rng(0).normal(size=200)
-    for shift, words in (
+    for shift, beginning in (
         (
             9e-07,
             "These examples show no difference between here and there by mse beyond the 1.0e-04 that rounding explains",
@@ -244,15 +244,15 @@ def test_a_difference_that_is_rounding_is_none():
             sentence = analysis.compare_models(task, ("here", "there"), there + scale * shift, there, labels)[
                 "conclusion"
             ]
-            assert sentence.startswith(words.replace("1.0e-04", f"{1e-4 * scale**2:.1e}"))
+            assert sentence.startswith(beginning.replace("1.0e-04", f"{1e-4 * scale**2:.1e}"))
             assert "0.0000" not in sentence
 
 
 def test_a_few_rows_of_100_000_are_no_difference():
     task = Task("two", text=["text"], labels=["no", "yes"], metrics=["accuracy"])
     labels = np.zeros(100_000, dtype=int)
-    for wrong, words in ((5, "These examples show no difference"), (50, "there is better than here by accuracy")):
+    for wrong, beginning in ((5, "These examples show no difference"), (50, "there is better than here by accuracy")):
         here = (np.arange(100_000) < wrong).astype(int)
         content = analysis.compare_models(task, ("here", "there"), here, labels, labels)
         assert content["differences"]["accuracy"]["interval"][1] < 0
-        assert content["conclusion"].startswith(words) and "0.0000" not in content["conclusion"]
+        assert content["conclusion"].startswith(beginning) and "0.0000" not in content["conclusion"]

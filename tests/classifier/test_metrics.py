@@ -23,22 +23,22 @@ SIZES = (1, 2, 3, 7, 40, 500)
 
 def scores_by_scikit_learn(predictions, references):
     """The same scores by scikit-learn."""
-    zero, given = {"zero_division": 0}, (references, predictions)
+    zero, columns = {"zero_division": 0}, (references, predictions)
     expected = {
-        "accuracy": sklearn_metrics.accuracy_score(*given),
-        "matthews_correlation": sklearn_metrics.matthews_corrcoef(*given),
-        "f1_macro": sklearn_metrics.f1_score(*given, average="macro", **zero),
-        "f1_weighted": sklearn_metrics.f1_score(*given, average="weighted", **zero),
-        "precision_weighted": sklearn_metrics.precision_score(*given, average="weighted", **zero),
-        "recall_weighted": sklearn_metrics.recall_score(*given, average="weighted", **zero),
+        "accuracy": sklearn_metrics.accuracy_score(*columns),
+        "matthews_correlation": sklearn_metrics.matthews_corrcoef(*columns),
+        "f1_macro": sklearn_metrics.f1_score(*columns, average="macro", **zero),
+        "f1_weighted": sklearn_metrics.f1_score(*columns, average="weighted", **zero),
+        "precision_weighted": sklearn_metrics.precision_score(*columns, average="weighted", **zero),
+        "recall_weighted": sklearn_metrics.recall_score(*columns, average="weighted", **zero),
     }
     if max(predictions.max(), references.max()) < 2 and (predictions.any() or references.any()):
-        expected["f1"] = sklearn_metrics.f1_score(*given, pos_label=1, **zero)
+        expected["f1"] = sklearn_metrics.f1_score(*columns, pos_label=1, **zero)
     return expected
 
 
 @pytest.mark.parametrize("number_of_labels", [2, 3, 4, 5])
-@pytest.mark.filterwarnings("ignore:A single label was found:UserWarning")
+@pytest.mark.filterwarnings("ignore:A single label was result:UserWarning")
 def test_classes_agree_with_scikit_learn(number_of_labels):
     compared_f1 = 0
     for seed in range(5):
@@ -418,10 +418,10 @@ def draw(generator, rows):
 def test_95_percent_intervals_hold_the_truth_in_95_percent_of_samples():
     covered = {"accuracy": 0, "f1": 0}
     for seed in range(1000):
-        of_sample = draw(np.random.default_rng(seed), rows=400)
-        found = metrics.intervals(list(covered), *of_sample, resamples=2000)
+        sample = draw(np.random.default_rng(seed), rows=400)
+        result = metrics.intervals(list(covered), *sample, resamples=2000)
         for name, truth in (("accuracy", TRUE_ACCURACY), ("f1", TRUE_F1)):
-            low, high = found[name]
+            low, high = result[name]
             covered[name] += low <= truth <= high
     assert all(930 <= number <= 970 for number in covered.values()), covered
 
@@ -445,10 +445,10 @@ def by_scipy(statistic, *columns, seed=0):
 
 def test_intervals_are_those_of_scipy():
     predictions, labels = draw(np.random.default_rng(0), 500)
-    found = metrics.intervals(["accuracy", "f1", "matthews_correlation"], predictions, labels)
-    assert found["accuracy"] == by_scipy(lambda p, y: np.mean(p == y), predictions, labels)
-    assert found["f1"] == by_scipy(lambda p, y: sklearn_metrics.f1_score(y, p), predictions, labels)
-    assert found["matthews_correlation"] == by_scipy(
+    result = metrics.intervals(["accuracy", "f1", "matthews_correlation"], predictions, labels)
+    assert result["accuracy"] == by_scipy(lambda p, y: np.mean(p == y), predictions, labels)
+    assert result["f1"] == by_scipy(lambda p, y: sklearn_metrics.f1_score(y, p), predictions, labels)
+    assert result["matthews_correlation"] == by_scipy(
         lambda p, y: sklearn_metrics.matthews_corrcoef(y, p), predictions, labels
     )
 
@@ -458,16 +458,16 @@ def test_intervals_of_several_labels_and_of_regression_are_those_of_scipy():
     labels = (generator.random((400, 3)) < [0.5, 0.3, 0.1]).astype(int)
     predictions = np.where(generator.random((400, 3)) < 0.85, labels, 1 - labels)
     rows = np.arange(400)
-    found = metrics.intervals(["f1_micro", "f1_macro", "accuracy"], predictions, labels)
+    result = metrics.intervals(["f1_micro", "f1_macro", "accuracy"], predictions, labels)
     for name, average in (("f1_micro", "micro"), ("f1_macro", "macro")):
         expected = by_scipy(lambda i, a=average: sklearn_metrics.f1_score(labels[i], predictions[i], average=a), rows)
-        assert found[name] == expected
-    assert found["accuracy"] == by_scipy(lambda i: sklearn_metrics.accuracy_score(labels[i], predictions[i]), rows)
+        assert result[name] == expected
+    assert result["accuracy"] == by_scipy(lambda i: sklearn_metrics.accuracy_score(labels[i], predictions[i]), rows)
     x = generator.normal(size=400)
     y = x + generator.normal(size=400)
-    found = metrics.intervals(["pearson", "spearmanr"], y, x)
-    assert found["pearson"] == by_scipy(lambda a, b: stats.pearsonr(a, b).statistic, y, x)
-    assert found["spearmanr"] == by_scipy(lambda a, b: stats.spearmanr(a, b).statistic, y, x)
+    result = metrics.intervals(["pearson", "spearmanr"], y, x)
+    assert result["pearson"] == by_scipy(lambda a, b: stats.pearsonr(a, b).statistic, y, x)
+    assert result["spearmanr"] == by_scipy(lambda a, b: stats.spearmanr(a, b).statistic, y, x)
 
 
 def test_scores_of_resamples_are_those_of_the_rows_drawn():
@@ -485,14 +485,14 @@ def test_scores_of_resamples_are_those_of_the_rows_drawn():
 
 def test_a_difference_is_that_of_the_same_resamples():
     generator = np.random.default_rng(3)
-    one, labels = draw(generator, 600)
-    other = np.where(generator.random(600) < 0.9, one, 1 - one)
-    found = metrics.difference_intervals(["accuracy"], one, other, labels)["accuracy"]
-    assert found == by_scipy(lambda a, b, y: np.mean(a == y) - np.mean(b == y), one, other, labels)
+    first, labels = draw(generator, 600)
+    second = np.where(generator.random(600) < 0.9, first, 1 - first)
+    result = metrics.difference_intervals(["accuracy"], first, second, labels)["accuracy"]
+    assert result == by_scipy(lambda a, b, y: np.mean(a == y) - np.mean(b == y), first, second, labels)
     # By itself either score varies more than their difference does.
-    low, high = metrics.intervals(["accuracy"], one, labels)["accuracy"]
-    assert found[1] - found[0] < high - low
-    assert metrics.difference_intervals(["accuracy", "f1"], one, one, labels) == {"accuracy": [0, 0], "f1": [0, 0]}
+    low, high = metrics.intervals(["accuracy"], first, labels)["accuracy"]
+    assert result[1] - result[0] < high - low
+    assert metrics.difference_intervals(["accuracy", "f1"], first, first, labels) == {"accuracy": [0, 0], "f1": [0, 0]}
 
 
 @pytest.mark.parametrize("table", [(40, 5, 12, 43), (10, 0, 0, 10), (3, 1, 0, 9), (200, 31, 17, 152)])
@@ -500,10 +500,10 @@ def test_mcnemar_is_that_of_statsmodels(table):
     from statsmodels.stats.contingency_tables import mcnemar
 
     both, only_one, only_other, none = table
-    one = np.repeat([True, True, False, False], table)
-    other = np.repeat([True, False, True, False], table)
+    first = np.repeat([True, True, False, False], table)
+    second = np.repeat([True, False, True, False], table)
     expected = mcnemar([[both, only_one], [only_other, none]], exact=True).pvalue
-    assert metrics.mcnemar(one, other) == (only_one, only_other, pytest.approx(min(expected, 1.0)))
+    assert metrics.mcnemar(first, second) == (only_one, only_other, pytest.approx(min(expected, 1.0)))
 
 
 def test_errors_that_all_shift_by_rounding_are_no_difference():
@@ -566,8 +566,8 @@ def test_what_has_no_interval():
 
 
 def test_intervals_are_the_same_each_time():
-    of_sample = draw(np.random.default_rng(5), 100)
-    assert metrics.intervals(["f1"], *of_sample) == metrics.intervals(["f1"], *of_sample)
+    sample = draw(np.random.default_rng(5), 100)
+    assert metrics.intervals(["f1"], *sample) == metrics.intervals(["f1"], *sample)
 
 
 def test_100_000_rows_take_seconds():

@@ -107,14 +107,14 @@ rows = driver.find_elements(By.CSS_SELECTOR, "#mistakes-1 tbody tr")
 count = lambda: sum(row.is_displayed() for row in rows)
 before = count()
 driver.find_element(By.CSS_SELECTOR, "input[type=search]").send_keys("NEEDLE hay")
-found = {"title": driver.title, "before": before, "after": count()}
-found["shown"] = driver.find_element(By.ID, "mistakes-1-count").text
-found["cell"] = next(row for row in rows if row.is_displayed()).find_element(By.CSS_SELECTOR, ".text").text
-found["window"] = driver.execute_script("return window.innerWidth")
-found["wider"] = driver.execute_script("return document.documentElement.scrollWidth > window.innerWidth")
-found["pictures"] = [picture.size["width"] for picture in driver.find_elements(By.CSS_SELECTOR, "svg")]
-found["log"] = driver.get_log("browser")
-print(json.dumps(found))
+seen = {"title": driver.title, "before": before, "after": count()}
+seen["shown"] = driver.find_element(By.ID, "mistakes-1-count").text
+seen["cell"] = next(row for row in rows if row.is_displayed()).find_element(By.CSS_SELECTOR, ".text").text
+seen["window"] = driver.execute_script("return window.innerWidth")
+seen["wider"] = driver.execute_script("return document.documentElement.scrollWidth > window.innerWidth")
+seen["pictures"] = [picture.size["width"] for picture in driver.find_elements(By.CSS_SELECTOR, "svg")]
+seen["log"] = driver.get_log("browser")
+print(json.dumps(seen))
 driver.quit()
 """
 
@@ -129,11 +129,11 @@ def test_in_a_browser(tmp_path, width):
     command = [sys.executable, "-P", "-c", DRIVER, tmp_path / "report.html", CHROMIUM, shutil.which("chromedriver")]
     done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=120, cwd=ROOT / "tests")
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["title"] == "two" and found["log"] == []  # no script of a text has run
+    seen = json.loads(done.stdout)
+    assert seen["title"] == "two" and seen["log"] == []  # no script of a text has run
     matching = sum("needle" in text for text in wrong)
     assert 0 < matching < len(wrong)
-    assert (found["before"], found["after"]) == (len(wrong), matching)
-    assert found["shown"] == f"{matching} of {len(wrong)}"
-    assert SCRIPT in found["cell"]
-    assert not found["wider"] and all(0 < of <= found["window"] for of in found["pictures"]), found
+    assert (seen["before"], seen["after"]) == (len(wrong), matching)
+    assert seen["shown"] == f"{matching} of {len(wrong)}"
+    assert SCRIPT in seen["cell"]
+    assert not seen["wider"] and all(0 < of <= seen["window"] for of in seen["pictures"]), seen

@@ -24,7 +24,7 @@ COLLAPSED = "THE MODEL PREDICTS THE SAME FOR EVERY EXAMPLE"
 
 
 @pytest.mark.parametrize(
-    ("task", "f1", "constant", "words"),
+    ("task", "f1", "constant", "message"),
     [
         (TASK, 0.9, None, None),
         (TASK, 0.9, 1, f"{COLLAPSED}: 'positive'"),
@@ -35,13 +35,13 @@ COLLAPSED = "THE MODEL PREDICTS THE SAME FOR EVERY EXAMPLE"
         (TASK, None, None, "NO BETTER THAN THE MAJORITY CLASS"),
     ],
 )
-def test_a_model_that_learnt_nothing_is_warned_of(task, f1, constant, words):
+def test_a_model_that_learnt_nothing_is_warned_of(task, f1, constant, message):
     evaluation = {"scores": {"f1": f1, "accuracy": 0.5}, "constant": constant}
     warning = report.collapse_warning(task, "validation", {**evaluation, "majority": {"f1": 0.7, "accuracy": 0.5}})
-    if words is None:
+    if message is None:
         assert warning is None
     else:
-        assert words in warning and "--learning_rate" in warning
+        assert message in warning and "--learning_rate" in warning
 
 
 def evaluation_line(epoch, train_loss, loss, split="validation", f1=0.5):
@@ -143,8 +143,8 @@ def test_the_hub_can_read_its_head():
     (result,) = index["results"]  # an undefined score is none to show
     assert index["name"] == "reviews" and result["metrics"] == [{"type": "f1", "value": 0.81234}]
     assert result["dataset"] == {"name": "reviews", "type": "org/reviews", "config": "small", "split": "validation"}
-    of_new_weights = {**RESULTS, "model": {"model_type": "bert"}, "model_commit": None}
-    card = report.model_card(replace(REVIEWS, dataset=None, files={"train": "a.csv"}), of_new_weights)
+    new_model = {**RESULTS, "model": {"model_type": "bert"}, "model_commit": None}
+    card = report.model_card(replace(REVIEWS, dataset=None, files={"train": "a.csv"}), new_model)
     assert (
         "base_model" not in card
         and "datasets:" not in card
@@ -158,9 +158,9 @@ def test_limits():
     assert "negative 4,000, positive 100." in card
     assert "4,100 texts with a median of 53 tokens; 95 % have at most 74." in card and "at most 128 tokens" in card
     assert "2.0% of its training tokens" in card
-    whole = copy.deepcopy(RESULTS)
-    whole["data"]["splits"]["train"]["unknown"] = 0.0
-    assert "vocabulary" not in report.model_card(REVIEWS, whole)
+    known = copy.deepcopy(RESULTS)
+    known["data"]["splits"]["train"]["unknown"] = 0.0
+    assert "vocabulary" not in report.model_card(REVIEWS, known)
 
 
 def test_the_lines_that_load_it():
