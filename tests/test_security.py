@@ -55,9 +55,9 @@ def test_the_payload_works(tmp_path):
         (tmp_path / CODE_RAN).unlink()
 
 
-def check(folder, done, codes=(0, 2), may_be_untidy=False):
-    """No code ran, and the script ended: without a traceback, with a reason and an advice where it failed."""
-    code, log, err = done
+def check(folder, result, codes=(0, 2), may_be_untidy=False):
+    """No code ran, and the script ended: without a traceback, with a reason and advice where it failed."""
+    code, log, err = result
     assert not list(folder.rglob(CODE_RAN))
     if not may_be_untidy:
         assert code in codes, err
@@ -68,7 +68,7 @@ def check(folder, done, codes=(0, 2), may_be_untidy=False):
 
 
 def fit_manifest(path):
-    """Let a manifest say of its files what they now are."""
+    """Make a checkpoint's manifest match its files again."""
     files = [path / name for name in FILES[:4]]
     manifest = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files}
     (path / "manifest.json").write_text(json.dumps(manifest))
@@ -78,7 +78,7 @@ def fit_manifest(path):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_payload_in_a_checkpoint_is_passed_over(stopped, tmp_path, name):  # noqa: F811
+def test_a_checkpoint_with_a_payload_is_skipped(stopped, tmp_path, name):  # noqa: F811
     folder = tmp_path / "copy"
     shutil.copytree(stopped, folder)
     path = folder / "run" / "checkpoints" / "step-00000015"
@@ -95,8 +95,8 @@ def test_a_payload_whose_manifest_fits_runs_no_code(stopped, tmp_path, name):  #
     path = folder / "run" / "checkpoints" / "step-00000015"
     (path / name).write_bytes(payloads(tmp_path)["zip" if "model" in name else "pickle"])
     fit_manifest(path)
-    done = ended(start(folder, "--task", "task.yaml", *FLAGS, "--output_dir", "run"), 30)
-    check(tmp_path, done, may_be_untidy=True)  # somebody has taken pains to end this run: a traceback is fair
+    result = ended(start(folder, "--task", "task.yaml", *FLAGS, "--output_dir", "run"), 30)
+    check(tmp_path, result, may_be_untidy=True)  # a deliberate attack on this run: a traceback is fair
 
 
 def test_a_name_in_progress_leads_nowhere_else(stopped, tmp_path):  # noqa: F811
@@ -108,8 +108,8 @@ def test_a_name_in_progress_leads_nowhere_else(stopped, tmp_path):  # noqa: F811
     progress["state"]["best"]["step"] = "/../../../../evil"
     (path / "progress.json").write_text(json.dumps(progress))
     fit_manifest(path)
-    done = ended(start(folder, "--task", "task.yaml", *FLAGS, "--output_dir", "run"), 30)
-    check(tmp_path, done, may_be_untidy=True)  # somebody has taken pains to end this run: a traceback is fair
+    result = ended(start(folder, "--task", "task.yaml", *FLAGS, "--output_dir", "run"), 30)
+    check(tmp_path, result, may_be_untidy=True)  # a deliberate attack on this run: a traceback is fair
 
 
 # ------------------------------------------------------------------------------------------------------- model folders
@@ -184,9 +184,9 @@ def test_code_beside_the_weights(model, script, model_type):
         "AutoTokenizer": ["tokenization_mine.Tokenizer", None],
     }
     (model / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
-    of_tokenizer = json.loads((model / "tokenizer_config.json").read_text())
-    of_tokenizer["auto_map"] = {"AutoTokenizer": ["tokenization_mine.Tokenizer", "tokenization_mine.Tokenizer"]}
-    (model / "tokenizer_config.json").write_text(json.dumps({**of_tokenizer, "tokenizer_class": "Tokenizer"}))
+    tokenizer_config = json.loads((model / "tokenizer_config.json").read_text())
+    tokenizer_config["auto_map"] = {"AutoTokenizer": ["tokenization_mine.Tokenizer", "tokenization_mine.Tokenizer"]}
+    (model / "tokenizer_config.json").write_text(json.dumps({**tokenizer_config, "tokenizer_class": "Tokenizer"}))
     check(folder, run_over(model, script))
 
 
@@ -239,8 +239,8 @@ def test_labels_with_slashes_stay_in_the_output_folder(tmp_path, vocabulary):
 def test_evaluate_has_no_split_of_such_a_name(model, split):
     folder = model.parent.parent
     before = all_files(folder.parent)
-    done = ended(start(folder, "--model", model, "--threads", 1, "--split", split, script="evaluate.py"))
-    assert check(folder, done, [2])
+    result = ended(start(folder, "--model", model, "--threads", 1, "--split", split, script="evaluate.py"))
+    assert check(folder, result, [2])
     assert {name for name in all_files(folder.parent) - before if "output of" not in name} == set()
 
 
