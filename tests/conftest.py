@@ -41,7 +41,7 @@ SLOWEST = [
     "test_benchmarks",
     "test_slurm",
     "test_train",
-    "test_processes",
+    "test_launch",
     "test_predict",
     "test_export",
     "test_examples",

@@ -1,4 +1,4 @@
-"""The launch configurations: accelerate's parser reads them, they say what their names say, and the CPU ones run."""
+"""The launch configurations: accelerate parses them, they do what their names say, and the CPU ones run."""
 
 import json
 import os

@@ -6,6 +6,7 @@ import time
 import numpy as np
 import pytest
 from conftest import ROOT, TORCHRUN_2, lines_of, run_script
+from test_preemption import ended, start, start_2
 
 # A script that trains after a change made to the project's own code, in every process.
 WRAPPER = """
@@ -17,15 +18,25 @@ runpy.run_path({root!r} + "/train.py", run_name="__main__")
 """
 
 
-def train(task, *flags, change="", launcher=TORCHRUN_2):
-    """Train with a change; return (CompletedProcess, seconds, folder of the run)."""
+def train(task, *flags, change=""):
+    """Train under torchrun with a change; return (CompletedProcess, seconds, folder of the run)."""
     folder = task.parent
     script = folder / "changed.py"
     script.write_text(WRAPPER.format(root=str(ROOT), change=change), encoding="utf-8")
     options = ["--task", task, "--threads", 1, "--output_dir", "run", *flags]
     started = time.monotonic()
-    done = run_script(script, *options, cwd=folder, launcher=launcher, timeout=120)
+    done = run_script(script, *options, cwd=folder, launcher=TORCHRUN_2, timeout=120)
     return done, time.monotonic() - started, folder / "run"
+
+
+def train_quickly(task, *flags, processes=2, change=""):
+    """Train without a launcher in processes that are forked; return the folder of the run, which must succeed."""
+    start_all = start_2 if processes == 2 else lambda *arguments, **options: [start(*arguments, **options)]
+    flags = ("--task", task, "--threads", 1, "--output_dir", "run", *flags)
+    for process in start_all(task.parent, *flags, change=change):
+        code, _, errors = ended(process, 120)
+        assert code == 0, errors
+    return task.parent / "run"
 
 
 def state(folder):
@@ -38,7 +49,7 @@ import datetime
 import torch.distributed
 begin = torch.distributed.init_process_group
 def impatient(*given, **options):
-    return set_batch(*given, **{**options, "timeout": datetime.timedelta(seconds=15)})
+    return begin(*given, **{**options, "timeout": datetime.timedelta(seconds=15)})
 torch.distributed.init_process_group = impatient
 from classifier.model import tokenization
 encode = tokenization.encode
@@ -59,8 +70,7 @@ def test_tokenising_may_take_longer_than_a_collective(review_task, monkeypatch):
 
 def test_early_stopping_is_decided_once(review_task):
     flags = ["--learning_rate", 0, "--eval_every", 3, "--early_stopping_patience", 2, "--epochs", 20]
-    done, _, folder = train(review_task, *flags)
-    assert done.returncode == 0, done.stderr
+    folder = train_quickly(review_task, *flags)
     assert [line["step"] for line in lines_of(folder, "eval")] == [3, 6, 9]
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert (results["best_step"], results["steps"]) == (3, 9)
@@ -163,16 +173,11 @@ processes.start = started
 """
 
 
-@pytest.mark.parametrize(("power", "launcher"), [(10, ()), (26, ()), (26, TORCHRUN_2)])
-def test_the_loop_of_fp16_with_its_scaler(review_task, power, launcher):
+@pytest.mark.parametrize(("power", "processes"), [(10, 1), (26, 1), (26, 2)])
+def test_the_loop_of_fp16_with_its_scaler(review_task, power, processes):
     """A scale of 2**26 overflows float16 until it is halved often enough: such steps stop nothing."""
-    import sys
-
     flags = ["--log_every", 1, "--scheduler", "linear", "--epochs", 4]
-    done, _, folder = train(
-        review_task, *flags, change=FP16.format(power=power), launcher=launcher or (sys.executable,)
-    )
-    assert done.returncode == 0, done.stderr
+    folder = train_quickly(review_task, *flags, processes=processes, change=FP16.format(power=power))
     lines = lines_of(folder)
     rates = [line["learning_rate"] for line in lines]
     overflows = [line["grad_norm"] is None for line in lines]
@@ -184,16 +189,3 @@ def test_the_loop_of_fp16_with_its_scaler(review_task, power, launcher):
     assert np.mean(losses[-5:]) < losses[0] - 0.1
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert results["hardware"]["gradient_scaler"] and results["hardware"]["products"] == "float16"
-
-
-@pytest.mark.parametrize("processes", [1, 2, 3, 7, 8, 64, 100, 512])
-@pytest.mark.parametrize("batch_size", [1, 5, 32, 100])
-def test_a_batch_is_divided_among_any_number_of_processes(processes, batch_size):
-    from classifier.training import batching
-
-    batch = np.arange(1000, 1000 + batch_size)
-    shares = [batching.micro_batches_of_rank(batch, rank, processes, 8) for rank in range(processes)]
-    ids = [example for share in shares for ids, weight in share if weight for example in ids]
-    assert sorted(ids) == batch.tolist()
-    assert all(share and len(ids) <= 8 for share in shares for ids, _ in share)
-    assert sum(weight * len(ids) for share in shares for ids, weight in share) == batch_size

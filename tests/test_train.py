@@ -26,6 +26,7 @@ from conftest import (
 )
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.utils.class_weight import compute_class_weight
+from test_preemption import ended, start_2
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -150,9 +151,9 @@ def launched(tmp_path_factory, vocabulary):
     """A folder with the reviews task, trained by plain `python train.py`: (folder, the CompletedProcess)."""
     folder = tmp_path_factory.mktemp("launched")
     write_review_task(write_reviews(folder) / "reviews.yaml", bert_config(vocabulary))
-    ended = run_script("train.py", *TYPED, *ONE_THREAD, "--log_every", 1, "--final_test", cwd=folder)
-    assert ended.returncode == 0, ended.stderr
-    return folder, ended
+    done = run_script("train.py", *TYPED, *ONE_THREAD, "--log_every", 1, "--final_test", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done
 
 
 @pytest.fixture
@@ -173,14 +174,14 @@ def run_of(launched):
 
 
 def test_a_run_writes_its_files_and_nothing_else(launched):
-    folder, ended = launched
+    folder, done = launched
     data = {"train.csv", "validation.csv", "test.csv", "reviews.yaml"}
     assert files_under(folder) == data | {
         f"runs/reviews,learning_rate=0.01,warmup_steps=5,eval_every=6/{name}" for name in RUN_FILES
     }
     assert not (run_of(launched) / "checkpoints").exists()
     assert read_state(run_of(launched))["status"] == "done"
-    assert ended.stderr == ""
+    assert done.stderr == ""
 
 
 def test_files_of_a_model_have_the_mode_that_the_umask_asks_for(launched):
@@ -278,11 +279,11 @@ def test_the_model_folder_describes_itself(launched):
 
 
 def test_printed_scores_are_those_of_the_results(launched):
-    _, ended = launched
+    _, done = launched
     results = read_results(run_of(launched))
     for split, scores in results["scores"].items():
-        assert f"{split}: accuracy {scores['accuracy']:.4f}, f1 {scores['f1']:.4f}" in ended.stdout
-    assert "step 6 | train loss" in ended.stdout and " | majority: accuracy 0." in ended.stdout
+        assert f"{split}: accuracy {scores['accuracy']:.4f}, f1 {scores['f1']:.4f}" in done.stdout
+    assert "step 6 | train loss" in done.stdout and " | majority: accuracy 0." in done.stdout
 
 
 # ------------------------------------------------------------------------------------------------- the same numbers
@@ -335,18 +336,20 @@ def test_two_processes_train_as_one_does(launched, tmp_path):
     )
 
 
+def train_on_two(task, *flags):
+    """Train on two processes, which are forked and not launched, for speed."""
+    for process in start_2(task.parent, "--task", task, *ONE_THREAD, *flags):
+        code, _, errors = ended(process)
+        assert code == 0, errors
+
+
 def test_two_processes_agree_on_uneven_batches_class_weights_and_label_smoothing(review_task, train):
     rows = [row for row in make_rows(120, 5) if row[1] == "positive" or len(row[0]) % 3 == 0]
     write_table(review_task.parent / "train.csv", rows)
     flags = ["--batch_size", 7, "--class_weights", "balanced", "--label_smoothing", 0.1, "--log_every", 1]
     flags += ["--max_steps", 16, "--weight_decay", 0.1]
     train(review_task, *flags, output="whole")
-    ended = run_script(
-        *("train.py", "--task", review_task, *flags, *ONE_THREAD, "--micro_batch_size", 3, "--output_dir", "two"),
-        cwd=review_task.parent,
-        launcher=TORCHRUN_2,
-    )
-    assert ended.returncode == 0, ended.stderr
+    train_on_two(review_task, *flags, "--micro_batch_size", 3, "--output_dir", "two")
     assert_same_training(review_task.parent / "whole", review_task.parent / "two")
 
 
@@ -354,12 +357,7 @@ def test_more_processes_than_examples_in_a_step(review_task, train):
     make_regression(review_task)
     flags = ["--batch_size", 1, "--max_steps", 12, "--eval_every", 5, "--log_every", 1]
     train(review_task, *flags, output="one")
-    ended = run_script(
-        *("train.py", "--task", review_task, *flags, *ONE_THREAD, "--output_dir", "two"),
-        cwd=review_task.parent,
-        launcher=TORCHRUN_2,
-    )
-    assert ended.returncode == 0, ended.stderr
+    train_on_two(review_task, *flags, "--output_dir", "two")
     assert_same_training(review_task.parent / "one", review_task.parent / "two")
     results = read_results(review_task.parent / "two")
     assert results["train_examples"] == 12 and results["padding_fraction"] == 0
@@ -900,19 +898,19 @@ def test_tensorboard_gets_what_the_metrics_file_gets(review_task, train):
 
 def test_a_mistake_under_accelerate_launch_is_said_plainly_and_all_cores_are_used(review_task):
     before = files_under(review_task.parent)
-    ended = run_script(
+    done = run_script(
         "train.py", "--task", review_task, "--freeze", "nonsense", cwd=review_task.parent, launcher=ACCELERATE
     )
-    ours, _, launchers = ended.stderr.partition("Traceback")
+    ours, _, launchers = done.stderr.partition("Traceback")
     first, second = ours.splitlines()[-2:]
-    assert ended.returncode == 1  # the launcher's
+    assert done.returncode == 1  # the launcher's
     assert first == "train.py: error: --freeze nonsense: no such part of this model"
     assert second.startswith("train.py: Parts: ")
     assert "train.py" in launchers and "Traceback" not in launchers
     assert files_under(review_task.parent) == before
     # This launcher sets OMP_NUM_THREADS=1.
     cores = processes.available_cores()
-    assert f"cpu, 1 process, precision no (--mixed_precision), {cores} thread" in ended.stdout
+    assert f"cpu, 1 process, precision no (--mixed_precision), {cores} thread" in done.stdout
 
 
 def test_the_threads_that_were_chosen_are_those_in_use(review_task, train):
@@ -925,21 +923,19 @@ def test_the_threads_that_were_chosen_are_those_in_use(review_task, train):
 
 def test_a_mistake_under_torchrun_is_said_once(review_task):
     before = files_under(review_task.parent)
-    ended = run_script(
-        "train.py", "--task", review_task, "--eval_every", 0, cwd=review_task.parent, launcher=TORCHRUN_2
-    )
-    assert ended.returncode == 1
-    assert ended.stderr.count("--eval_every 0: neither epoch nor a number") == 1, ended.stderr
+    done = run_script("train.py", "--task", review_task, "--eval_every", 0, cwd=review_task.parent, launcher=TORCHRUN_2)
+    assert done.returncode == 1
+    assert done.stderr.count("--eval_every 0: neither epoch nor a number") == 1, done.stderr
     assert files_under(review_task.parent) == before
 
 
 def test_two_processes_that_accelerate_would_run_as_one_are_refused(review_task):
     before = files_under(review_task.parent)
     launcher = (*ACCELERATE, "--cpu", "--num_processes", "2")
-    ended = run_script("train.py", "--task", review_task, cwd=review_task.parent, launcher=launcher)
-    assert ended.returncode == 1
-    assert "asked for several processes, but started one" in ended.stderr and "multi_cpu.yaml" in ended.stderr
-    assert ended.stderr.count("Traceback") == 1  # the launcher's
+    done = run_script("train.py", "--task", review_task, cwd=review_task.parent, launcher=launcher)
+    assert done.returncode == 1
+    assert "asked for several processes, but started one" in done.stderr and "multi_cpu.yaml" in done.stderr
+    assert done.stderr.count("Traceback") == 1  # the launcher's
     assert files_under(review_task.parent) == before
 
 
@@ -1156,17 +1152,17 @@ def without_torchs_own(folder):
 def test_a_dry_run_tells_what_the_run_takes_and_leaves_nothing(review_task, processes):
     before = contents_of(review_task.parent)
     with tempfile.TemporaryDirectory() as scratch:
-        ended = run_script(
+        done = run_script(
             *("train.py", "--task", review_task, *ONE_THREAD, "--dry_run", "--epochs", 100, "--eval_every", 5),
             *("--micro_batch_size", 3, "--eval_train_rows", 100, "--trackers", "tensorboard"),
             cwd=review_task.parent,
             launcher=TORCHRUN_2 if processes == 2 else (sys.executable,),
             environment={"TMPDIR": scratch},
         )
-        assert ended.returncode == 0, ended.stderr
+        assert done.returncode == 0, done.stderr
         assert without_torchs_own(Path(scratch)) == []
     assert contents_of(review_task.parent) == before
-    table = dict(line.split(maxsplit=1) for line in ended.stdout.splitlines()[-5:])
+    table = dict(line.split(maxsplit=1) for line in done.stdout.splitlines()[-5:])
     assert list(table) == ["steps", "batch", "memory", "time", "files"]
     assert table["steps"] == "1300 of 16, 13 an epoch; 260 evaluations"
     assert table["batch"] == f"16 = {processes} process(es) x {16 // processes}, 3 at a time"
@@ -1174,7 +1170,7 @@ def test_a_dry_run_tells_what_the_run_takes_and_leaves_nothing(review_task, proc
     hours, minutes, seconds = (int(part) for part in table["time"].split()[0].split(":"))
     assert 0 < hours * 3600 + minutes * 60 + seconds < 3600
     assert table["files"].startswith("runs/reviews,epochs=100.0,eval_every=5/: model/ 0 MB")
-    assert ended.stdout.count("validation loss") == 1 and "train: 200 rows | " in ended.stdout
+    assert done.stdout.count("validation loss") == 1 and "train: 200 rows | " in done.stdout
 
 
 def test_a_dry_run_foretells_the_time(review_task, train):
@@ -1220,13 +1216,13 @@ def test_a_dry_run_finds_mistakes_and_leaves_nothing_then(review_task, refused, 
 def test_two_processes_leave_nothing_of_a_dry_run_that_failed(review_task):
     before = contents_of(review_task.parent)
     with tempfile.TemporaryDirectory() as scratch:
-        ended = run_script(
+        done = run_script(
             *("train.py", "--task", review_task, *ONE_THREAD, "--dry_run", "--learning_rate", "1e30"),
             cwd=review_task.parent,
             launcher=TORCHRUN_2,
             environment={"TMPDIR": scratch},
         )
-        assert ended.returncode == 1 and "step 2: the loss is" in ended.stderr
+        assert done.returncode == 1 and "step 2: the loss is" in done.stderr
         assert without_torchs_own(Path(scratch)) == []
     assert contents_of(review_task.parent) == before
 

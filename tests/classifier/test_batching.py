@@ -89,7 +89,9 @@ def test_like_lengths_by_hand():
     lengths = np.repeat([100, 20], 8)
     halves = batching.split_by_length(np.arange(16), lengths, min_saving=639)
     assert [part.tolist() for part in halves] == [[*range(8)], [*range(8, 16)]]
-    assert [part.tolist() for part in batching.split_by_length(np.arange(16), lengths, min_saving=640)] == [[*range(16)]]
+    assert [part.tolist() for part in batching.split_by_length(np.arange(16), lengths, min_saving=640)] == [
+        [*range(16)]
+    ]
     assert len(batching.split_by_length(np.arange(16), np.full(16, 50), min_saving=0)) == 1
     # A cut in the middle saves nothing, however short the last one is.
     assert len(batching.split_by_length(np.arange(4), np.array([100, 100, 100, 20]), min_saving=10)) == 1
