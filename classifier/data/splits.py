@@ -7,15 +7,7 @@ from itertools import islice
 
 import numpy as np
 
-from classifier.data.cache import (
-    cache_folder,
-    cached_table,
-    column_array,
-    download,
-    download_file,
-    hub_commit,
-    table_path,
-)
+from classifier.data import cache
 from classifier.data.labels import label_strings, with_label_ids, with_label_names
 from classifier.data.reader import check_file, read_rows, table_format
 from classifier.data.tasks import SPLIT_NAMES, is_url
@@ -63,13 +55,13 @@ def load_splits(task, refresh=False):
         if name not in splits:
             raise BadInput(f'--limit names the split "{name}"', f"Splits: {', '.join(splits)}.")
         if number < len(splits[name]):
-            drawn, _ = stratified(column_array(splits[name], "label"), number, seed=0, keep=0)
+            drawn, _ = stratified(cache.column_array(splits[name], "label"), number, seed=0, keep=0)
             splits[name] = splits[name].select(drawn)
     fingerprints = {}
     for name, rows in splits.items():
         key = sources[name if name in sources else "train"].key
         # The row numbers cover everything else: made splits, limits, labels that order a draw, skipped rows.
-        fingerprints[name] = digest(key, name, hashlib.sha256(column_array(rows, "row").tobytes()).hexdigest())
+        fingerprints[name] = digest(key, name, hashlib.sha256(cache.column_array(rows, "row").tobytes()).hexdigest())
     bad_rows = [
         {"split": name, "file": source.origin, "row": row, "reason": reason}
         for name, source in sources.items()
@@ -93,7 +85,7 @@ def _file_splits(task, refresh):
     check_files(task)
     sources = {}
     for name, file in task.files.items():
-        path = download_file(file, refresh) if is_url(file) else file
+        path = cache.download_file(file, refresh) if is_url(file) else file
         options = _read_options(task)
         try:
             content = sha256(path.partition("::")[0])
@@ -192,14 +184,14 @@ def read_column(task, name, rows, column):
     """Return another column of the data for the rows of a split, as strings. Raises BadInput where there is none."""
     if task.dataset:
         hub_name = (task.splits or {}).get(name, name)
-        table = download(task.dataset["path"], task.dataset.get("name"), task.dataset["revision"])
+        table = cache.download(task.dataset["path"], task.dataset.get("name"), task.dataset["revision"])
         table = table[hub_name if hub_name in table else "train"]  # a made split consists of rows of train
         if column not in table.column_names:
             reason = f'{task.dataset["path"]}: has no column "{column}"{nearest(column, table.column_names)}'
             raise BadInput(reason, f"Columns: {', '.join(table.column_names)}.")
         return [str(value) for value in table.select(rows["row"])[column]]
     file = task.files[name if name in task.files else "train"]
-    path = download_file(file, refresh=False) if is_url(file) else file
+    path = cache.download_file(file, refresh=False) if is_url(file) else file
     values = {}
     for line, row in read_rows(path, **_read_options(task), on_bad_row="skip"):
         if column not in row:
@@ -211,13 +203,13 @@ def read_column(task, name, rows, column):
 
 def _hub_splits(task, refresh):
     path, name = task.dataset["path"], task.dataset.get("name")
-    commit = hub_commit(path, "dataset", task.dataset.get("revision"), refresh)
+    commit = cache.hub_commit(path, "dataset", task.dataset.get("revision"), refresh)
     task = replace(task, dataset={**task.dataset, "revision": commit})
     repository = digest("hub", path, name, commit)
-    listing = cache_folder() / f"{repository}.json"
+    listing = cache.cache_folder() / f"{repository}.json"
     downloaded = None
     if not listing.exists():
-        downloaded = download(path, name, commit)
+        downloaded = cache.download(path, name, commit)
         features = next(iter(downloaded.values())).features
         types = {column: getattr(feature, "dtype", "list") for column, feature in features.items()}
         names = {column: _class_names(feature) for column, feature in features.items()}
@@ -238,8 +230,8 @@ def _hub_splits(task, refresh):
             raise BadInput(reason, f"Splits: {', '.join(hub_names)}.")
         key = digest("rows", repository, split, hub_name, task.text, task.label, task.problem, task.separator)
         table = digest(key, task.split.get("group"))
-        if downloaded is None and not table_path(table).exists():
-            downloaded = download(path, name, commit)
+        if downloaded is None and not cache.table_path(table).exists():
+            downloaded = cache.download(path, name, commit)
         rows = _hub_rows(task, downloaded and downloaded[hub_name])
         sources[split] = _cached_source(key, table, task, path, False, rows)
     return task, sources
@@ -299,8 +291,7 @@ def _cached_source(key, table, task, origin, is_file, rows):
     import pyarrow as pa
 
     if len(set(task.text)) < len(task.text):
-        advice = "Name two different ones with --text_columns."
-        raise BadInput(f"{origin}: a text column cannot be given twice", advice)
+        raise BadInput(f"{origin}: a text column is given twice", "Name two different ones with --text_columns.")
     for column in task.text:
         if column in ("label", "group", "row", "hash"):
             raise BadInput(f"{origin}: a text column cannot be named {column!r}", "Rename this column in the data.")
@@ -309,8 +300,8 @@ def _cached_source(key, table, task, origin, is_file, rows):
         [(column, pa.string()) for column in task.text]
         + [("label", label_type), ("group", pa.string()), ("row", pa.int64()), ("hash", pa.binary())]
     )
-    skipped = cache_folder() / f"{table}.bad_rows.json"
-    rows, _ = cached_table(table, schema, _columns(task, rows, skipped))
+    skipped = cache.cache_folder() / f"{table}.bad_rows.json"
+    rows, _ = cache.cached_table(table, schema, _columns(task, rows, skipped))
     source = Source(rows, key, origin, is_file, json.loads(skipped.read_text(encoding="utf-8")))
     source.check_rows(rows)
     return source
@@ -420,7 +411,7 @@ def _draw(task, train, number):
     """Draw about `number` rows, in entire groups where the task has a group column; return (drawn, rest)."""
     seed = task.split.get("seed", 42)
     if "group" not in task.split:
-        return stratified(column_array(train, "label"), number, seed)
+        return stratified(cache.column_array(train, "label"), number, seed)
     # Rows without a group stay together: they may belong to any.
-    groups = np.array([value or "" for value in column_array(train, "group").tolist()])
+    groups = np.array([value or "" for value in cache.column_array(train, "group").tolist()])
     return draw_groups(groups, number, seed)

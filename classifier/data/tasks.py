@@ -69,20 +69,13 @@ def _is_word(value):
 KINDS = {  # of values in YAML, by the types of Task's fields: (name, check)
     str: ("a word", _is_word),
     list[str]: ("a list of words", lambda value: isinstance(value, list) and value and all(map(_is_word, value))),
-    int: (
-        "a whole number above 0",
-        lambda value: isinstance(value, int) and not isinstance(value, bool) and value > 0,
-    ),
+    int: ("a whole number above 0", lambda value: type(value) is int and value > 0),  # not True
     dict: ("a mapping", lambda value: isinstance(value, dict)),
     bool: ("a truth value", lambda value: isinstance(value, bool)),
 }
 NOT_IN_YAML = ("name", "on_bad_row", "limit", "thresholds")
-# {key: the kinds that its value may be of}
-TYPES = {
-    key.name: [KINDS[kind] for kind in get_args(key.type) or [key.type] if kind in KINDS]
-    for key in fields(Task)
-    if key.name not in NOT_IN_YAML
-}
+KEYS = [key for key in fields(Task) if key.name not in NOT_IN_YAML]
+TYPES = {key.name: [KINDS[kind] for kind in get_args(key.type) or [key.type] if kind in KINDS] for key in KEYS}
 INNER_KEYS = {
     "dataset": {"path", "name", "revision"},
     "files": set(SPLIT_NAMES),
@@ -138,8 +131,7 @@ def task_from_mapping(content, path):
     if ("dataset" in content) == ("files" in content):
         raise BadInput(f"{path}: needs either `dataset` (on the Hub) or `files`", "See data/mrpc.yaml, data/demo.yaml.")
     if "dataset" in content and "path" not in content["dataset"]:
-        advice = "Write dataset: {path: ...}, with name: ... where it has several configurations."
-        raise BadInput(f'{path}: "dataset" has no path', advice)
+        raise BadInput(f'{path}: "dataset" has no path', "Write dataset: {path: ..., name: CONFIGURATION if any}.")
     if "files" in content:
         content["files"] = {split: _absolute(folder, file) for split, file in content["files"].items()}
     if "files" in content and "splits" in content:
@@ -157,8 +149,7 @@ def task_from_mapping(content, path):
     model = content.get("model")
     if isinstance(model, dict):
         if "vocab" not in model:
-            advice = "Name a vocabulary file: model: {model_type: ..., vocab: ...}."
-            raise BadInput(f'{path}: "model" has no vocab', advice)
+            raise BadInput(f'{path}: "model" has no vocab', "Name a file: model: {model_type: ..., vocab: ...}.")
         content["model"] = {**model, "vocab": str(folder / str(model["vocab"]))}
     return Task(name="", **content)
 
@@ -166,7 +157,7 @@ def task_from_mapping(content, path):
 def _label_names(labels, path):
     """Return the names in `labels` as strings. YAML reads 1 as a number, which is fine, and `no` as False."""
     for name in labels:
-        if not isinstance(name, (str, int)) or isinstance(name, bool):
+        if type(name) not in (str, int):
             raise BadInput(f'{path}: the label {name!r} in "labels" is not a name', "Put each name in quotes.")
     names = [str(name) for name in labels]
     if len(names) < 2 or len(set(names)) < len(names):
@@ -193,9 +184,7 @@ def _check_key(key, value, path):
         _check_split_names(value, path)
     for inner, word in value.items() if key in ("dataset", "files", "splits") else ():
         if not _is_word(word):
-            raise BadInput(
-                f'{path}: "{key}" has {inner}: {word!r}', "Write a word, in quotes where it looks like none."
-            )
+            raise BadInput(f'{path}: "{key}" has {inner}: {word!r}', "Write a word, if need be in quotes.")
 
 
 def _check_split_names(names, path):
@@ -218,8 +207,7 @@ def parse_delimiter(word, prefix="--"):
     """Return the character that a word names: itself, or a tab for `tab` and `\\t`. Raises BadInput."""
     character = "\t" if word in ("tab", "\\t") else word
     if len(character) != 1:
-        reason = f"{prefix}delimiter {word!r}: is not one character"
-        raise BadInput(reason, "Write one such as ; or |, or the word tab.")
+        raise BadInput(f"{prefix}delimiter {word!r}: is not one character", "Write one such as ; or |, or: tab.")
     return character
 
 
@@ -229,8 +217,7 @@ def _check_split(split, path):
         advice = f"Write a fraction of the rows ({name}: 0.1), or a range ({name}: [0, 500], without row 500)."
         match name, value:
             case (("seed" | "group"), _):
-                is_seed = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-                fits = is_seed if name == "seed" else _is_word(value)
+                fits = type(value) is int and value >= 0 if name == "seed" else _is_word(value)
                 advice = "Write seed: 42, group: COLUMN."
             case [_, [int(start), int(end)]]:
                 fits = 0 <= start < end
