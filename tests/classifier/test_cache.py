@@ -130,7 +130,7 @@ def answer_once(answer):
 
 
 @pytest.mark.parametrize(
-    ("address", "words"),
+    ("address", "message"),
     [
         (lambda: f"http://127.0.0.1:{free_port()}/a.csv", "refused"),
         (lambda: "http:///a.csv", "no host given"),
@@ -145,11 +145,11 @@ def answer_once(answer):
     ],
     ids=["refused", "no host", "no port", "404", "no HTTP", "no answer", "cut short"],
 )
-def test_a_download_that_fails(empty_cache, address, words):
+def test_a_download_that_fails(empty_cache, address, message):
     address = address()
     with pytest.raises(BadInput) as caught:
         cache.download_file(address, refresh=False)
-    assert address in caught.value.reason and words in caught.value.reason
+    assert address in caught.value.reason and message in caught.value.reason
     assert "give the file's path" in caught.value.advice
     assert not [file for file in empty_cache.rglob("*") if file.is_file()]
 
@@ -258,12 +258,12 @@ def test_what_another_tool_downloaded_serves_without_a_network(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("error", ["RepositoryNotFoundError", "GatedRepoError", "RevisionNotFoundError"])
-@pytest.mark.parametrize(("kind", "words"), [("model", "give a folder"), ("dataset", "give a file")])
-def test_a_repository_or_revision_that_is_not_there(monkeypatch, kind, words, error):
+@pytest.mark.parametrize(("kind", "message"), [("model", "give a folder"), ("dataset", "give a file")])
+def test_a_repository_or_revision_that_is_not_there(monkeypatch, kind, message, error):
     response = type("Response", (), {"headers": {}, "request": None, "status_code": 404})()
     fail_with(monkeypatch, getattr(huggingface_hub.errors, error)("404", response=response))
     refused = refusal(cache.hub_commit, "org/nmae", kind, "v9")
-    assert f'no {kind} "org/nmae" at v9' in refused.reason and words in refused.advice
+    assert f'no {kind} "org/nmae" at v9' in refused.reason and message in refused.advice
 
 
 def test_a_mistyped_folder_is_no_repository():
@@ -273,7 +273,7 @@ def test_a_mistyped_folder_is_no_repository():
 
 
 @pytest.mark.parametrize(
-    ("error", "words"),
+    ("error", "message"),
     [
         (datasets.exceptions.DatasetNotFoundError("Dataset 'some/data' doesn't exist"), "doesn't exist"),
         (ValueError("BuilderConfig 'part' not found.\nAvailable: ['cola', 'mrpc']"), "Available: ['cola', 'mrpc']"),
@@ -282,8 +282,8 @@ def test_a_mistyped_folder_is_no_repository():
     ],
     ids=["no such data", "no such part", "damaged", "no files"],
 )
-def test_a_data_set_that_cannot_be_loaded(monkeypatch, error, words):
+def test_a_data_set_that_cannot_be_loaded(monkeypatch, error, message):
     fail_with(monkeypatch, error)
     refused = refusal(cache.download, "some/data", "part", COMMIT)
-    assert refused.reason.startswith("some/data (part): ") and words in refused.reason
+    assert refused.reason.startswith("some/data (part): ") and message in refused.reason
     assert "dataset: {path, name}" in refused.advice

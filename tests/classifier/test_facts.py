@@ -6,8 +6,9 @@ from accelerate import Accelerator
 from conftest import bert_config, write_table
 from datasets import Dataset
 
-from classifier.data import facts, splits
+from classifier.data import facts
 from classifier.data.facts import log_data_facts
+from classifier.data.splits import load_splits
 from classifier.data.tasks import Task
 from classifier.model import tokenization
 from classifier.model.models import load_model
@@ -42,15 +43,15 @@ def table(tmp_path, vocabulary):
     write_table(tmp_path / "validation.csv", [("fine", "yes"), ("zzz the", "yes"), ("the film was bad", "no")])
     files = {name: str(tmp_path / f"{name}.csv") for name in ("train", "validation")}
     task = Task(name="", text=["text"], labels=["no", "yes"], files=files, max_length=6)
-    task, found, fingerprints, _ = splits.load_splits(task)
+    task, splits, fingerprints, _ = load_splits(task)
     model, tokenizer, _ = load_model(bert_config(vocabulary), task)
-    task, examples = tokenization.tokenize_splits(task, found, fingerprints, model, tokenizer)
-    return task, found, examples
+    task, examples = tokenization.tokenize_splits(task, splits, fingerprints, model, tokenizer)
+    return task, splits, examples
 
 
 def test_facts_of_a_table(table):
-    task, found, examples = table
-    data = facts.data_facts(task, found, examples, special_tokens=2, padding=0.25)
+    task, splits, examples = table
+    data = facts.data_facts(task, splits, examples, special_tokens=2, padding=0.25)
     assert data["splits"]["train"] == {
         "rows": 4,
         "labels": {"no": 2, "yes": 2},
@@ -78,13 +79,13 @@ def test_facts_of_a_table(table):
 )
 def test_padding_and_warnings_are_logged(table, log_lines, micro_batch_size, is_packed, expected):
     """Lengths after the cut: 6 6 6 4. The batches: 12 tokens in 2 x 6, and 10 in 2 x 6."""
-    task, found, examples = table
+    task, splits, examples = table
     batches = [np.array([0, 1]), np.array([3, 2])]
     tokenizer = type("Tokenizer", (), {"num_special_tokens_to_add": lambda self, pair: 2})()
     packer = type("Packer", (), {"is_packed": is_packed})
     padding = padding_fraction(examples["train"], batches, Accelerator(), micro_batch_size, packer)
-    data = log_data_facts(task, found, examples, tokenizer, padding)
-    assert padding == pytest.approx(expected) and data == facts.data_facts(task, found, examples, 2, padding)
+    data = log_data_facts(task, splits, examples, tokenizer, padding)
+    assert padding == pytest.approx(expected) and data == facts.data_facts(task, splits, examples, 2, padding)
     assert ("padding: 8.3% of what a step computes" in log_lines) == (expected > 0)
     train = "train: 4 rows | labels: no 2 (50.0%), yes 2 (50.0%) | tokens: median 6, 95 % up to 7, longest 7; "
     assert f"{train}50.0% of texts truncated, 6.25% of tokens unknown, 0.26 tokens per character" in log_lines
@@ -122,8 +123,8 @@ def test_texts_with_different_labels():
     assert facts.conflicts(rows_of(("a", 0), ("b", 1), ("a", 0))) == {"texts": 0, "position": None}  # the same label
     assert facts.conflicts(rows_of(("a", 0), ("b", 1), ("a", 1))) == {"texts": 1, "position": 2}
     for labels in ((0, 1, 0), (0, 0, 1), (0, 1, 2)):  # three copies are one text
-        found = facts.conflicts(rows_of(*(("a", label) for label in labels), ("b", 7)))
-        assert found["texts"] == 1 and found["position"] in (1, 2)
+        result = facts.conflicts(rows_of(*(("a", label) for label in labels), ("b", 7)))
+        assert result["texts"] == 1 and result["position"] in (1, 2)
     two = rows_of(("b", 0), ("a", 1), ("b", 1), ("a", 0), ("c", 3))
     assert facts.conflicts(two)["texts"] == 2 and facts.conflicts(two)["position"] in (2, 3)
     assert facts.conflicts(rows_of(("a", 0.5), ("a", 0.25)))["texts"] == 1
@@ -169,9 +170,9 @@ def test_hashes_tell_a_pair_from_its_texts_in_one(tmp_path):
         tmp_path / "t.csv", [(*pair, str(i % 2)) for i, pair in enumerate(pairs * 6)], ("x", "y", "label")
     )
     task = Task(name="", text=["x", "y"], files={"train": str(file), "validation": str(file)}, labels=["0", "1"])
-    _, found, _, _ = splits.load_splits(task)
-    assert len(set(found["train"]["hash"])) == 3 and {len(one) for one in found["train"]["hash"]} == {16}
-    assert facts.conflicts(found["train"])["texts"] == 1
+    _, splits, _, _ = load_splits(task)
+    assert len(set(splits["train"]["hash"])) == 3 and {len(hash) for hash in splits["train"]["hash"]} == {16}
+    assert facts.conflicts(splits["train"])["texts"] == 1
 
 
 # ---------------------------------------------------------------------------------------------------- the language

@@ -29,7 +29,7 @@ def labelled(values):
 
 
 @pytest.mark.parametrize(
-    ("value", "words", "multi"),
+    ("value", "message", "multi"),
     [
         ("a", "a", ["a"]),
         ("a,b", "a,b", ["a", "b"]),
@@ -49,8 +49,8 @@ def labelled(values):
         (float("inf"), ValueError, ValueError),
     ],
 )
-def test_a_value_as_a_label_and_as_several(value, words, multi):
-    for task, expected in ((Task("one"), words), (Task("several", **MULTI), multi)):
+def test_a_value_as_a_label_and_as_several(value, message, multi):
+    for task, expected in ((Task("one"), message), (Task("several", **MULTI), multi)):
         if expected is ValueError:
             with pytest.raises(ValueError, match="holds "):
                 label_strings(task, value)
@@ -59,9 +59,9 @@ def test_a_value_as_a_label_and_as_several(value, words, multi):
 
 
 def test_what_is_a_number():
-    words = ["1", "-1", "01", "1.0", "1e-3", "nan", "inf", "", "a", "--1", "²"]
-    assert [is_number(word) for word in words] == [True] * 5 + [False] * 6
-    assert [is_whole(word) for word in words] == [True] * 3 + [False] * 8
+    message = ["1", "-1", "01", "1.0", "1e-3", "nan", "inf", "", "a", "--1", "²"]
+    assert [is_number(word) for word in message] == [True] * 5 + [False] * 6
+    assert [is_whole(word) for word in message] == [True] * 3 + [False] * 8
 
 
 # --------------------------------------------------------------------------------------------------- names and ids
@@ -81,9 +81,9 @@ def test_what_is_a_number():
 )
 def test_the_order_of_labels(tmp_path, labels, order):
     rows = labelled(labels)
-    task, found, _, _ = load_splits(files_task(tmp_path, train=rows, validation=rows))
+    task, splits, _, _ = load_splits(files_task(tmp_path, train=rows, validation=rows))
     assert task.labels == order
-    assert [order[number] for number in found["train"]["label"]] == labels
+    assert [order[number] for number in splits["train"]["label"]] == labels
 
 
 @pytest.mark.parametrize(
@@ -101,32 +101,32 @@ def test_the_order_of_labels(tmp_path, labels, order):
 )
 def test_labels_by_name_and_by_id(tmp_path, names, values, ids):
     rows = labelled(values)
-    _, found, _, _ = load_splits(files_task(tmp_path, train=rows, validation=rows, task={"labels": names}))
-    assert found["train"]["label"][:] == ids
+    _, splits, _, _ = load_splits(files_task(tmp_path, train=rows, validation=rows, task={"labels": names}))
+    assert splits["train"]["label"][:] == ids
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
 @pytest.mark.parametrize(("values", "names"), [([1, 0, 1], ["0", "1"]), ([True, False, True], ["false", "true"])])
 def test_numbers_and_booleans_are_labels(tmp_path, suffix, values, names):
-    task, found, _, _ = load_splits(
+    task, splits, _, _ = load_splits(
         files_task(tmp_path, suffix=suffix, train=labelled(values), validation=labelled(values))
     )
-    assert task.labels == names and found["train"]["label"][:] == [int(value) for value in values]
+    assert task.labels == names and splits["train"]["label"][:] == [int(value) for value in values]
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
+    ("values", "message"),
     [
         (["10", "1", "one"], "mixes numbers (10: {0}, line 2) and names (one: {0}, line 4)"),
         (["bad", "a", "7"], "mixes numbers (7: {0}, line 4) and names (bad: {0}, line 2)"),
     ],
 )
-def test_numbers_among_names_are_told_with_both_places(tmp_path, values, words):
+def test_numbers_among_names_are_told_with_both_places(tmp_path, values, message):
     task = files_task(tmp_path, train=labelled(values))
     error = refusal(task)
-    assert words.format(task.files["train"]) in error.reason and "labels: [...]" in error.advice
-    given = load_splits(files_task(tmp_path, train=labelled(values * 9), task={"labels": sorted(values)}))
-    assert given[0].labels == sorted(values)  # by request
+    assert message.format(task.files["train"]) in error.reason and "labels: [...]" in error.advice
+    task, *_ = load_splits(files_task(tmp_path, train=labelled(values * 9), task={"labels": sorted(values)}))
+    assert task.labels == sorted(values)  # by request
 
 
 @pytest.mark.parametrize("decimal", ["0.5", "1.0", "-2.25", "1e-3"])
@@ -138,16 +138,16 @@ def test_decimals_are_refused_with_the_way_to_regression(tmp_path, decimal):
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
+    ("values", "message"),
     [
         (["a", True], "line 1 holds 'a', a string; {0}, line 2 holds True, true or false"),
         ([0, "1"], "line 1 holds 0, a number; {0}, line 2 holds '1', a string"),
         ([1, 0, False], "line 1 holds 1, a number; {0}, line 3 holds False, true or false"),
     ],
 )
-def test_labels_of_json_of_two_kinds(tmp_path, values, words):
+def test_labels_of_json_of_two_kinds(tmp_path, values, message):
     task = files_task(tmp_path, suffix=".jsonl", train=labelled(values))
-    assert words.format(task.files["train"]) in refusal(task).reason
+    assert message.format(task.files["train"]) in refusal(task).reason
 
 
 def test_the_place_of_a_decimal_is_that_of_the_very_label(tmp_path):
@@ -156,10 +156,11 @@ def test_the_place_of_a_decimal_is_that_of_the_very_label(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("values", "words"), [(["x", "x"], 'train.csv: the label column "label" has 1 value(s): x'), (["", ""], "no label")]
+    ("values", "message"),
+    [(["x", "x"], 'train.csv: the label column "label" has 1 value(s): x'), (["", ""], "no label")],
 )
-def test_fewer_than_two_classes_are_refused(tmp_path, values, words):
-    assert words in refusal(files_task(tmp_path, train=labelled(values))).reason
+def test_fewer_than_two_classes_are_refused(tmp_path, values, message):
+    assert message in refusal(files_task(tmp_path, train=labelled(values))).reason
 
 
 def test_labels_cannot_be_found_without_a_train_split(tmp_path):
@@ -175,8 +176,8 @@ def test_an_unknown_label_is_told_with_its_row_and_the_nearest_name(tmp_path, sp
     tables = {"train": good, "validation": good, "test": good, split: [*good, ("c", "postive"), ("d", "x")]}
     task = files_task(tmp_path, **tables, task={"labels": ["negative", "positive"]})
     error = refusal(task)
-    words = 'line 4: column "label" holds \'postive\', no label (did you mean "positive"?) (2 such rows)'
-    assert error.reason == f"{split} split, {task.files[split]}, {words}"
+    message = 'line 4: column "label" holds \'postive\', no label (did you mean "positive"?) (2 such rows)'
+    assert error.reason == f"{split} split, {task.files[split]}, {message}"
     assert "negative, positive" in error.advice and "--on_bad_row skip" in error.advice
 
 
@@ -202,7 +203,7 @@ def test_a_missing_label_is_refused_where_labels_are_needed(tmp_path, split, val
 
 
 @pytest.mark.parametrize(
-    ("value", "words"),
+    ("value", "message"),
     [
         (None, "holds no label"),
         (["a", "b"], "not one label (for several labels per text: `problem: multi_label`)"),
@@ -210,17 +211,17 @@ def test_a_missing_label_is_refused_where_labels_are_needed(tmp_path, split, val
         (float("nan"), "holds nan, not a label"),
     ],
 )
-def test_a_value_of_json_that_is_no_label(tmp_path, value, words):
+def test_a_value_of_json_that_is_no_label(tmp_path, value, message):
     error = refusal(files_task(tmp_path, suffix=".jsonl", train=[*AB, ("three", value)]))
-    assert "line 3" in error.reason and words in error.reason
+    assert "line 3" in error.reason and message in error.reason
 
 
 def test_a_test_split_may_lack_labels(tmp_path):
     task = files_task(tmp_path, train=AB, validation=AB, test=[("c", "b"), ("d", ""), ("e", "-1")])
     assert load_splits(task)[1]["test"]["label"][:] == [1, -1, -1]
     put_table(tmp_path, "test.csv", [("c",), ("d",)], ("text",))  # without the column
-    found = load_splits(task)[1]["test"]
-    assert found["label"][:] == [-1, -1] and found["text"][:] == ["c", "d"]
+    test = load_splits(task)[1]["test"]
+    assert test["label"][:] == [-1, -1] and test["text"][:] == ["c", "d"]
 
 
 # --------------------------------------------------------------------------------------------------------- regression
@@ -229,10 +230,10 @@ def test_a_test_split_may_lack_labels(tmp_path):
 def test_regression_labels_are_floats(tmp_path):
     values = ["0.1", "1e-5", "-3", "4.999999999"]
     tables = {"train": labelled(values), "validation": labelled(["2"]), "test": labelled(["", "1"])}
-    task, found, _, _ = load_splits(files_task(tmp_path, **tables, task=REGRESSION))
-    assert found["train"]["label"][:] == [0.1, 1e-5, -3.0, 4.999999999]
-    assert str(found["train"].features["label"].dtype) == "float64"
-    assert np.isnan(found["test"]["label"][0]) and found["test"]["label"][1] == 1.0
+    task, splits, _, _ = load_splits(files_task(tmp_path, **tables, task=REGRESSION))
+    assert splits["train"]["label"][:] == [0.1, 1e-5, -3.0, 4.999999999]
+    assert str(splits["train"].features["label"].dtype) == "float64"
+    assert np.isnan(splits["test"]["label"][0]) and splits["test"]["label"][1] == 1.0
     assert task.is_regression
 
 
@@ -244,21 +245,21 @@ def test_numbers_of_json_and_parquet_in_regression(tmp_path, suffix):
 
 
 @pytest.mark.parametrize(
-    ("value", "words"),
+    ("value", "message"),
     [("good", "holds 'good', no label"), ("inf", "holds 'inf'"), ("1,5", "holds '1,5'"), ("", "holds no label")],
 )
-def test_a_regression_label_that_is_no_number(tmp_path, value, words):
+def test_a_regression_label_that_is_no_number(tmp_path, value, message):
     error = refusal(files_task(tmp_path, train=[("a", "1"), ("b", value)], task=REGRESSION))
-    assert f'train.csv, line 3: column "label" {words}' in error.reason
+    assert f'train.csv, line 3: column "label" {message}' in error.reason
 
 
 def test_minus_one_is_a_number_in_regression_unless_the_whole_test_split_has_it(tmp_path):
     rows = labelled(["-1", "2"])
-    _, found, _, _ = load_splits(files_task(tmp_path, train=rows, validation=rows[:1], test=rows, task=REGRESSION))
-    assert found["validation"]["label"][:] == [-1.0] and found["test"]["label"][:] == [-1.0, 2.0]
+    _, splits, _, _ = load_splits(files_task(tmp_path, train=rows, validation=rows[:1], test=rows, task=REGRESSION))
+    assert splits["validation"]["label"][:] == [-1.0] and splits["test"]["label"][:] == [-1.0, 2.0]
     unlabelled = labelled(["-1.0", "-1.0"])  # as in GLUE's STS-B
-    _, found, _, _ = load_splits(files_task(tmp_path, train=rows, validation=rows, test=unlabelled, task=REGRESSION))
-    assert np.isnan(found["test"]["label"][:]).all()
+    _, splits, _, _ = load_splits(files_task(tmp_path, train=rows, validation=rows, test=unlabelled, task=REGRESSION))
+    assert np.isnan(splits["test"]["label"][:]).all()
 
 
 # -------------------------------------------------------------------------------------------------------- multi-label
@@ -274,31 +275,31 @@ MATRIX = [[1, 1, 0], [0, 0, 0], [0, 0, 1], [1, 0, 0]]  # columns a, b, c
 def test_several_labels_a_text(tmp_path, name, as_lists):
     rows = labelled(LISTS if as_lists else [", ".join(labels) for labels in LISTS])
     file = put_table(tmp_path, name, rows)
-    task, found, _, bad_rows = load_splits(Task("mine", files={"train": file, "validation": file}, **MULTI))
+    task, splits, _, bad_rows = load_splits(Task("mine", files={"train": file, "validation": file}, **MULTI))
     assert task.labels == ["a", "b", "c"] and bad_rows == []
     assert with_metrics(task).metrics == ["f1_micro", "f1_macro"]
     for split in ("train", "validation"):
-        assert found[split]["label"][:] == MATRIX
-    assert column_array(found["train"], "label").dtype == np.int8
-    assert column_array(found["train"].select([2, 0]), "label").tolist() == [MATRIX[2], MATRIX[0]]
+        assert splits[split]["label"][:] == MATRIX
+    assert column_array(splits["train"], "label").dtype == np.int8
+    assert column_array(splits["train"].select([2, 0]), "label").tolist() == [MATRIX[2], MATRIX[0]]
 
 
 def test_labels_by_name_and_by_id_and_another_separator(tmp_path):
     rows = labelled(["x|z", "1", "z | 0", ""])
     keys = {**MULTI, "labels": ["z", "y", "x"], "separator": "|"}
-    _, found, _, _ = load_splits(files_task(tmp_path, train=rows, validation=rows, task=keys))
-    assert found["train"]["label"][:] == [[1, 0, 1], [0, 1, 0], [1, 0, 0], [0, 0, 0]]
+    _, splits, _, _ = load_splits(files_task(tmp_path, train=rows, validation=rows, task=keys))
+    assert splits["train"]["label"][:] == [[1, 0, 1], [0, 1, 0], [1, 0, 0], [0, 0, 0]]
 
 
 def test_numbers_as_several_labels(tmp_path):
     rows = labelled([[10, 2], 3, [True]])
-    task, found, _, _ = load_splits(files_task(tmp_path, suffix=".jsonl", train=rows, validation=rows[:1], task=MULTI))
+    task, splits, _, _ = load_splits(files_task(tmp_path, suffix=".jsonl", train=rows, validation=rows[:1], task=MULTI))
     assert task.labels == ["2", "3", "10", "true"]
-    assert found["train"]["label"][:] == [[1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 1]]
+    assert splits["train"]["label"][:] == [[1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 1]]
 
 
 @pytest.mark.parametrize(
-    ("row", "words"),
+    ("row", "message"),
     [
         ({"text": "c", "label": None}, 'column "label" holds no label'),
         ({"text": "c"}, 'no column "label"'),
@@ -306,14 +307,14 @@ def test_numbers_as_several_labels(tmp_path):
         ({"text": "c", "label": {"a": 1}}, "not one label"),
     ],
 )
-def test_a_row_without_a_list_of_labels(tmp_path, row, words):
+def test_a_row_without_a_list_of_labels(tmp_path, row, message):
     rows = [*({"text": text, "label": [label]} for text, label in AB * 9), row]
     lines = "\n".join(map(json.dumps, rows))
     error = refusal(text_task(tmp_path, lines, "train.jsonl", **MULTI))
-    assert "train.jsonl, line 19: " in error.reason and words in error.reason
-    _, found, _, bad_rows = load_splits(text_task(tmp_path, lines, "train.jsonl", **MULTI, on_bad_row="skip"))
-    assert [bad_row["row"] for bad_row in bad_rows] == [19] and words in bad_rows[0]["reason"]
-    assert sum(map(len, found.values())) == 18
+    assert "train.jsonl, line 19: " in error.reason and message in error.reason
+    _, splits, _, bad_rows = load_splits(text_task(tmp_path, lines, "train.jsonl", **MULTI, on_bad_row="skip"))
+    assert [bad_row["row"] for bad_row in bad_rows] == [19] and message in bad_rows[0]["reason"]
+    assert sum(map(len, splits.values())) == 18
 
 
 @pytest.mark.parametrize("unknown", ["d", "-1", "3"])
@@ -347,53 +348,55 @@ def test_a_test_file_without_labels_in_multi_label(tmp_path):
 @pytest.mark.parametrize("names", [["negative", "positive"]])
 def test_classes_of_the_hub_are_matched_by_name(hub, labels, ids, order, names):
     hub.update(train=hub_table([1, 0, 0], names), validation=hub_table([0], names), test=hub_table([-1, -1], names))
-    task, found, _, _ = load_splits(hub_task(labels))
-    assert found["train"]["label"][:] == ids and task.labels == (order or labels)
-    assert found["validation"]["label"][:] == [ids[1]]
-    assert found["test"]["label"][:] == [-1, -1]
-    assert found["train"]["row"][:] == [0, 1, 2] and found["train"]["sentence"][0] == "text 0"
+    task, splits, _, _ = load_splits(hub_task(labels))
+    assert splits["train"]["label"][:] == ids and task.labels == (order or labels)
+    assert splits["validation"]["label"][:] == [ids[1]]
+    assert splits["test"]["label"][:] == [-1, -1]
+    assert splits["train"]["row"][:] == [0, 1, 2] and splits["train"]["sentence"][0] == "text 0"
 
 
 def test_the_order_of_a_class_label_is_that_of_the_labels(hub):
     names = ["world", "sports", "business", "10", "9"]
     hub.update(train=hub_table([1, 0, 2], names), validation=hub_table([4], names))
     for _ in "twice":  # the second time from the cache
-        task, found, _, _ = load_splits(hub_task())
+        task, splits, _, _ = load_splits(hub_task())
         assert (
-            task.labels == names and found["train"]["label"][:] == [1, 0, 2] and found["validation"]["label"][:] == [4]
+            task.labels == names
+            and splits["train"]["label"][:] == [1, 0, 2]
+            and splits["validation"]["label"][:] == [4]
         )
 
 
 def test_plain_numbers_of_the_hub(hub):
     hub.update(train=hub_table([0, 1, 1]), validation=hub_table([1, 0]), test=hub_table([-1]))
-    _, found, _, _ = load_splits(hub_task(["no", "yes"]))
-    assert found["train"]["label"][:] == [0, 1, 1] and found["test"]["label"][:] == [-1]
+    _, splits, _, _ = load_splits(hub_task(["no", "yes"]))
+    assert splits["train"]["label"][:] == [0, 1, 1] and splits["test"]["label"][:] == [-1]
 
 
 def test_regression_on_the_hub_and_its_unlabelled_test_split(hub):
     values, kind = [0.5, 4.75, -1.0], datasets.Value("float64")
     hub.update(train=hub_table(values, feature=kind), validation=hub_table([1.0], feature=kind))
     hub["test"] = hub_table([-1.0, -1.0], feature=kind)
-    _, found, _, _ = load_splits(hub_task("regression"))
-    assert found["train"]["label"][:] == values
-    assert np.isnan(found["test"]["label"][:]).all()
+    _, splits, _, _ = load_splits(hub_task("regression"))
+    assert splits["train"]["label"][:] == values
+    assert np.isnan(splits["test"]["label"][:]).all()
 
 
 @pytest.mark.parametrize(("labels", "row"), [(None, [1, 1, 0]), (["z", "y", "x"], [0, 1, 1])])
 def test_lists_of_class_labels_of_the_hub(hub, labels, row):
     lists = datasets.List(datasets.ClassLabel(names=["x", "y", "z"]))
     hub.update(train=hub_table([[0, 1], []], feature=lists), validation=hub_table([[1]], feature=lists))
-    task, found, _, _ = load_splits(hub_task(labels, **MULTI))
+    task, splits, _, _ = load_splits(hub_task(labels, **MULTI))
     assert task.labels == (labels or ["x", "y", "z"])
-    assert found["train"]["label"][:] == [row, [0, 0, 0]] and found["validation"]["label"][:] == [[0, 1, 0]]
+    assert splits["train"]["label"][:] == [row, [0, 0, 0]] and splits["validation"]["label"][:] == [[0, 1, 0]]
 
 
 def test_names_that_the_task_does_not_have(hub):
     """Told, not left out, though a missing label stands before them."""
     names = ["ham", "spam"]
     hub.update(train=hub_table([-1, 0, 1], names), validation=hub_table([1], names))
-    words = 'train split, some/data, row 2: column "label" holds \'spam\', no label (did you mean "spain"?)'
-    assert words in refusal(hub_task(["ham", "spain"])).reason
+    message = 'train split, some/data, row 2: column "label" holds \'spam\', no label (did you mean "spain"?)'
+    assert message in refusal(hub_task(["ham", "spain"])).reason
 
 
 @pytest.mark.parametrize(
@@ -413,10 +416,10 @@ def test_missing_labels_of_the_hub_are_left_out_and_counted(hub, split, caplog):
     hub.update(train=hub_table([0, 1, 1], names), validation=hub_table([1, 0], names))
     hub[split] = hub_table([0, -1, None, 1], names)
     with caplog.at_level(logging.WARNING):
-        _, found, _, bad_rows = load_splits(hub_task())
-    assert found[split]["row"][:] == [0, 3] and found[split]["label"][:] == [0, 1] and bad_rows == []
-    (words,) = [record.getMessage() for record in caplog.records if "no label" in record.getMessage()]
-    assert words == f"WARNING: some/data: 2 of 4 rows of {split} have no label and are skipped"
+        _, splits, _, bad_rows = load_splits(hub_task())
+    assert splits[split]["row"][:] == [0, 3] and splits[split]["label"][:] == [0, 1] and bad_rows == []
+    (message,) = [record.getMessage() for record in caplog.records if "no label" in record.getMessage()]
+    assert message == f"WARNING: some/data: 2 of 4 rows of {split} have no label and are skipped"
 
 
 def test_label_ids_of_strings():

@@ -312,7 +312,7 @@ def test_a_stray_quote_ends_the_reading_with_the_line_where_its_record_starts(tm
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "found", "advice"),
+    ("name", "content", "reason", "advice"),
     [
         ("a.csv", 'a,b\n"a\nb",c\n\nx,y,z\n', "5: 3 fields, but the header has 2 columns (a, b)", "Quote"),
         ("a.tsv", "a\tb\na\tb\tc\n", "2: 3 fields, but the header has 2 columns (a, b)", "tabs"),
@@ -321,9 +321,9 @@ def test_a_stray_quote_ends_the_reading_with_the_line_where_its_record_starts(tm
         *(("a.jsonl", f"{{}}\n\n{x}\n", f"3: is not a JSON object but {x}", "") for x in ('"b"', "3", "null", "[{}]")),
     ],
 )
-def test_what_a_bad_row_is_told_as(tmp_path, name, content, found, advice):
+def test_what_a_bad_row_is_told_as(tmp_path, name, content, reason, advice):
     error = refusal(put(tmp_path / name, content), kind=BadRow)
-    assert f", line {found}" in error.reason and advice in error.advice
+    assert f", line {reason}" in error.reason and advice in error.advice
 
 
 # --------------------------------------------------------------------------------------------- files and their headers
@@ -339,19 +339,19 @@ def test_a_missing_file_is_told_with_its_nearest_sibling(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("words", "names"),
+    ("reason", "names"),
     [
         ("no such file", "a\0.csv nowhere/a.csv train.csv/a.csv nowhere/a.csv.gz nowhere/a.zip::a.csv"),
         ("is a folder", "folder.csv folder.csv.gz folder.json folder.parquet folder.zip::a.csv"),
         ("cannot be read (File name too long)", "a" * 300 + ".csv"),
     ],
 )
-def test_a_path_that_is_no_file(tmp_path, words, names):
+def test_a_path_that_is_no_file(tmp_path, reason, names):
     put(tmp_path / "train.csv", "text\na\n")
     for name in names.split():
         if name.startswith("folder"):
             (tmp_path / name.partition("::")[0]).mkdir()
-        assert words in refusal(tmp_path / name).reason
+        assert reason in refusal(tmp_path / name).reason
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.xlsx", "a", "csv", "a.gz", "a.csv.zip", "a.zip", "a.zip::b", "a.csv.bz2"])
@@ -377,7 +377,7 @@ UTF_16 = [(*item, name) for item in WIDE.items() for name in ("utf-16", "utf-16-
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "found", "advice"),
+    ("name", "content", "reason", "advice"),
     [
         *(("a.csv", text, "has no rows", "a header") for text in ("", "\n\n", "\ufeff", "a,b\n", '\n"a","b"\r\n\r\n')),
         *(("a.jsonl", content, "has no rows", "") for content in ("", "\n \n", "\ufeff")),
@@ -404,10 +404,10 @@ UTF_16 = [(*item, name) for item in WIDE.items() for name in ("utf-16", "utf-16-
         ("a.csv.gz", WHOLE, DAMAGED, "again"),
     ],
 )
-def test_a_broken_file_or_header(tmp_path, name, content, found, advice):
+def test_a_broken_file_or_header(tmp_path, name, content, reason, advice):
     put(tmp_path / "as it is", content).rename(tmp_path / name.partition("::")[0])
     error = refusal(tmp_path / name)
-    assert found in error.reason and advice in error.advice
+    assert reason in error.reason and advice in error.advice
 
 
 ENCRYPTED = archive({"a.csv": "x\n1\n"}).replace(b"PK\1\2\x14\3\x14\0\0", b"PK\1\2\x14\3\x14\0\1")  # by its flag

@@ -1,4 +1,4 @@
-"""splits.py: rows of files in every format and of the Hub, bad rows, made splits, fingerprints."""
+"""Splits: rows of files in every format and of the Hub, bad rows, made splits, fingerprints."""
 
 import logging
 import shutil
@@ -26,7 +26,7 @@ from data_help import (
 )
 from sklearn.model_selection import train_test_split
 
-from classifier.data import reader, splits
+from classifier.data import reader
 from classifier.data.reader import LONGEST_FIELD
 from classifier.data.splits import draw_groups, load_splits, make_missing_splits, stratified
 from classifier.data.tasks import Task
@@ -38,8 +38,8 @@ def alternating(number):
     return [(f"text {at}", "ab"[at % 2]) for at in range(number)]
 
 
-def sizes(found):
-    return {name: len(rows) for name, rows in found.items()}
+def sizes(splits):
+    return {name: len(rows) for name, rows in splits.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------ formats
@@ -51,12 +51,12 @@ LOOK_LIKE_VALUES = ["None", "NA", "null", "nan", "00456", "1e5", "True", "-0", "
 def test_text_stays_text_in_every_format(tmp_path, name):
     rows = [(text, "pos" if len(text) > 3 else "neg") for text in LOOK_LIKE_VALUES]
     file = put_table(tmp_path, name, rows)
-    task, found, _, bad_rows = load_splits(Task("mine", files={"train": file, "validation": file}))
+    task, splits, _, bad_rows = load_splits(Task("mine", files={"train": file, "validation": file}))
     assert (task.labels, task.text, bad_rows) == (["neg", "pos"], ["text"], [])
     for split in ("train", "validation"):
-        assert found[split]["text"][:] == LOOK_LIKE_VALUES
-        assert found[split]["label"][:] == [int(len(text) > 3) for text in LOOK_LIKE_VALUES]
-        assert found[split]["row"][:] == list(range(first_row(name), first_row(name) + 11))
+        assert splits[split]["text"][:] == LOOK_LIKE_VALUES
+        assert splits[split]["label"][:] == [int(len(text) > 3) for text in LOOK_LIKE_VALUES]
+        assert splits[split]["row"][:] == list(range(first_row(name), first_row(name) + 11))
 
 
 def test_the_hash_of_a_row_is_that_of_its_texts(tmp_path):
@@ -90,8 +90,8 @@ def test_a_refresh_downloads_a_newer_file(tmp_path):
         first = load_splits(task)
         put_table(tmp_path / "web", "a.csv", AB * 20)
         assert load_splits(task)[2] == first[2]
-        _, found, newer, _ = load_splits(task, refresh=True)
-        assert sizes(found) == {"train": 36, "validation": 4} and newer["train"] != first[2]["train"]
+        _, splits, newer, _ = load_splits(task, refresh=True)
+        assert sizes(splits) == {"train": 36, "validation": 4} and newer["train"] != first[2]["train"]
         assert load_splits(task)[2] == newer
         assert "404" in refusal(Task("mine", files={"train": f"{server}/b.csv"})).reason
 
@@ -110,8 +110,8 @@ def test_a_refresh_downloads_a_newer_file(tmp_path):
 def test_how_a_table_is_written(tmp_path, name, content, keys):
     task = text_task(tmp_path, content, name, text=["text"], **keys)
     task.files["validation"] = task.files["train"]
-    _, found, _, _ = load_splits(task)
-    assert found["train"]["text"][:] == ["one", "x;y"] and found["train"]["label"][:] == [1, 0]
+    _, splits, _, _ = load_splits(task)
+    assert splits["train"]["text"][:] == ["one", "x;y"] and splits["train"]["label"][:] == [1, 0]
 
 
 def test_the_encoding_is_that_of_the_task(tmp_path):
@@ -119,8 +119,8 @@ def test_the_encoding_is_that_of_the_task(tmp_path):
     tasks = [text_task(tmp_path, content.encode(code), f"{code}.csv", encoding=code) for code in ("utf-8", "gb18030")]
     for task in tasks:
         task.files["validation"] = task.files["train"]
-        found = load_splits(task)
-        assert found[0].labels == ["好", "差"] and found[1]["train"]["text"][:] == ["很好", "很差"]
+        task, splits, _, _ = load_splits(task)
+        assert task.labels == ["好", "差"] and splits["train"]["text"][:] == ["很好", "很差"]
     assert "--encoding gb18030" in refusal(Task("mine", files=tasks[1].files)).advice
 
 
@@ -137,8 +137,8 @@ def test_the_encoding_is_that_of_the_task(tmp_path):
 )
 def test_the_text_column_is_text_or_the_only_other_one(tmp_path, header, expected):
     rows = [[{"label": label}.get(name, f"{name} {label}") for name in header] for label in "ab"]
-    task, found, _, _ = load_splits(files_task(tmp_path, header, train=rows, validation=rows))
-    assert task.text == [expected] and found["train"][expected][:] == [f"{expected} a", f"{expected} b"]
+    task, splits, _, _ = load_splits(files_task(tmp_path, header, train=rows, validation=rows))
+    assert task.text == [expected] and splits["train"][expected][:] == [f"{expected} a", f"{expected} b"]
 
 
 def test_a_column_of_json_numbers_is_not_text(tmp_path):
@@ -149,11 +149,11 @@ def test_a_column_of_json_numbers_is_not_text(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("header", "words"), [(("title", "body", "label"), "among: title, body"), (("label",), "among: none")]
+    ("header", "message"), [(("title", "body", "label"), "among: title, body"), (("label",), "among: none")]
 )
-def test_a_text_column_that_cannot_be_told(tmp_path, header, words):
+def test_a_text_column_that_cannot_be_told(tmp_path, header, message):
     error = refusal(files_task(tmp_path, header, train=[["x"] * len(header)]))
-    assert words in error.reason and "--text_columns" in error.advice
+    assert message in error.reason and "--text_columns" in error.advice
 
 
 @pytest.mark.parametrize("column", ["label", "group", "row", "hash"])
@@ -176,40 +176,40 @@ def test_the_column_of_groups_is_no_text(tmp_path):
 def test_the_first_row_may_lack_its_text(tmp_path):
     rows = [(None, "a"), *AB]
     keys = {"on_bad_row": "skip"}
-    task, found, _, bad_rows = load_splits(files_task(tmp_path, suffix=".jsonl", train=rows, validation=AB, task=keys))
-    assert task.text == ["text"] and found["train"]["text"][:] == ["one", "two"] and bad_rows[0]["row"] == 1
+    task, splits, _, bad_rows = load_splits(files_task(tmp_path, suffix=".jsonl", train=rows, validation=AB, task=keys))
+    assert task.text == ["text"] and splits["train"]["text"][:] == ["one", "two"] and bad_rows[0]["row"] == 1
 
 
 def test_pairs(tmp_path):
     rows = [("q1", "a1", "yes"), ("q2", "a2", "no")]
     task = files_task(tmp_path, ("question", "answer", "label"), train=rows, validation=rows)
     task = Task("mine", files=task.files, text=["answer", "question"])
-    _, found, _, _ = load_splits(task)
-    assert found["train"].column_names == ["answer", "question", "group", "row", "hash", "label"]
-    assert found["train"]["answer"][:] == ["a1", "a2"] and found["train"]["question"][:] == ["q1", "q2"]
+    _, splits, _, _ = load_splits(task)
+    assert splits["train"].column_names == ["answer", "question", "group", "row", "hash", "label"]
+    assert splits["train"]["answer"][:] == ["a1", "a2"] and splits["train"]["question"][:] == ["q1", "q2"]
 
 
 @pytest.mark.parametrize(
-    ("keys", "words", "option"),
+    ("keys", "message", "option"),
     [
         ({"text": ["sentense"]}, 'no column "sentense" (did you mean "sentence"?)', "--text_columns"),
         ({"text": ["sentence"], "label": "lable"}, 'no column "lable" (did you mean "label"?)', "--label_column"),
     ],
 )
-def test_a_column_that_is_not_there(tmp_path, keys, words, option):
+def test_a_column_that_is_not_there(tmp_path, keys, message, option):
     error = refusal(files_task(tmp_path, ("sentence", "label"), train=AB, task=keys))
-    assert f"{tmp_path}/train.csv, line 2: {words}" in error.reason
+    assert f"{tmp_path}/train.csv, line 2: {message}" in error.reason
     assert "Columns: sentence, label." in error.advice and option in error.advice
 
 
 def test_a_json_row_that_lacks_the_column_or_holds_no_text(tmp_path):
-    for second, words in (
+    for second, message in (
         ('{"label": "b"}', 'line 2: no column "text"'),
         ('{"text": 3, "label": "b"}', "holds 3, not"),
     ):
         (tmp_path / "a.jsonl").write_text('{"text": "a", "label": "a"}\n' + second)
         error = refusal(Task("mine", text=["text"], files={"train": str(tmp_path / "a.jsonl")}))
-        assert words in error.reason
+        assert message in error.reason
 
 
 def test_a_file_that_is_not_there(tmp_path):
@@ -262,23 +262,25 @@ FLAWED_JSON = [
 )
 def test_exactly_the_flawed_rows_are_left_out(tmp_path, monkeypatch, name, header, good, flawed):
     content, line, kept, left_out = header, len(header) > 0, [], []
-    for at, (row, words) in enumerate(flawed):  # before each flawed row stands a good one
+    for at, (row, message) in enumerate(flawed):  # before each flawed row stands a good one
         content += good % (at, b"ab"[at % 2 :][:1]) + row
         line += 2
         kept.append((line - 1, f"good {at}", at % 2))
-        left_out.append((line, words))
+        left_out.append((line, message))
     keys = {"text": ["text"], "labels": ["a", "b"], "split": {"validation": [0, 1]}}
     task = text_task(tmp_path, content, name, **keys, on_bad_row="skip")
     for time in ("read", "from the cache"):
         if time == "from the cache":
-            monkeypatch.setattr(splits, "read_rows", lambda *file, **options: pytest.fail("the file is read"))
-        _, found, _, bad_rows = load_splits(task)
-        rows = [*found["validation"], *found["train"]]
+            monkeypatch.setattr(
+                "classifier.data.splits.read_rows", lambda *file, **options: pytest.fail("the file is read")
+            )
+        _, splits, _, bad_rows = load_splits(task)
+        rows = [*splits["validation"], *splits["train"]]
         assert [(row["row"], row["text"], row["label"]) for row in rows] == kept
         assert [bad_row["row"] for bad_row in bad_rows] == [line for line, _ in left_out]
         assert {(bad_row["split"], bad_row["file"]) for bad_row in bad_rows} == {("train", task.files["train"])}
-        for bad_row, (_, words) in zip(bad_rows, left_out, strict=True):
-            assert words in bad_row["reason"] and set(bad_row) == {"split", "file", "row", "reason"}
+        for bad_row, (_, message) in zip(bad_rows, left_out, strict=True):
+            assert message in bad_row["reason"] and set(bad_row) == {"split", "file", "row", "reason"}
     monkeypatch.undo()
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "the cache")
     assert f"line {left_out[0][0]}" in refusal(replace(task, on_bad_row="fail")).reason  # the cache knows the rule
@@ -296,18 +298,18 @@ def test_a_file_of_bad_rows_only(tmp_path, row):
 def test_bad_rows_of_each_split(tmp_path):
     tables = {"train": [*AB * 5, ("", "a")], "validation": [("", "b"), *AB], "test": [*AB, ("c", "x"), ("d", "")]}
     task = files_task(tmp_path, **tables, task={"on_bad_row": "skip", "labels": ["a", "b"]})
-    _, found, _, bad_rows = load_splits(task)
-    assert sizes(found) == {"train": 10, "validation": 2, "test": 2}
-    told = [(bad_row["split"], Path(bad_row["file"]).name, bad_row["row"]) for bad_row in bad_rows]
-    assert told == [("train", "train.csv", 12), ("validation", "validation.csv", 2)] + [
+    _, splits, _, bad_rows = load_splits(task)
+    assert sizes(splits) == {"train": 10, "validation": 2, "test": 2}
+    listed = [(bad_row["split"], Path(bad_row["file"]).name, bad_row["row"]) for bad_row in bad_rows]
+    assert listed == [("train", "train.csv", 12), ("validation", "validation.csv", 2)] + [
         ("test", "test.csv", line) for line in (4, 5)
     ]
 
 
 def test_a_test_file_without_any_label_keeps_its_rows(tmp_path):
     task = files_task(tmp_path, train=AB, validation=AB, test=[("c", ""), ("d", "")], task={"on_bad_row": "skip"})
-    _, found, _, bad_rows = load_splits(task)
-    assert found["test"]["label"][:] == [-1, -1] and bad_rows == []
+    _, splits, _, bad_rows = load_splits(task)
+    assert splits["test"]["label"][:] == [-1, -1] and bad_rows == []
 
 
 # -------------------------------------------------------------------------------------------------------- made splits
@@ -328,8 +330,8 @@ def test_a_stratified_draw_keeps_the_shares(counts, number):
     in_drawn = np.bincount(labels[drawn], minlength=len(counts))
     assert (np.abs(in_drawn - np.array(counts) * number / len(labels)) < 1).all()
     if len(counts) > 1:
-        _, theirs = train_test_split(labels, test_size=number, random_state=0, stratify=labels)
-        assert (np.abs(in_drawn - np.bincount(theirs, minlength=len(counts))) <= 1).all()
+        _, expected = train_test_split(labels, test_size=number, random_state=0, stratify=labels)
+        assert (np.abs(in_drawn - np.bincount(expected, minlength=len(counts))) <= 1).all()
 
 
 def test_shares_are_rounded_by_largest_remainder():
@@ -369,25 +371,25 @@ def test_numbers_are_drawn_whatever_their_values():
 def test_a_tenth_of_train_becomes_the_validation_split(tmp_path):
     rows = [(f"text {number}", "a" if number % 4 else "b") for number in range(200)]
     task = files_task(tmp_path, train=rows, test=AB)
-    _, found, _, _ = load_splits(task)
-    assert list(found) == ["train", "test", "validation"] and len(found["test"]) == 2
-    assert Counter(found["validation"]["label"]) == {0: 15, 1: 5}
-    assert Counter(found["train"]["label"]) == {0: 135, 1: 45}
-    assert sorted([*found["train"]["row"], *found["validation"]["row"]]) == list(range(2, 202))
+    _, splits, _, _ = load_splits(task)
+    assert list(splits) == ["train", "test", "validation"] and len(splits["test"]) == 2
+    assert Counter(splits["validation"]["label"]) == {0: 15, 1: 5}
+    assert Counter(splits["train"]["label"]) == {0: 135, 1: 45}
+    assert sorted([*splits["train"]["row"], *splits["validation"]["row"]]) == list(range(2, 202))
     for split in ("train", "validation"):
-        for row in found[split]:
+        for row in splits[split]:
             assert (row["text"], "ab"[row["label"]]) == rows[row["row"] - 2]
     _, again, _, _ = load_splits(task)
-    assert all(again[split].to_dict() == found[split].to_dict() for split in found)
+    assert all(again[split].to_dict() == splits[split].to_dict() for split in splits)
 
 
 def test_splits_that_are_there_are_left_alone(tmp_path):
-    _, found, _, _ = load_splits(
+    _, splits, _, _ = load_splits(
         files_task(tmp_path, train=AB * 20, validation=AB, task={"split": {"validation": 0.5}})
     )
-    assert {split: len(rows) for split, rows in found.items()} == {"train": 40, "validation": 2}
-    _, found, _, _ = load_splits(files_task(tmp_path, test=AB, task={"labels": ["a", "b"]}))
-    assert list(found) == ["test"]
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 40, "validation": 2}
+    _, splits, _, _ = load_splits(files_task(tmp_path, test=AB, task={"labels": ["a", "b"]}))
+    assert list(splits) == ["test"]
 
 
 @pytest.mark.parametrize(
@@ -401,10 +403,10 @@ def test_splits_that_are_there_are_left_alone(tmp_path):
 )
 def test_fractions_are_of_all_rows(tmp_path, split, sizes):
     rows = alternating(100)
-    _, found, _, _ = load_splits(files_task(tmp_path, train=rows, task={"split": split}))
-    assert {name: len(table) for name, table in found.items()} == sizes
-    assert sorted(row for table in found.values() for row in table["row"]) == list(range(2, 102))
-    for table in found.values():
+    _, splits, _, _ = load_splits(files_task(tmp_path, train=rows, task={"split": split}))
+    assert {name: len(table) for name, table in splits.items()} == sizes
+    assert sorted(row for table in splits.values() for row in table["row"]) == list(range(2, 102))
+    for table in splits.values():
         assert Counter(table["label"]) == {0: len(table) // 2, 1: len(table) // 2}
 
 
@@ -427,28 +429,28 @@ def test_too_few_rows_for_a_split(tmp_path, split):
 def test_a_made_split_in_regression(tmp_path):
     rows = [(f"text {number}", str(number / 7)) for number in range(30)]
     keys = {"labels": "regression", "metrics": ["pearson"]}
-    _, found, _, _ = load_splits(files_task(tmp_path, train=rows, task=keys))
-    assert (len(found["train"]), len(found["validation"])) == (27, 3)
-    assert set(found["train"]["label"]) | set(found["validation"]["label"]) == {number / 7 for number in range(30)}
+    _, splits, _, _ = load_splits(files_task(tmp_path, train=rows, task=keys))
+    assert (len(splits["train"]), len(splits["validation"])) == (27, 3)
+    assert set(splits["train"]["label"]) | set(splits["validation"]["label"]) == {number / 7 for number in range(30)}
 
 
 def test_a_class_with_one_row_does_not_break_a_split(tmp_path):
     rows = [*alternating(40), ("rare", "c")]
-    task, found, _, _ = load_splits(files_task(tmp_path, train=rows, task={"split": {"validation": 0.2, "test": 0.2}}))
-    assert task.labels == ["a", "b", "c"] and sizes(found) == {"train": 25, "validation": 8, "test": 8}
-    assert Counter(found["train"]["label"]) == {0: 12, 1: 12, 2: 1}
+    task, splits, _, _ = load_splits(files_task(tmp_path, train=rows, task={"split": {"validation": 0.2, "test": 0.2}}))
+    assert task.labels == ["a", "b", "c"] and sizes(splits) == {"train": 25, "validation": 8, "test": 8}
+    assert Counter(splits["train"]["label"]) == {0: 12, 1: 12, 2: 1}
 
 
 @pytest.mark.parametrize("problem", [None, "multi_label"])
 def test_a_draw_of_a_tenth_is_as_large_as_that_of_scikit_learn(tmp_path, problem):
     rows = [(f"text {at}", "a" if at % 10 < 7 else "b") for at in range(230)]
-    _, found, _, _ = load_splits(files_task(tmp_path, train=rows, task={"problem": problem}))
+    _, splits, _, _ = load_splits(files_task(tmp_path, train=rows, task={"problem": problem}))
     labels = [label for _, label in rows]
     train, validation = train_test_split(labels, test_size=23, random_state=0, stratify=labels)
-    assert sizes(found) == {"train": len(train), "validation": len(validation)}
+    assert sizes(splits) == {"train": len(train), "validation": len(validation)}
     if not problem:
-        for name, theirs in (("train", train), ("validation", validation)):
-            assert Counter("ab"[label] for label in found[name]["label"]) == Counter(theirs)
+        for name, expected in (("train", train), ("validation", validation)):
+            assert Counter("ab"[label] for label in splits[name]["label"]) == Counter(expected)
 
 
 @pytest.mark.parametrize(
@@ -461,20 +463,22 @@ def test_a_draw_of_a_tenth_is_as_large_as_that_of_scikit_learn(tmp_path, problem
 )
 def test_ranges_of_rows(tmp_path, split, expected):
     rows = alternating(20)
-    _, found, _, _ = load_splits(files_task(tmp_path, train=rows, task={"split": split}))
+    _, splits, _, _ = load_splits(files_task(tmp_path, train=rows, task={"split": split}))
     ranges = {name: range(*bounds) for name, bounds in split.items()} | expected
-    assert {name: [row - 2 for row in table["row"]] for name, table in found.items()} == {
+    assert {name: [row - 2 for row in table["row"]] for name, table in splits.items()} == {
         name: list(numbers) for name, numbers in ranges.items()
     }
 
 
 def test_a_range_and_a_fraction(tmp_path):
     split = {"test": [0, 10], "validation": 0.2}
-    _, found, _, _ = load_splits(files_task(tmp_path, train=alternating(50), task={"split": split}))
-    assert sizes(found) == {"train": 30, "test": 10, "validation": 10} and found["test"]["row"][:] == list(range(2, 12))
+    _, splits, _, _ = load_splits(files_task(tmp_path, train=alternating(50), task={"split": split}))
+    assert sizes(splits) == {"train": 30, "test": 10, "validation": 10} and splits["test"]["row"][:] == list(
+        range(2, 12)
+    )
     split = {"train": [10, 50]}
-    _, found, _, _ = load_splits(files_task(tmp_path, train=alternating(50), task={"split": split}))
-    assert sizes(found) == {"train": 35, "validation": 5} and min(found["validation"]["row"]) >= 12
+    _, splits, _, _ = load_splits(files_task(tmp_path, train=alternating(50), task={"split": split}))
+    assert sizes(splits) == {"train": 35, "validation": 5} and min(splits["validation"]["row"]) >= 12
 
 
 @pytest.mark.parametrize("name", ["train", "validation", "test"])
@@ -491,14 +495,14 @@ def test_a_group_is_on_one_side_only(tmp_path, seed, fraction):
     rows = [(f"text {at}", "ab"[at % 2], f"author {group}") for at, group in enumerate(groups)]
     keys = {"text": ["text"], "split": {"validation": fraction, "seed": seed, "group": "author"}}
     task = files_task(tmp_path, ("text", "label", "author"), train=rows, task=keys)
-    _, found, _, _ = load_splits(task)
-    sides = [set(found[name]["group"]) for name in ("train", "validation")]
+    _, splits, _, _ = load_splits(task)
+    sides = [set(splits[name]["group"]) for name in ("train", "validation")]
     assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 60
-    assert sum(map(len, found.values())) == len(rows)
-    assert abs(len(found["validation"]) - fraction * len(rows)) <= 4  # half of the largest group
-    assert load_splits(task)[1]["validation"]["row"][:] == found["validation"]["row"][:]
-    other = replace(task, split={**task.split, "seed": seed + 1})
-    assert load_splits(other)[1]["validation"]["row"][:] != found["validation"]["row"][:]
+    assert sum(map(len, splits.values())) == len(rows)
+    assert abs(len(splits["validation"]) - fraction * len(rows)) <= 4  # half of the largest group
+    assert load_splits(task)[1]["validation"]["row"][:] == splits["validation"]["row"][:]
+    reseeded = replace(task, split={**task.split, "seed": seed + 1})
+    assert load_splits(reseeded)[1]["validation"]["row"][:] != splits["validation"]["row"][:]
 
 
 def test_groups_are_drawn_as_a_whole():
@@ -510,18 +514,18 @@ def test_groups_are_drawn_as_a_whole():
 
 
 @pytest.mark.parametrize(
-    ("groups", "keys", "words"),
+    ("groups", "keys", "message"),
     [
         (["x"] * 20, {"group": "author"}, "too few groups of author (in 20 rows) to make a validation split"),
         (["x"] * 10 + ["y"] * 10, {"group": "author", "test": 0.1, "validation": 0.1}, "too few groups of author"),
         (["x"] * 20, {"group": "auhtor"}, 'no column "auhtor" (did you mean "author"?)'),
     ],
 )
-def test_groups_that_make_no_split(tmp_path, groups, keys, words):
+def test_groups_that_make_no_split(tmp_path, groups, keys, message):
     rows = [(text, label, group) for (text, label), group in zip(alternating(20), groups, strict=True)]
     task = files_task(tmp_path, ("text", "label", "author"), train=rows, task={"text": ["text"], "split": keys})
     error = refusal(task)
-    assert words in error.reason and ("--group_column" in error.advice or "_file" in error.advice)
+    assert message in error.reason and ("--group_column" in error.advice or "_file" in error.advice)
 
 
 def test_numbers_as_groups_and_rows_without_a_group(tmp_path):
@@ -529,8 +533,8 @@ def test_numbers_as_groups_and_rows_without_a_group(tmp_path):
     rows = [(text, label, group) for (text, label), group in zip(alternating(40), groups, strict=True)]
     keys = {"text": ["text"], "split": {"validation": 0.25, "group": "author"}}
     task = files_task(tmp_path, ("text", "label", "author"), ".jsonl", train=rows, task=keys)
-    _, found, _, _ = load_splits(task)
-    assert sizes(found) == {"train": 30, "validation": 10} and len(set(found["validation"]["group"])) == 1
+    _, splits, _, _ = load_splits(task)
+    assert sizes(splits) == {"train": 30, "validation": 10} and len(set(splits["validation"]["group"])) == 1
 
 
 def test_splits_that_are_given_need_no_groups(tmp_path):
@@ -542,8 +546,8 @@ def test_splits_that_are_given_need_no_groups(tmp_path):
 
 def test_two_validation_splits_are_enough():
     table = datasets.Dataset.from_dict({"label": [0, 1] * 50})
-    given = {"train": table, "validation_matched": table, "validation_mismatched": table}
-    assert make_missing_splits(Task("mnli", labels=["a", "b"]), given) == given
+    complete = {"train": table, "validation_matched": table, "validation_mismatched": table}
+    assert make_missing_splits(Task("mnli", labels=["a", "b"]), complete) == complete
 
 
 # ------------------------------------------------------------------------------------------------------------- limits
@@ -552,12 +556,12 @@ def test_two_validation_splits_are_enough():
 def test_a_limit_is_a_seeded_stratified_sample(tmp_path):
     rows = [(f"text {number}", "a" if number % 10 < 7 else "b") for number in range(300)]
     task = files_task(tmp_path, train=rows, validation=rows[:50], task={"limit": {"train": 100}})
-    _, found, _, _ = load_splits(task)
-    assert Counter(found["train"]["label"]) == {0: 70, 1: 30} and len(found["validation"]) == 50
-    lines = found["train"]["row"][:]
+    _, splits, _, _ = load_splits(task)
+    assert Counter(splits["train"]["label"]) == {0: 70, 1: 30} and len(splits["validation"]) == 50
+    lines = splits["train"]["row"][:]
     assert lines == sorted(set(lines)) and lines != list(range(2, 102))
     assert load_splits(task)[1]["train"]["row"][:] == lines
-    for row in found["train"]:
+    for row in splits["train"]:
         assert row["text"] == rows[row["row"] - 2][0]
 
 
@@ -575,9 +579,9 @@ def test_a_limit_beyond_the_rows_takes_all(tmp_path):
 
 def test_a_limit_for_a_made_split(tmp_path):
     task = files_task(tmp_path, train=make_rows(100), task={"limit": {"validation": 4, "train": 20}})
-    _, found, _, _ = load_splits(task)
-    assert {name: len(table) for name, table in found.items()} == {"train": 20, "validation": 4}
-    assert set(found["validation"]["row"]) <= set(load_splits(replace(task, limit={}))[1]["validation"]["row"])
+    _, splits, _, _ = load_splits(task)
+    assert {name: len(table) for name, table in splits.items()} == {"train": 20, "validation": 4}
+    assert set(splits["validation"]["row"]) <= set(load_splits(replace(task, limit={}))[1]["validation"]["row"])
 
 
 def test_a_limit_for_a_split_that_is_not_there(tmp_path):
@@ -624,8 +628,8 @@ def test_a_change_changes_the_fingerprint(tmp_path, change):
 
 
 def test_rows_are_memory_mapped_from_the_cache(tmp_path, empty_cache):
-    _, found, _, _ = load_splits(files_task(tmp_path, train=AB, validation=AB))
-    assert {Path(file["filename"]).parent for file in found["train"].cache_files} == {empty_cache}
+    _, splits, _, _ = load_splits(files_task(tmp_path, train=AB, validation=AB))
+    assert {Path(file["filename"]).parent for file in splits["train"].cache_files} == {empty_cache}
 
 
 def test_a_file_with_a_mistake_leaves_nothing_in_the_cache(tmp_path, empty_cache):
@@ -640,9 +644,9 @@ def test_more_rows_than_are_read_at_a_time(tmp_path):
     rows = alternating(2500)
     task = files_task(tmp_path, suffix=".csv.gz", train=rows)
     task.files["validation"] = put_table(tmp_path, "a.parquet", rows)
-    _, found, _, _ = load_splits(task)
-    assert found["train"]["text"][:] == found["validation"]["text"][:] == [text for text, _ in rows]
-    assert found["train"]["row"][:] == list(range(2, 2502)) and found["validation"]["row"][:] == list(range(1, 2501))
+    _, splits, _, _ = load_splits(task)
+    assert splits["train"]["text"][:] == splits["validation"]["text"][:] == [text for text, _ in rows]
+    assert splits["train"]["row"][:] == list(range(2, 2502)) and splits["validation"]["row"][:] == list(range(1, 2501))
 
 
 def test_the_second_load_reads_no_row(tmp_path, monkeypatch):
@@ -653,13 +657,13 @@ def test_the_second_load_reads_no_row(tmp_path, monkeypatch):
         yield next(read(file, **options))  # for the text column
         pytest.fail("a second row is read")
 
-    monkeypatch.setattr(splits, "read_rows", read_one_row)
+    monkeypatch.setattr("classifier.data.splits.read_rows", read_one_row)
     again = load_splits(task)
-    monkeypatch.setattr(splits, "read_rows", lambda *file, **options: pytest.fail("the file is read"))
+    monkeypatch.setattr("classifier.data.splits.read_rows", lambda *file, **options: pytest.fail("the file is read"))
     named = load_splits(replace(task, text=["text"]))
-    for _, found, fingerprints, _ in (again, named):
+    for _, splits, fingerprints, _ in (again, named):
         assert fingerprints == first[2]
-        assert all(found[split].to_dict() == first[1][split].to_dict() for split in first[1])
+        assert all(splits[split].to_dict() == first[1][split].to_dict() for split in first[1])
 
 
 ROWS = [(f"text {at}", "ab"[at % 3 == 0], str(at // 4)) for at in range(40)]
@@ -720,15 +724,15 @@ def test_bad_rows_left_out_change_the_fingerprint(tmp_path):
     """The same number of other rows: those of the label c are left out, or those of b."""
     rows = [(f"text {at}", "abc"[at % 3]) for at in range(30)]
     task = files_task(tmp_path, train=rows, validation=rows, task={"on_bad_row": "skip"})
-    found = [load_splits(replace(task, labels=labels))[2] for labels in (["a", "b"], ["a", "c"])]
-    assert found[0]["train"] != found[1]["train"] and found[0]["validation"] != found[1]["validation"]
+    fingerprints = [load_splits(replace(task, labels=labels))[2] for labels in (["a", "b"], ["a", "c"])]
+    assert all(fingerprints[0][name] != fingerprints[1][name] for name in ("train", "validation"))
 
 
 # ------------------------------------------------------------------------------------------------------------ the Hub
 
 
 @pytest.mark.parametrize(
-    ("keys", "words", "advice"),
+    ("keys", "message", "advice"),
     [
         ({"label": "lable"}, 'no column "lable" (did you mean "label"?)', "--label_column"),
         ({"text": ["sentense"]}, 'no column "sentense" (did you mean "sentence"?)', "--text_columns"),
@@ -738,10 +742,10 @@ def test_bad_rows_left_out_change_the_fingerprint(tmp_path):
         ({"splits": {"train": "trian"}}, 'has no split "trian" (did you mean "train"?)', "Splits: train."),
     ],
 )
-def test_columns_and_splits_of_the_hub_that_are_not_there(hub, keys, words, advice):
+def test_columns_and_splits_of_the_hub_that_are_not_there(hub, keys, message, advice):
     hub.update(train=hub_table([0, 1], title=["x", "y"]))
     error = refusal(hub_task(**keys))
-    assert error.reason.startswith("some/data: ") and words in error.reason and advice in error.advice
+    assert error.reason.startswith("some/data: ") and message in error.reason and advice in error.advice
 
 
 def test_the_text_column_of_the_hub_is_the_only_one_of_strings(hub):
@@ -754,8 +758,8 @@ def test_other_names_for_the_splits_of_the_hub(hub, caplog):
     names = ["no", "yes"]
     hub.update(train=hub_table([0, 1], names), test=hub_table([1], names), dev=hub_table([0, 0, 1], names))
     with caplog.at_level(logging.INFO):
-        _, found, fingerprints, _ = load_splits(hub_task(splits={"train": "train", "validation": "dev"}))
-    assert sizes(found) == {"train": 2, "validation": 3} and set(fingerprints) == {"train", "validation"}
+        _, splits, fingerprints, _ = load_splits(hub_task(splits={"train": "train", "validation": "dev"}))
+    assert sizes(splits) == {"train": 2, "validation": 3} and set(fingerprints) == {"train", "validation"}
     assert "not used" not in caplog.text
     hub.asked.clear()
     assert sizes(load_splits(hub_task(splits={"train": "train", "validation": "test"}))[1])["validation"] == 1
@@ -765,8 +769,8 @@ def test_other_names_for_the_splits_of_the_hub(hub, caplog):
 def test_unused_splits_of_the_hub_are_said(hub, caplog):
     hub.update(train=hub_table([0, 1] * 10), dev=hub_table([0]), unsupervised=hub_table([-1]))
     with caplog.at_level(logging.INFO):
-        _, found, _, _ = load_splits(hub_task())
-    assert set(found) == {"train", "validation"}
+        _, splits, _, _ = load_splits(hub_task())
+    assert set(splits) == {"train", "validation"}
     assert "some/data: not used: dev, unsupervised (`splits: {validation: dev}` in a YAML would)" in caplog.text
 
 
@@ -775,15 +779,15 @@ def test_empty_texts_of_the_hub_are_kept_and_counted(hub, caplog):
     texts = {"sentence": ["one", None, "", " ", "five"]}
     hub.update(train=hub_table([0, 1, 0, 1, 0], ["no", "yes"], **texts), validation=hub_table([1], ["no", "yes"]))
     with caplog.at_level(logging.WARNING):
-        _, found, _, bad_rows = load_splits(hub_task())
-    assert found["train"]["sentence"][:] == ["one", "", "", " ", "five"] and bad_rows == []
+        _, splits, _, bad_rows = load_splits(hub_task())
+    assert splits["train"]["sentence"][:] == ["one", "", "", " ", "five"] and bad_rows == []
     assert [record.getMessage() for record in caplog.records] == ["some/data: 3 of 5 rows have an empty text"]
 
 
 def test_groups_of_the_hub(hub):
     hub.update(train=hub_table([0, 1] * 10, author=[f"author {at % 5}" for at in range(20)]))
-    _, found, _, _ = load_splits(hub_task(split={"validation": 0.2, "group": "author"}))
-    assert sizes(found) == {"train": 16, "validation": 4} and len(set(found["validation"]["group"])) == 1
+    _, splits, _, _ = load_splits(hub_task(split={"validation": 0.2, "group": "author"}))
+    assert sizes(splits) == {"train": 16, "validation": 4} and len(set(splits["validation"]["group"])) == 1
 
 
 def test_an_empty_split_of_the_hub(hub):
@@ -793,14 +797,14 @@ def test_an_empty_split_of_the_hub(hub):
 
 def test_a_missing_validation_split_of_the_hub_is_made(hub):
     hub.update(train=hub_table([0, 1] * 30), test=hub_table([0, 1]), unsupervised=hub_table([-1] * 5))
-    _, found, _, _ = load_splits(hub_task(["no", "yes"]))
-    assert {name: len(table) for name, table in found.items()} == {"train": 54, "test": 2, "validation": 6}
+    _, splits, _, _ = load_splits(hub_task(["no", "yes"]))
+    assert {name: len(table) for name, table in splits.items()} == {"train": 54, "test": 2, "validation": 6}
 
 
 def test_hub_data_with_a_test_split_only(hub):
     hub["test"] = hub_table([-1, -1])
-    _, found, _, _ = load_splits(hub_task(["no", "yes"]))
-    assert list(found) == ["test"]
+    _, splits, _, _ = load_splits(hub_task(["no", "yes"]))
+    assert list(splits) == ["test"]
 
 
 def test_the_data_of_one_commit_are_downloaded_once_and_pinned(hub):
@@ -811,11 +815,11 @@ def test_the_data_of_one_commit_are_downloaded_once_and_pinned(hub):
     hub.commit = LATER  # the Hub moves on, this project does not
     hub.asked.clear()
     hub.update(train=hub_table([1, 0]))
-    task, found, again, _ = load_splits(hub_task(["no", "yes"]))
-    assert hub.asked == [] and again == first and found["train"]["label"][:] == [0, 1]
-    task, found, newer, _ = load_splits(hub_task(["no", "yes"]), refresh=True)
+    task, splits, again, _ = load_splits(hub_task(["no", "yes"]))
+    assert hub.asked == [] and again == first and splits["train"]["label"][:] == [0, 1]
+    task, splits, newer, _ = load_splits(hub_task(["no", "yes"]), refresh=True)
     assert hub.asked == [("commit", "some/data", "dataset", None), ("some/data", "part", LATER)]
-    assert task.dataset["revision"] == LATER and newer != first and found["train"]["label"][:] == [1, 0]
+    assert task.dataset["revision"] == LATER and newer != first and splits["train"]["label"][:] == [1, 0]
 
 
 def test_other_columns_of_a_known_commit_are_downloaded_again(hub):

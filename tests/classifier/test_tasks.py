@@ -36,18 +36,18 @@ def refusal(function, *arguments):
     return caught.value
 
 
-def arguments(*words):
+def arguments(*flags):
     """The data flags of the scripts, read from a command line."""
     parser = argparse.ArgumentParser()
     common.add_data_arguments(parser)
-    return parser.parse_args(map(str, words))
+    return parser.parse_args(map(str, flags))
 
 
-def with_defaults(*words, **defaults):
+def with_defaults(*flags, **defaults):
     """What train.py's parser makes of a command line under a task's `defaults`."""
     parser = train.build_parser()
     tasks.set_defaults(parser, Task("mine", defaults=defaults))
-    return parser.parse_args(words)
+    return parser.parse_args(flags)
 
 
 # ------------------------------------------------------------------------------------------------- the shipped tasks
@@ -181,7 +181,7 @@ def test_labels_that_are_numbers_are_names_too(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "parts"),
     [
         ("files: {train: a.csv}\nmetric: [f1]", ['unknown key "metric" (did you mean "metrics"?)']),
         ("files: {train: a.csv}\nlables: [a, b]", ['unknown key "lables" (did you mean "labels"?)']),
@@ -235,11 +235,11 @@ def test_labels_that_are_numbers_are_names_too(tmp_path):
         ("files: {train: a.csv", ["is not YAML", "line 1"]),
     ],
 )
-def test_a_mistake_in_a_description(tmp_path, text, words):
+def test_a_mistake_in_a_description(tmp_path, text, parts):
     file = describe(tmp_path, text)
     error = refusal(tasks.read_task, file)
     assert str(file) in error.reason
-    assert all(word in str(error) for word in words), str(error)
+    assert all(part in str(error) for part in parts), str(error)
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_an_unknown_task_is_told_with_the_nearest_name():
 
 
 @pytest.mark.parametrize(
-    ("keys", "words"),
+    ("keys", "message"),
     [
         ({"labels": ["a", "b", "c"], "metrics": ["f1"]}, "f1 is for two labels, this task has 3"),
         ({"labels": ["a", "b"], "metrics": ["pearson"]}, "pearson is for regression"),
@@ -302,9 +302,9 @@ def test_an_unknown_task_is_told_with_the_nearest_name():
         ),
     ],
 )
-def test_metrics_that_do_not_fit(keys, words):
+def test_metrics_that_do_not_fit(keys, message):
     error = refusal(common.with_metrics, Task("mine", **keys))
-    assert error.reason.startswith("task mine:") and words in str(error)
+    assert error.reason.startswith("task mine:") and message in str(error)
 
 
 @pytest.mark.parametrize(
@@ -345,7 +345,7 @@ def test_defaults_of_each_kind_of_flag():
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "words"),
+    ("name", "value", "message"),
     [
         ("learning_rte", 1, 'no flag (did you mean "learning_rate"?)'),
         ("learning_rate", "fast", "'fast'"),
@@ -365,10 +365,10 @@ def test_defaults_of_each_kind_of_flag():
         ("task", "mrpc", "describes the data, not the training"),
     ],
 )
-def test_a_mistake_in_the_defaults(name, value, words):
+def test_a_mistake_in_the_defaults(name, value, message):
     with pytest.raises(BadInput) as caught:
         with_defaults(**{name: value})
-    assert "task mine" in caught.value.reason and name in caught.value.reason and words in str(caught.value)
+    assert "task mine" in caught.value.reason and name in caught.value.reason and message in str(caught.value)
 
 
 # ------------------------------------------------------------------------------------------------------ the data flags
@@ -449,18 +449,18 @@ def test_a_choice_that_is_none(flag):
 
 
 @pytest.mark.parametrize(
-    ("words", "dataset", "name"),
+    ("flag", "dataset", "name"),
     [
         ("stanfordnlp/imdb", {"path": "stanfordnlp/imdb"}, "imdb"),
         ("nyu-mll/glue:cola", {"path": "nyu-mll/glue", "name": "cola"}, "cola"),
         ("imdb", {"path": "imdb"}, "imdb"),
     ],
 )
-def test_a_dataset_of_the_hub_without_a_yaml(words, dataset, name):
-    assert tasks.task_from_args(arguments("--dataset", words), default="demo") == Task(name, dataset=dataset)
+def test_a_dataset_of_the_hub_without_a_yaml(flag, dataset, name):
+    assert tasks.task_from_args(arguments("--dataset", flag), default="demo") == Task(name, dataset=dataset)
     saved = Task("old", text=["a"], labels=["x", "y"], files={"train": "/a.csv"}, limit={"train": 3})
-    of_saved = tasks.task_from_args(arguments("--dataset", words), default=saved)
-    assert of_saved == replace(saved, dataset=dataset, files=None, limit={})
+    task = tasks.task_from_args(arguments("--dataset", flag), default=saved)
+    assert task == replace(saved, dataset=dataset, files=None, limit={})
 
 
 @pytest.mark.parametrize("flags", [["--task", "mrpc"], ["--train_file", "a.csv"], ["--test_file", "a.csv"]])

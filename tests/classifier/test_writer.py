@@ -80,11 +80,11 @@ def test_an_error_leaves_the_file_that_was_there(tmp_path, error):
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("name", "message"),
     [("out.json", "format"), ("out.parquet.gz", "format"), ("out", "format"), ("no/out.csv", "no such folder")],
 )
-def test_a_name_that_cannot_be_written_is_refused_at_once(tmp_path, name, words):
-    with pytest.raises(BadInput, match=words):
+def test_a_name_that_cannot_be_written_is_refused_at_once(tmp_path, name, message):
+    with pytest.raises(BadInput, match=message):
         writer.check_output_file(tmp_path / name)
 
 
