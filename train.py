@@ -176,6 +176,13 @@ def splits_to_evaluate(args, examples):
     return evaluated
 
 
+def steps_between_evaluations(args, steps_per_epoch):
+    """Return --eval_every in steps. A dry run evaluates once, at its end."""
+    if args.dry_run:
+        return DRY_RUN_STEPS
+    return steps_per_epoch if args.eval_every == "epoch" else int(args.eval_every)
+
+
 def main():
     args, task, settings = parse_arguments()
     from accelerate.utils import send_to_device, set_seed
@@ -247,7 +254,7 @@ def main():
         # --- what happens between two steps
         evaluated = splits_to_evaluate(args, examples)
         chooser = next(iter(evaluated))
-        eval_every = steps_per_epoch if args.eval_every == "epoch" else int(args.eval_every)
+        eval_every = steps_between_evaluations(args, steps_per_epoch)
         progress = Progress(accelerator, folder, state, total_steps, steps_per_epoch)
         if accelerator.is_main_process:
             write_bad_rows(folder / "bad_rows.csv", bad_rows)
@@ -321,7 +328,7 @@ def main():
             task, evaluations = common.fit_thresholds(task, evaluations, chooser, majority)
         results = report.collect_results(args, task, model_facts, progress, evaluations, data_facts, accelerator)
         if accelerator.is_main_process:
-            report.write_page(folder, task, results, evaluations, splits, examples)
+            report.write_report(folder, task, results, evaluations, splits, examples)
             card = report.model_card(task, results)
             checkpoint.write_model(folder, plain_model, tokenizer, task, fingerprints, majority, results, card)
         report.log_results(folder, task, results, evaluations, progress)

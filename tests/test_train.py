@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -26,7 +25,7 @@ from conftest import (
 )
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.utils.class_weight import compute_class_weight
-from test_preemption import ended, start_2
+from test_preemption import ended, start, start_2
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -547,7 +546,7 @@ def test_other_data_in_the_folder_of_a_run_are_refused(finished, refused):
     assert "data" in refused(*TYPED, cwd=folder)
 
 
-# How an unfinished run goes on is in test_resume.py.
+# How an unfinished run resumes is in test_resume.py.
 @pytest.mark.parametrize("status", ["running", "failed", "preempted"])
 def test_an_unfinished_run_without_a_checkpoint_starts_again_by_the_same_command(finished, run_inside, status):
     folder, run = finished
@@ -1148,21 +1147,30 @@ def without_torchs_own(folder):
     return [path.name for path in folder.iterdir() if not path.name.startswith(("torchinductor", "torchelastic"))]
 
 
+def dry_run(task, processes, expected, *flags):
+    """Start so many processes, forked and not launched, for speed; return [(exit code, output, errors)] of them.
+
+    Their exit codes must be `expected`, and their temporary folder empty at the end.
+    """
+    start_all = start_2 if processes == 2 else lambda *arguments, **options: [start(*arguments, **options)]
+    with tempfile.TemporaryDirectory() as scratch:
+        change = f"import tempfile\ntempfile.tempdir = {scratch!r}\n"
+        outputs = [ended(one) for one in start_all(task.parent, "--task", task, *ONE_THREAD, *flags, change=change)]
+        assert [code for code, *_ in outputs] == [expected] * processes, outputs
+        assert without_torchs_own(Path(scratch)) == []
+    for file in task.parent.glob("output of *"):  # what the processes print
+        file.unlink()
+    return outputs
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_dry_run_tells_what_the_run_takes_and_leaves_nothing(review_task, processes):
     before = contents_of(review_task.parent)
-    with tempfile.TemporaryDirectory() as scratch:
-        done = run_script(
-            *("train.py", "--task", review_task, *ONE_THREAD, "--dry_run", "--epochs", 100, "--eval_every", 5),
-            *("--micro_batch_size", 3, "--eval_train_rows", 100, "--trackers", "tensorboard"),
-            cwd=review_task.parent,
-            launcher=TORCHRUN_2 if processes == 2 else (sys.executable,),
-            environment={"TMPDIR": scratch},
-        )
-        assert done.returncode == 0, done.stderr
-        assert without_torchs_own(Path(scratch)) == []
+    flags = ["--dry_run", "--epochs", 100, "--eval_every", 5, "--micro_batch_size", 3, "--eval_train_rows", 100]
+    outputs = dry_run(review_task, processes, 0, *flags, "--trackers", "tensorboard")
     assert contents_of(review_task.parent) == before
-    table = dict(line.split(maxsplit=1) for line in done.stdout.splitlines()[-5:])
+    printed = outputs[0][1]
+    table = dict(line.split(maxsplit=1) for line in printed.splitlines()[-5:])
     assert list(table) == ["steps", "batch", "memory", "time", "files"]
     assert table["steps"] == "1300 of 16, 13 an epoch; 260 evaluations"
     assert table["batch"] == f"16 = {processes} process(es) x {16 // processes}, 3 at a time"
@@ -1170,7 +1178,7 @@ def test_a_dry_run_tells_what_the_run_takes_and_leaves_nothing(review_task, proc
     hours, minutes, seconds = (int(part) for part in table["time"].split()[0].split(":"))
     assert 0 < hours * 3600 + minutes * 60 + seconds < 3600
     assert table["files"].startswith("runs/reviews,epochs=100.0,eval_every=5/: model/ 0 MB")
-    assert done.stdout.count("validation loss") == 1 and "train: 200 rows | " in done.stdout
+    assert printed.count("validation loss") == 1 and "train: 200 rows | " in printed
 
 
 def test_a_dry_run_foretells_the_time(review_task, train):
@@ -1215,15 +1223,8 @@ def test_a_dry_run_finds_mistakes_and_leaves_nothing_then(review_task, refused, 
 
 def test_two_processes_leave_nothing_of_a_dry_run_that_failed(review_task):
     before = contents_of(review_task.parent)
-    with tempfile.TemporaryDirectory() as scratch:
-        done = run_script(
-            *("train.py", "--task", review_task, *ONE_THREAD, "--dry_run", "--learning_rate", "1e30"),
-            cwd=review_task.parent,
-            launcher=TORCHRUN_2,
-            environment={"TMPDIR": scratch},
-        )
-        assert done.returncode == 1 and "step 2: the loss is" in done.stderr
-        assert without_torchs_own(Path(scratch)) == []
+    outputs = dry_run(review_task, 2, 1, "--dry_run", "--learning_rate", "1e30")
+    assert all("step 2: the loss is" in errors for _, _, errors in outputs)
     assert contents_of(review_task.parent) == before
 
 
