@@ -124,8 +124,8 @@ class Attempt:
     def end(self, number=None, to_all=True, chooser=random):
         """Send a signal, or none, and wait until the command has ended; return its exit code."""
         everyone, ranks = self.family()
-        told = everyone if to_all or not ranks else [chooser.choice(ranks)]
-        for process in told if number else []:
+        targets = everyone if to_all or not ranks else [chooser.choice(ranks)]
+        for process in targets if number else []:
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
         try:
@@ -138,16 +138,16 @@ class Attempt:
         for process in everyone:
             with suppress(psutil.NoSuchProcess, psutil.TimeoutExpired):
                 process.wait(10)
-        words = self.log.read_text(encoding="utf-8")
+        text = self.log.read_text(encoding="utf-8")
         if code == "hung":
-            raise RuntimeError(f"{number} to {told} did not end the run in {SECONDS} s:\n{words}")
+            raise RuntimeError(f"{number} to {targets} did not end the run in {SECONDS} s:\n{text}")
         if number is None and code != 0:
-            raise RuntimeError(f"the run failed by itself, with exit code {code}:\n{words}")
+            raise RuntimeError(f"the run failed by itself, with exit code {code}:\n{text}")
         return code
 
 
 def file_number(path):
-    """A number that changes where a file is replaced, as metrics.jsonl is when a run goes on; None without one."""
+    """A number that changes when a file is replaced, as metrics.jsonl is on resume; None without one."""
     with suppress(OSError):
         return path.stat().st_ino
     return None
@@ -213,16 +213,16 @@ def punish(folder, kills, processes=1, seed=0, steps=1200):
         run, spent, started = folder / f"run-{len(rounds)}", [], time.monotonic()
         is_complete = False
         while left and not is_complete:
-            found = kill(Attempt(task, run, processes, steps), chooser)
-            is_complete = found is None
-            spent += [found or ("none", "", "complete before")]
+            hit = kill(Attempt(task, run, processes, steps), chooser)
+            is_complete = hit is None
+            spent += [hit or ("none", "", "complete before")]
             left -= 1
             state = run / "state.json"
             if state.exists():  # complete or absent, whenever a kill comes
                 json.loads(state.read_text(encoding="utf-8"))
         Attempt(task, run, processes, steps).end()
-        found = outcome(run)
-        differs = [name for name in whole if found[name] != whole[name]]
+        result = outcome(run)
+        differs = [name for name in whole if result[name] != whole[name]]
         differs += [path.name for path in run.iterdir() if path.suffix in (".tmp", ".old") or "lock" in path.name]
         differs += ["checkpoints"] if (run / "checkpoints").exists() else []
         seconds = time.monotonic() - started
@@ -238,16 +238,16 @@ def main():
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="punisher-") as folder:
         rounds = punish(Path(folder), args.kills, args.processes, args.seed)
-    counts = Counter(of_kill for of_round in rounds for of_kill in of_round["kills"])
+    counts = Counter(hit for run in rounds for hit in run["kills"])
     print(f"{'signal':10}{'to':6}{'where':18}times")
     for (name, to_whom, where), number in sorted(counts.items()):
         print(f"{name:10}{to_whom:6}{where:18}{number:5}")
     print(f"\n{'run':10}{'kills':8}{'seconds':10}equal to the unbroken one")
-    for number, of_round in enumerate(rounds):
-        words = "yes" if of_round["is_equal"] else f"NO: {', '.join(of_round['differs'])}"
+    for number, run in enumerate(rounds):
+        answer = "yes" if run["is_equal"] else f"NO: {', '.join(run['differs'])}"
         name = f"run {number}" if number else "unbroken"
-        print(f"{name:10}{len(of_round['kills']):<8}{of_round['seconds']:<10.1f}{words}")
-    return 0 if all(of_round["is_equal"] for of_round in rounds) else 1
+        print(f"{name:10}{len(run['kills']):<8}{run['seconds']:<10.1f}{answer}")
+    return 0 if all(run["is_equal"] for run in rounds) else 1
 
 
 if __name__ == "__main__":

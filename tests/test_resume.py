@@ -41,7 +41,7 @@ FLAGS = ("--log_every", 1, "--threads", 1)
 
 # ------------------------------------------------------------------------------------- processes that start quickly
 
-# Reads a job in JSON from each line of its input, forks a process for each rank, which goes on as a script of its own,
+# Reads a job in JSON from each line of its input, forks a process for each rank, which becomes a script of its own,
 # and answers with their exit codes. Like a launcher it ends the other processes once one has failed.
 LAUNCHER = """
 import gc, json, os, runpy, signal, socket, sys, time
@@ -205,7 +205,7 @@ def stopping(model, *given):
         handle.remove()
 inference.compute_logits = stopping
 """
-# Where: what stops it there, and the steps that a run that saves every 5 goes on after (told by SIGTERM, killed). A
+# Where: what stops it there, and the steps after which a run that saves every 5 resumes when it was killed. A
 # model is saved at its evaluation, too, where it is the best: the first one, after step 13, always is.
 WHERE = {
     "in the first epoch": (IN_A_STEP.format(step=7), 7, {5}),
@@ -307,15 +307,15 @@ def test_a_run_that_was_stopped_is_equal_to_one_that_was_not(tasks, whole, launc
         assert stopped.returncodes == [75] * processes, stopped.stderr
         assert state_of(tmp_path / "run")["status"] == "preempted"
         assert "Traceback" not in stopped.stderr
-        goes_on_after = {step_of_signal}
+        resumed_steps = {step_of_signal}
     else:
         assert stopped.returncodes[-1] == -9 and 0 not in stopped.returncodes
         # A process that is left notes that the other is gone, unless the collective that it waits in aborts it.
         assert state_of(tmp_path / "run")["status"] in ("running", "failed" if told == "the last" else "running")
-        goes_on_after = steps_of_saves
+        resumed_steps = steps_of_saves
     done = launch(*flags, cwd=tasks, processes=processes)
     assert done.returncodes == [0] * processes, done.stderr
-    assert any(f"resuming after step {step}: " in done.stdout for step in goes_on_after), done.stdout
+    assert any(f"resuming after step {step}: " in done.stdout for step in resumed_steps), done.stdout
     assert_equal(tmp_path / "run", expected)
 
 
@@ -390,7 +390,7 @@ def test_another_number_of_processes_sees_the_remaining_examples_of_the_plan(
     assert launch(*flags, cwd=tasks, processes=before, change=change).returncodes == [75] * before
     done = launch(*flags, cwd=tasks, processes=after, change=SEEN.format(file=tmp_path / "seen"))
     assert done.returncodes == [0] * after, done.stderr
-    assert f"on {after} process(es), before on {before}: the remaining examples" in done.stdout
+    assert f"on {after} process(es), before on {before}: the plan's remaining examples" in done.stdout
     seen = {}
     for rank in range(after):
         for line in (tmp_path / f"seen-{rank}").read_text(encoding="utf-8").splitlines():
@@ -686,4 +686,4 @@ def test_killed_while_a_checkpoint_is_written_for_the_second_time(tasks, whole, 
 def test_the_punisher_changes_nothing(tmp_path, processes):
     kills, steps = (25, 1200) if os.environ.get("FULL") == "1" else {1: (3, 480), 2: (2, 300)}[processes]
     rounds = punish(tmp_path, kills, processes, seed=processes, steps=steps)
-    assert all(of_round["is_equal"] for of_round in rounds), rounds
+    assert all(run["is_equal"] for run in rounds), rounds

@@ -342,7 +342,7 @@ def step_of(run):
 
 
 def check_preempted(run, name):
-    """The run says that it was preempted, and every checkpoint is whole; return the step it goes on after."""
+    """The run says that it was preempted, and every checkpoint is whole; return the step after which it resumes."""
     state = state_of(run)
     assert (state["status"], state["reason"]) == (
         "preempted",
