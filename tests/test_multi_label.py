@@ -1,4 +1,4 @@
-"""Several labels for a text, from training to prediction, against scikit-learn and transformers' own pipeline."""
+"""Multi-label tasks from training to prediction, against scikit-learn and transformers' own pipeline."""
 
 import csv
 import json
@@ -7,9 +7,10 @@ import random
 import numpy as np
 import pytest
 import yaml
-from conftest import TORCHRUN_2, bert_config, lines_of, make_rows, run_script, write_table
+from conftest import bert_config, lines_of, make_rows, write_table
 from sklearn.metrics import f1_score
 from sklearn.preprocessing import MultiLabelBinarizer
+from test_preemption import ended, start, start_2
 from transformers import pipeline
 
 from classifier.data.labels import with_thresholds
@@ -65,7 +66,7 @@ def scores_by_scikit_learn(truth, predicted):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, vocabulary):
-    """The data, the task and a run on them that has learnt a part."""
+    """The data, the task and a run on them that has learned something."""
     folder = tmp_path_factory.mktemp("tags")
     for name, number, seed in (("train", 200, 1), ("validation", 60, 2), ("test", 41, 3)):
         write_table(folder / f"{name}.csv", make_tags(number, seed), header=("text", "tags"))
@@ -79,8 +80,9 @@ def folder(tmp_path_factory, vocabulary):
         "defaults": {"learning_rate": 0.01, "warmup_steps": 5, "batch_size": 16, "mixed_precision": "no"},
     }
     (folder / "tags.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
-    ended = run_script("train.py", *FLAGS, "--max_steps", 30, "--final_test", "--output_dir", "run", cwd=folder)
-    assert ended.returncode == 0, ended.stderr
+    flags = [*FLAGS, "--max_steps", 30, "--final_test", "--output_dir", "run"]
+    code, _, errors = ended(start(folder, *flags), timeout=300)
+    assert code == 0, errors
     return folder
 
 
@@ -96,7 +98,7 @@ def run(run_inside, folder):
     return run
 
 
-def test_training_finds_the_labels_and_says_what_it_learnt(folder):
+def test_training_finds_the_labels_and_reports_its_scores(folder):
     results, config = read_json(folder / "run/results.json"), read_json(folder / "run/model/config.json")
     assert config["problem_type"] == "multi_label_classification"
     assert list(config["id2label"].values()) == LABELS
@@ -121,7 +123,7 @@ def test_the_majority_baseline_is_that_of_each_label(folder):
 
 def test_evaluation_equals_scikit_learn_on_its_predictions(folder, run):
     printed = run("evaluate.py", "--model", "run", "--split", "test")
-    evaluation, rows = read_json(folder / "run/evaluation-test/evaluation.json"), None
+    evaluation = read_json(folder / "run/evaluation-test/evaluation.json")
     rows, source = read_table(folder / "run/evaluation-test/predictions.csv"), read_table(folder / "test.csv")
     assert list(rows[0]) == ["text", "label", *NEW]
     assert [row["text"] for row in rows] == [row["text"] for row in source]
@@ -151,11 +153,11 @@ def test_thresholds_are_those_of_the_highest_f1():
     thresholds = with_thresholds(task, logits, labels).thresholds
     assert thresholds[2] == 0.5  # a label that no example has
     for column in (0, 1):
-        found = f1_score(labels[:, column], probabilities[:, column] > thresholds[column])
+        score = f1_score(labels[:, column], probabilities[:, column] > thresholds[column])
         cuts = [-1, *np.unique(probabilities[:, column])]
         assert 0 < thresholds[column] < 1
         best = max(f1_score(labels[:, column], probabilities[:, column] > cut) for cut in cuts)
-        assert found == pytest.approx(best)
+        assert score == pytest.approx(best)
 
 
 def test_prediction_equals_a_pipeline_of_transformers(folder, run):
@@ -166,29 +168,29 @@ def test_prediction_equals_a_pipeline_of_transformers(folder, run):
     rows, thresholds = read_table(folder / "out.csv"), read_json(folder / "run/model/task.json")["thresholds"]
     assert list(rows[0]) == ["text", *NEW]
     for row, text in zip(rows, texts, strict=True):
-        answer = {one["label"]: one["score"] for one in classify([text])[0]}
+        answer = {each["label"]: each["score"] for each in classify([text])[0]}
         assert {name: float(row[f"probability_{name}"]) for name in LABELS} == pytest.approx(answer, abs=1e-5)
         applies = [name for name, threshold in zip(LABELS, thresholds, strict=True) if answer[name] > threshold]
         assert row["predicted_label"] == "|".join(applies)
     printed = run("predict.py", "--mixed_precision", "no", "--model", "run", "--text", texts[0])
-    answer = {one["label"]: one["score"] for one in classify([texts[0]])[0]}
-    words = sorted(((f"{value:.4f}", label) for label, value in answer.items()), reverse=True)
-    assert [tuple(line.split()) for line in printed.splitlines()] == words
+    answer = {each["label"]: each["score"] for each in classify([texts[0]])[0]}
+    expected = sorted(((f"{value:.4f}", label) for label, value in answer.items()), reverse=True)
+    assert [tuple(line.split()) for line in printed.splitlines()] == expected
 
 
 def test_a_model_of_several_labels_without_our_files_is_read_as_it_is(folder, run, tmp_path):
     for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((folder / "run/model" / name).read_bytes())
-    words = ("--mixed_precision", "no", "--text", "the room was very good .")
-    assert run("predict.py", "--model", tmp_path, *words) == run("predict.py", "--model", "run", *words)
+    flags = ("--mixed_precision", "no", "--text", "the room was very good .")
+    assert run("predict.py", "--model", tmp_path, *flags) == run("predict.py", "--model", "run", *flags)
 
 
 def test_two_processes_and_micro_batches_change_nothing(folder, run):
     flags = ["--max_steps", 10, "--output_dir"]
     run("train.py", *FLAGS, *flags, "one")
-    arguments = [*FLAGS, *flags, "two", "--micro_batch_size", 3]
-    ended = run_script("train.py", *arguments, cwd=folder, launcher=TORCHRUN_2)
-    assert ended.returncode == 0, ended.stderr
+    for process in start_2(folder, *FLAGS, *flags, "two", "--micro_batch_size", 3):
+        code, _, errors = ended(process, timeout=300)
+        assert code == 0, errors
     one, two = ([line["loss"] for line in lines_of(folder / name)] for name in ("one", "two"))
     assert two == pytest.approx(one, rel=1e-5)
     scores = [read_json(folder / name / "results.json")["scores"]["validation"] for name in ("one", "two")]
@@ -197,7 +199,7 @@ def test_two_processes_and_micro_batches_change_nothing(folder, run):
 
 def test_other_metrics_do_not_fit(folder, run_inside):
     code, _, errors = run_inside("train.py", *FLAGS, "--metrics", "f1", "--output_dir", "no", cwd=folder)
-    assert code == 2 and "f1 is not for several labels a text: use f1_micro" in errors
+    assert code == 2 and "f1 is not for multi-label tasks: use f1_micro" in errors
     assert not (folder / "no").exists()
 
 
