@@ -113,7 +113,7 @@ def test_ratios_of_two_rounds_by_hand(monkeypatch):
     import rounds
 
     contenders = {"ours": ("ours", None, None), "other": ("another", None, "ours")}
-    _, row = rounds.compare(contenders, {"ours": [100.0, 300.0], "other": [50.0, 30.0]})
+    _, row = rounds.compare_rates(contenders, {"ours": [100.0, 300.0], "other": [50.0, 30.0]})
     assert (row["median"], row["min"], row["max"]) == (40.0, 30.0, 50.0)
     assert row["ratio"] == 200 / 40 and row["paired_ratio"] == (100 / 50 + 300 / 30) / 2
 
