@@ -110,7 +110,7 @@ class FakeHub(dict):
     def __init__(self, monkeypatch):
         self.commit, self.asked = COMMIT, []
         monkeypatch.setattr(datasets, "load_dataset", self.load_dataset)
-        monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda api, *words, **keys: self.info(*words, **keys))
+        monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda api, *args, **keys: self.info(*args, **keys))
 
     def load_dataset(self, *arguments, revision):
         self.asked.append((*arguments, revision))
@@ -131,7 +131,7 @@ def served(folder):
             asked.append(self.path)
             super().do_GET()
 
-        def log_message(self, *words):
+        def log_message(self, *arguments):
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(Path(folder)))) as server:

@@ -145,11 +145,8 @@ def hub_commit(repository, kind, revision=None, refresh=False):
         return pin.read_text()
     try:
         commit = HfApi().repo_info(repository, repo_type=kind, revision=revision, timeout=30).sha
-    except (
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-        HFValidationError,
-    ):  # the first is also raised for a gated one
+    # RepositoryNotFoundError is also raised for a gated repository.
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
         raise BadInput(
             f'the Hub has no {kind} "{repository}"{f" at {revision}" if revision else ""} that you may read',
             f"Check the name, log in with `hf auth login`, or give a {'folder' if kind == 'model' else 'file'}.",

@@ -65,9 +65,9 @@ def with_label_names(task, sources):
     numbers = [name for name in names if is_whole(name)]
     others = [name for name in names if not is_whole(name)]
     if numbers and others and not task.is_multi_label:
-        number, other = (f"{name}: {first_location(name)}" for name in (numbers[0], others[0]))
+        number, word = (f"{name}: {first_location(name)}" for name in (numbers[0], others[0]))
         raise BadInput(
-            f'{source.origin}: the label column "{task.label}" mixes numbers ({number}) and names ({other})',
+            f'{source.origin}: the label column "{task.label}" mixes numbers ({number}) and names ({word})',
             "Write all labels as names or all as numbers, or list them in a YAML: labels: [...].",
         )
     if len(names) < 2:
