@@ -40,6 +40,15 @@ def test_there_are_enough_reviews_balanced_and_no_sentence_twice(splits):
     assert len(set(plain)) == len(plain)
 
 
+@pytest.mark.parametrize("word", ["although", "even though", "though", "despite"])
+def test_a_concession_comes_first_and_last(splits, word):
+    """What is seen in one place only is understood there only: "X, even though Y" would be read as "X, but Y"."""
+    for label in ("negative", "positive"):
+        texts = [text.lower() for text, label_of_text in splits["train"] if label_of_text == label]
+        assert sum(text.startswith(f"{word} ") for text in texts) >= 50
+        assert sum(f", {word} " in text for text in texts) >= 50
+
+
 def test_a_bag_of_words_does_not_solve_it(splits):
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -50,9 +59,9 @@ def test_a_bag_of_words_does_not_solve_it(splits):
     assert classifier.score(*zip(*splits["test"], strict=True)) < 0.65
 
 
-def test_the_demo_reaches_90_percent_of_the_test_split_without_a_network(tmp_path):
+def test_the_demo_reaches_93_percent_of_the_test_split_without_a_network(tmp_path):
     done = run_script("train.py", "--final_test", cwd=tmp_path, timeout=600)  # no arguments: --task demo
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "runs" / "demo" / "results.json").read_text())
-    assert results["scores"]["test"]["accuracy"] >= 0.9
+    assert results["scores"]["test"]["accuracy"] >= 0.93
     assert results["majority_baseline"]["test"]["accuracy"] <= 0.55

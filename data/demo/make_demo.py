@@ -5,7 +5,8 @@
 
 Making needs the standard library alone, and two runs write identical bytes. `--check` needs scikit-learn.
 
-Every review is one sentence with two clauses of opposite sentiment. What decides the label (`positive` or `negative`):
+Every review is one sentence with two clauses of opposite sentiment, but for three in ten of train, which have one
+clause. What decides the label (`positive` or `negative`):
 
 - With "but", "yet", "; however," and their like the last clause decides:
   "The room was lovely, but all in all the stay was far from good." is negative.
@@ -14,8 +15,9 @@ Every review is one sentence with two clauses of opposite sentiment. What decide
   are both positive.
 - About 12 % of the clauses are negated ("far from", "anything but", "not ... at all", "hardly"): it turns them round.
 
-Why a bag of words cannot solve it: each review holds one favourable and one unfavourable clause, and whether a clause
-is negated does not depend on the label, so every word is about as frequent in positive reviews as in negative ones.
+Why a bag of words cannot solve it: reviews of two clauses hold a favourable and an unfavourable one, and whether a
+clause is negated does not depend on the label, so every word is about as frequent in the positive ones as in the
+negative ones. Those of one clause show which words praise, and the praise and the complaint of two clauses cancel out.
 Clauses often end in words without sentiment ("this time", "to my mind"), so that pairs of neighbouring words, such as
 "lovely but", tell little as well. What counts is which clause a word stands in, and whether that clause is negated.
 
@@ -44,6 +46,11 @@ SUMMARY = 0.35
 PAIR = 0.1
 INTENSIFIER = 0.2
 TAIL = 0.5
+
+# Share of the reviews in train that have one clause, which decides. Validation and test have none. A small model learns
+# from them which words praise, and then which clause counts. Without them it has to find both at once: until it does,
+# the loss stands still, with some seeds for a third of the training. To a bag of words they are of little use.
+SINGLE = 0.3
 
 # How often each kind of frame is drawn. The last clause decides in "but" and "although first" reviews, the first one
 # in "although last" reviews. These are rare on purpose: where in the sentence a word stands is what a small model can
@@ -152,6 +159,8 @@ FRAMES = {
     "although last": [
         "{main}, although {side}",
         "{main}, although {side}",
+        "{main}, even though {side}",
+        "{main}, though {side}",
         "{main}, despite the fact that {side}",
         "{main}, despite {despite}",
         "{main}, despite {despite}",
@@ -362,7 +371,7 @@ class Review:
         self.tense = draw.choice([tense for tense in ("past", "present") if tense in self.subject])
         self.person = draw.choice(["I", "we"])
         self.said = set()
-        self.negations = 0
+        self.clauses = self.negations = 0
 
     def chance(self, probability):
         """Draw True with this probability."""
@@ -414,6 +423,12 @@ class Review:
         """Return words to put before an adjective: a negation, or nothing."""
         return self.draw.choice(NEGATIONS) + " " if negated else ""
 
+    def negated(self):
+        """Draw whether the next clause is negated, and count both."""
+        self.clauses += 1
+        self.negations += (negated := self.chance(NEGATED))
+        return negated
+
     def verb_phrase(self, favourable, negated):
         """Return (verb, words after its object), as in ("loved", "") or ("did not love", " at all")."""
         verb = self.fresh(VERBS[0 if favourable else 1])
@@ -433,8 +448,7 @@ class Review:
 
     def clause(self, favourable, forms, whole_share):
         """Write a clause that judges one thing, in a form drawn by the shares in `forms`."""
-        negated = self.chance(NEGATED)
-        self.negations += negated
+        negated = self.negated()
         sentiment = favourable != negated  # that of the words: a negation turns it round
         thing = words, number, kind = self.thing(whole_share)
         form = self.draw.choices(list(forms), weights=list(forms.values()))[0]
@@ -482,8 +496,10 @@ class Review:
         group = self.fresh([group for group in OPENINGS if group != "time" or self.tense == "past"])
         return self.draw.choice(OPENINGS[group]) + " "
 
-    def write(self, positive):
-        """Return the text of a review with the wanted label."""
+    def write(self, positive, single):
+        """Return the text of a review with the wanted label; `single`: of one clause."""
+        if single:
+            return self.finish(self.clause(positive, MAIN_FORMS, whole_share=0.3))
         order = self.draw.choices(list(ORDERS), weights=list(ORDERS.values()))[0]
         frame = self.draw.choice(FRAMES[order])
         # "To be honest, granted, ..." would be an opening too many.
@@ -493,13 +509,16 @@ class Review:
         if self.chance(SUMMARY) and not (opening and order == "although last"):
             main = self.draw.choice(SUMMARIES) + self.draw.choice([" ", ", "]) + main
         if "{despite}" in frame:
-            negated = self.chance(NEGATED)
-            self.negations += negated
+            negated = self.negated()
             despite = "the " + self.described(self.thing(0), positive == negated, negated)
             frame = frame.replace("{despite}", despite)
         else:
             frame = frame.replace("{side}", self.clause(not positive, SIDE_FORMS, whole_share=0.05))
-        text = opening + frame.replace("{main}", main) + self.draw.choice(".........!")
+        return self.finish(opening + frame.replace("{main}", main))
+
+    def finish(self, text):
+        """Return the text as a sentence: its person put in, a capital letter, a mark at the end."""
+        text += self.draw.choice(".........!")
         words = {"I": ("I", "me", "my"), "we": ("we", "us", "our")}[self.person]
         text = text.format(i=words[0], me=words[1], my=words[2])
         return text[0].upper() + text[1:]
@@ -513,21 +532,23 @@ def letters(text):
 def make_splits(seed=SEED):
     """Return ({split: [(text, label)]}, share of negated clauses). Each label has half of the rows of each split."""
     draw = random.Random(seed)
-    seen, splits, negations = set(), {}, 0
+    seen, splits, clauses, negations = set(), {}, 0, 0
     for split, count in SPLITS.items():
         rows = []
         while len(rows) < count:
             label = LABELS[len(rows) % 2]
             review = Review(draw)
-            text = review.write(label == "positive")
+            single = split == "train" and draw.random() < SINGLE
+            text = review.write(label == "positive", single)
             if letters(text) in seen:
                 continue
             seen.add(letters(text))
+            clauses += review.clauses
             negations += review.negations
             rows.append((text, label))
         draw.shuffle(rows)
         splits[split] = rows
-    return splits, negations / (2 * sum(SPLITS.values()))
+    return splits, negations / clauses
 
 
 def make_vocabulary(texts):
