@@ -184,7 +184,7 @@ def packed_attention(packed, query, key, value, scaling, window=None, bias=None,
             inputs = [values.view(-1, group.width, size) for values in inputs]
             mask = None if mask is None else mask.flatten(0, 1)
             output = ExplicitAttention.apply(*inputs, added, mask, scaling, scale)
-        outputs.append(output.view(-1, size))
+        outputs.append(output.reshape(-1, size))  # a kernel of SDPA on CUDA returns heads and positions transposed
     return GatherRows.apply(torch.cat(outputs), back, gather, padding).view(-1, heads, size)
 
 
