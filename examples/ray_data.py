@@ -3,9 +3,9 @@
     python examples/ray_data.py --model runs/imdb --input 'in/*.parquet' --output labelled --workers 2
     python examples/ray_data.py --model runs/imdb --input s3://bucket/in --output s3://bucket/out --workers 64 --gpus 1
 
-Adds the columns that predict.py adds and writes a folder of Parquet files; the order of the rows is Ray's. The
-project's modules travel to the workers with the job. --model is a path that each worker sees, or a model of the Hub.
-Needs ray[data], beside requirements.txt.
+Adds the columns that predict.py adds and writes a folder of Parquet files. Ray chooses the order of the rows, and ships
+the package classifier/ to the workers. --model must be a path that every worker can read, or a Hub id. Needs ray[data]
+in addition to requirements.txt.
 """
 
 import argparse
@@ -20,7 +20,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 
 class Labeller:
-    """Made once in each worker."""
+    """A model that labels batches of rows, loaded once per worker."""
 
     def __init__(self, model):
         from classifier.predictor import load
@@ -38,14 +38,14 @@ class Labeller:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, metavar="DIR", help="a run, a model folder, or a model of the Hub")
-    parser.add_argument("--input", required=True, help="Parquet: 'in/*.parquet', a folder, or its address")
-    parser.add_argument("--output", required=True, help="a folder, or its address")
-    parser.add_argument("--workers", type=int, default=1, help="models at a time (default: %(default)s)")
-    parser.add_argument("--cpus", type=float, default=1, help="of each worker (default: %(default)s)")
-    parser.add_argument("--gpus", type=float, default=0, help="of each worker (default: %(default)s)")
+    parser.add_argument("--model", required=True, metavar="DIR", help="a run, a model folder, or a Hub id")
+    parser.add_argument("--input", required=True, help="Parquet: 'in/*.parquet', a folder, or its URL")
+    parser.add_argument("--output", required=True, help="a folder, or its URL")
+    parser.add_argument("--workers", type=int, default=1, help="number of workers (default: %(default)s)")
+    parser.add_argument("--cpus", type=float, default=1, help="per worker (default: %(default)s)")
+    parser.add_argument("--gpus", type=float, default=0, help="per worker (default: %(default)s)")
     args = parser.parse_args()
-    model = os.path.abspath(args.model) if os.path.exists(args.model) else args.model  # workers are in other folders
+    model = os.path.abspath(args.model) if os.path.exists(args.model) else args.model  # workers run in other folders
     ray.init(runtime_env={"py_modules": [str(PROJECT / "classifier")]})
     ray.data.read_parquet(sorted(glob(args.input)) or args.input).map_batches(
         Labeller,

@@ -3,8 +3,8 @@
     python examples/spark.py --model runs/imdb --input 'in/*.parquet' --output labelled          # on this machine
     spark-submit --master yarn examples/spark.py --model /shared/runs/imdb --input hdfs:///in --output hdfs:///labelled
 
-Adds the columns that predict.py adds, and writes a folder of Parquet files. The project's modules travel to the workers
-with the job. --model is a path that each worker sees, or a model of the Hub. Needs pyspark and Java, beside
+Adds the columns that predict.py adds, and writes a folder of Parquet files. Spark ships the package classifier/ to the
+workers. --model must be a path that every worker can read, or a Hub id. Needs pyspark and Java in addition to
 requirements.txt.
 """
 
@@ -20,47 +20,46 @@ from pyspark.ml.functions import predict_batch_udf
 from pyspark.sql import SparkSession
 from pyspark.sql.types import DoubleType, StringType, StructField, StructType
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from classifier.predictor import load
+from classifier.processes import quieten_libraries
+
 PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
 
 
 def main():
-    from classifier.predictor import load
-    from classifier.processes import quieten_libraries
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, metavar="DIR", help="a run, a model folder, or a model of the Hub")
-    parser.add_argument("--input", required=True, help="Parquet: 'in/*.parquet', a folder, or its address")
-    parser.add_argument("--output", required=True, help="a folder that is not there yet, or its address")
+    parser.add_argument("--model", required=True, metavar="DIR", help="a run, a model folder, or a Hub id")
+    parser.add_argument("--input", required=True, help="Parquet: 'in/*.parquet', a folder, or its URL")
+    parser.add_argument("--output", required=True, help="a folder that does not exist yet, or its URL")
     args = parser.parse_args()
-    model = os.path.abspath(args.model) if os.path.exists(args.model) else args.model  # workers are in other folders
-    here = load(model)
-    is_pair = len(here.task.text) == 2
-    example = here.table([["a text"]] * len(here.task.text))  # tells which columns there will be
-    types = {name: StringType() if isinstance(values[0], str) else DoubleType() for name, values in example.items()}
+    model = os.path.abspath(args.model) if os.path.exists(args.model) else args.model  # workers run in other folders
+    predictor = load(model)
+    text_columns = predictor.task.text
+    sample = predictor.table([["a text"]] * len(text_columns))  # shows which columns there will be
+    types = {name: StringType() if isinstance(values[0], str) else DoubleType() for name, values in sample.items()}
 
     def make_predict():  # called once in each worker
         quieten_libraries()
-        predictor = load(model)
+        worker_predictor = load(model)
 
         def predict(*texts):
-            table = predictor.table([column.tolist() for column in texts])
+            table = worker_predictor.table([column.tolist() for column in texts])
             return {name: np.array(values) for name, values in table.items()}
 
-        # Spark hands over as many columns as the function has parameters.
-        return (lambda first, second: predict(first, second)) if is_pair else lambda texts: predict(texts)
+        # Spark passes as many columns as the function has parameters.
+        return (lambda first, second: predict(first, second)) if len(text_columns) == 2 else lambda text: predict(text)
 
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     spark = SparkSession.builder.appName("predict").getOrCreate()
-    with tempfile.TemporaryDirectory() as folder:
-        package = shutil.make_archive(f"{folder}/classifier", "zip", PROJECT, "classifier")
-        spark.sparkContext.addPyFile(package)
-    label = predict_batch_udf(
-        make_predict, return_type=StructType([StructField(*one) for one in types.items()]), batch_size=4096
-    )
-    rows = spark.read.parquet(args.input).withColumn("_of_the_model", label(*here.task.text))
-    rows.select("*", "_of_the_model.*").drop("_of_the_model").write.parquet(args.output)
-    spark.stop()
+    with tempfile.TemporaryDirectory() as folder:  # kept to the end: workers fetch the package when they start
+        spark.sparkContext.addPyFile(shutil.make_archive(f"{folder}/classifier", "zip", PROJECT, "classifier"))
+        schema = StructType([StructField(name, kind) for name, kind in types.items()])
+        label = predict_batch_udf(make_predict, return_type=schema, batch_size=4096)
+        rows = spark.read.parquet(args.input).withColumn("_predictions", label(*text_columns))
+        rows.select("*", "_predictions.*").drop("_predictions").write.parquet(args.output)
+        spark.stop()
 
 
 if __name__ == "__main__":

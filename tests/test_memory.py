@@ -44,23 +44,23 @@ def probe(accelerator):  # noqa: F811
         collate=lambda rows: packing.pad(rows, 0),
         set_batch=lambda step, ids, lengths, device: seen.append((ids.tolist(), lengths.tolist())),
     )
-    return lambda model, share: inference.largest_micro_batch(accelerator, model, packer, examples, share), seen
+    return lambda model, size: inference.largest_micro_batch(accelerator, model, packer, examples, size), seen
 
 
 @pytest.mark.parametrize("message", [CUDA, CPU])
 @pytest.mark.parametrize(
-    ("room", "share", "tried"),
+    ("room", "size", "tried"),
     [(99, 8, [8]), (8, 8, [8]), (7, 8, [8, 4]), (3, 8, [8, 4, 2]), (1, 7, [7, 4, 2, 1]), (5, 6, [6, 3]), (1, 1, [1])],
 )
-def test_the_share_or_a_half_or_a_quarter_of_it(probe, message, room, share, tried):
+def test_the_size_or_a_half_or_a_quarter_of_it(probe, message, room, size, tried):
     model = Model(room, message)
     largest, seen = probe
-    assert largest(model, share) == tried[-1]
+    assert largest(model, size) == tried[-1]
     assert model.shapes == [(size, 9) for size in tried]  # the longest examples
     assert seen == [([1, 8, 3, 5, 6, 4, 2, 0][:size], [9, 9, 8, 7, 6, 5, 4, 3][:size]) for size in tried]
 
 
-def test_fewer_examples_than_the_share(probe):
+def test_fewer_examples_than_the_size(probe):
     model = Model(99)
     assert probe[0](model, 64) == 64
     assert model.shapes == [(10, 9)]
@@ -78,12 +78,12 @@ def test_probing_leaves_no_trace(probe):
 
 
 def test_room_for_the_optimizer_is_set_aside(probe, monkeypatch):
-    made, empty_like = [], torch.empty_like
-    monkeypatch.setattr(torch, "empty_like", lambda value: made.append(value.shape) or empty_like(value))
+    shapes, empty_like = [], torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda value: shapes.append(value.shape) or empty_like(value))
     model = Model(99)
     model.embedding.requires_grad_(False)  # has no moments
     probe[0](model, 8)
-    assert made == [(2, 4), (2, 4), (2,), (2,)]
+    assert shapes == [(2, 4), (2, 4), (2,), (2,)]
 
 
 def test_not_even_one_is_bad_input(probe):
@@ -120,10 +120,10 @@ def ask_for(examples):
 IN_TRAINING = """
 from classifier.model import dropout
 set_batch = dropout.Masks.set_batch
-def hungry(self, step, ids, *given):
+def hungry(self, step, ids, *arguments):
     if step in {steps} and torch.is_grad_enabled() and os.environ.get("RANK", "0") == {rank!r}:
         ask_for(len(ids))
-    return set_batch(self, step, ids, *given)
+    return set_batch(self, step, ids, *arguments)
 dropout.Masks.set_batch = hungry
 """
 IN_EVALUATION = """
@@ -131,10 +131,10 @@ import functools
 from transformers import BertForSequenceClassification
 forward = BertForSequenceClassification.forward
 @functools.wraps(forward)
-def hungry(self, *given, **inputs):
+def hungry(self, *arguments, **inputs):
     if torch.is_inference_mode_enabled():
         ask_for(int((inputs["position_ids"] == 1).sum()))  # each example has one of them
-    return forward(self, *given, **inputs)
+    return forward(self, *arguments, **inputs)
 BertForSequenceClassification.forward = hungry
 """
 FLAGS = ("--threads", 1, "--log_every", 1, "--save_every", 3, "--output_dir", "run")
@@ -156,7 +156,7 @@ def losses(review_task):
     return losses_of(review_task.parent / "whole")
 
 
-def test_a_run_that_runs_out_of_memory_goes_on_by_the_same_command(review_task, losses):
+def test_a_run_that_runs_out_of_memory_resumes_by_the_same_command(review_task, losses):
     folder = review_task.parent
     change = hungry("range(5, 99)")
     code, _, err = ended(start(folder, "--task", review_task, *FLAGS, change=change))
@@ -217,9 +217,9 @@ def test_auto_tries_what_training_will_do(review_task, tiny_bert):
     noting = """
 from classifier.model import inference
 largest = inference.largest_micro_batch
-def noted(accelerator, model, *given):
+def noted(accelerator, model, *arguments):
     print("TRAINING", model.training)
-    return largest(accelerator, model, *given)
+    return largest(accelerator, model, *arguments)
 inference.largest_micro_batch = noted
 """
     flags = ("--task", review_task, *FLAGS, "--micro_batch_size", "auto", "--model", tiny_bert, "--max_steps", 1)

@@ -1,4 +1,4 @@
-"""dropout.py: the masks' rates and independence, their indifference to the packer, and what they leave as it was."""
+"""dropout.py: the masks' rates and independence, the same masks packed and padded, and what stays unchanged."""
 
 import copy
 import json
@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import TORCHRUN_2, bert_config, lines_of, run_script
+from conftest import TORCHRUN_2, bert_config, lines_of, run_script, write_review_task
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, BertTokenizer
 
@@ -17,9 +17,10 @@ from classifier.model.dropout import Masks
 from classifier.model.packing import prepare_model
 
 SHAPE = (32, 40, 384)  # examples, positions, columns
+FLAGS = ("--max_steps", 30, "--log_every", 1, "--threads", 1)
 
 
-def masks_of(seed=42, step=1, ids=range(32)):
+def make_masks(seed=42, step=1, ids=range(32)):
     masks = Masks(seed, places=9)
     masks.set_batch(step, list(ids), "cpu")
     return masks
@@ -27,10 +28,10 @@ def masks_of(seed=42, step=1, ids=range(32)):
 
 def dropped(seed=42, step=1, place=1, p=0.1, shape=SHAPE, ids=range(32)):
     """Where a mask drops, as float64 0 and 1."""
-    return 1 - masks_of(seed, step, ids).keep(shape, place, p, torch.float64)
+    return 1 - make_masks(seed, step, ids).keep(shape, place, p, torch.float64)
 
 
-def model_of(kind, **changes):
+def make_model(kind, **changes):
     """A 2-layer model of a family, with the dropout of its kind."""
     config = AutoConfig.for_model(kind)
     sizes = {"vocab_size": 100, "hidden_size": 32, "dim": 32, "embedding_size": 32, "intermediate_size": 64}
@@ -51,8 +52,8 @@ def model_of(kind, **changes):
     return AutoModelForSequenceClassification.from_config(config)
 
 
-def masks_in(model):
-    """Let a model drop by masks, as common.lay_out does; return them."""
+def install_masks(model):
+    """Replace a model's dropout, as prepare_model does; return its masks."""
     return packing.Packer(model, dropout.install(model, seed=1), pad_token_id=0).masks
 
 
@@ -117,8 +118,8 @@ def test_neighbours_are_not_correlated(many, axis, distance):
 
 @pytest.mark.parametrize("changed", [{"seed": 43}, {"seed": 0}, {"step": 2}, {"place": 2}, {"ids": range(100, 132)}])
 def test_another_key_makes_an_unrelated_mask(changed):
-    one, other = dropped() - 0.1, dropped(**changed) - 0.1
-    assert abs((one * other).mean() / 0.09 * one.numel() ** 0.5) < 4.5
+    mask, changed_mask = dropped() - 0.1, dropped(**changed) - 0.1
+    assert abs((mask * changed_mask).mean() / 0.09 * mask.numel() ** 0.5) < 4.5
 
 
 def test_places_are_not_correlated():
@@ -150,8 +151,8 @@ FAMILIES = ["bert", "distilbert", "roberta", "xlm-roberta", "mpnet", "electra", 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_drops_alike_in_every_layout(family):
-    model = model_of(family)
-    masks = masks_in(model)
+    model = make_model(family)
+    masks = install_masks(model)
     model.train()
     ids = torch.arange(5, 35).reshape(3, 10)
     mask = torch.ones_like(ids)
@@ -173,13 +174,13 @@ def test_a_family_drops_alike_in_every_layout(family):
 @pytest.mark.parametrize("family", ["bert", "distilbert", "roberta", "electra", "albert", "modernbert"])
 def test_attention_computes_what_transformers_computes(family, monkeypatch):
     """Where nothing is dropped, the explicit products give the logits of transformers' own."""
-    model = model_of(family)
+    model = make_model(family)
     plain = copy.deepcopy(model).eval()
     ids = torch.arange(5, 35).reshape(3, 10)
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0
     expected = plain(input_ids=ids, attention_mask=mask).logits
-    masks = masks_in(model)
+    masks = install_masks(model)
     calls = []
     monkeypatch.setattr(Masks, "drop", lambda self, values, place, p: calls.append(values.ndim) or values)
     model.train()
@@ -190,7 +191,7 @@ def test_attention_computes_what_transformers_computes(family, monkeypatch):
 
 def test_expectation_and_gradient():
     values = torch.full((64, 100, 64), 2.0, requires_grad=True)
-    result = masks_of(ids=range(64)).drop(values, 1, 0.25)
+    result = make_masks(ids=range(64)).drop(values, 1, 0.25)
     assert result.detach().unique().tolist() == [0.0, pytest.approx(2 / 0.75)]
     assert result.mean().item() == pytest.approx(2.0, abs=0.01)
     result.sum().backward()
@@ -199,7 +200,7 @@ def test_expectation_and_gradient():
 
 
 def test_the_models_own_rates_are_kept():
-    model = model_of("bert", hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.3, classifier_dropout=0.4)
+    model = make_model("bert", hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.3, classifier_dropout=0.4)
     before = {name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
     dropout.install(model, seed=1)
     after = {name: module.p for name, module in model.named_modules() if isinstance(module, dropout.Dropout)}
@@ -211,13 +212,13 @@ def test_the_models_own_rates_are_kept():
 def test_a_shape_without_the_examples_first_is_left_to_torch_and_found_out():
     config = AutoConfig.for_model("xlnet", vocab_size=100, d_model=32, n_layer=2, n_head=2, d_inner=64, dropout=0.1)
     model = AutoModelForSequenceClassification.from_config(config)
-    assert dropout.draws_from_torch(model, masks_in(model))
+    assert dropout.draws_from_torch(model, install_masks(model))
 
 
 def test_a_mask_of_numbers_is_added():
     """Models that make their attention mask themselves hand over what eager attention adds to the weights."""
     module = nn.Module()
-    module.training, module.counted_dropout = True, (masks_of(ids=range(2)), 1)
+    module.training, module.counted_dropout = True, (make_masks(ids=range(2)), 1)
     query, key, value = torch.randn(3, 2, 1, 4, 8)
     keep = torch.tensor([True, True, False, True]).expand(2, 1, 4, 4)
     of_numbers = torch.where(keep, 0.0, torch.finfo(torch.float32).min)
@@ -225,7 +226,7 @@ def test_a_mask_of_numbers_is_added():
     torch.testing.assert_close(*outputs)
 
 
-def test_dropout_that_is_torchs_own_is_told(vocabulary, caplog, monkeypatch):
+def test_dropout_that_is_torchs_own_is_logged(vocabulary, caplog, monkeypatch):
     class Escapes(nn.Module):
         def forward(self, values):
             return nn.functional.dropout(values, 0.5, self.training)
@@ -233,9 +234,9 @@ def test_dropout_that_is_torchs_own_is_told(vocabulary, caplog, monkeypatch):
     monkeypatch.setattr(log, "propagate", True)
     caplog.set_level("INFO")
     tokenizer = BertTokenizer(str(vocabulary))
-    prepare_model(model_of("bert"), tokenizer)
+    prepare_model(make_model("bert"), tokenizer)
     assert not caplog.records
-    model = model_of("bert")
+    model = make_model("bert")
     model.bert.pooler.activation = Escapes()
     prepare_model(model, tokenizer)
     assert "torch's own" in caplog.text
@@ -244,36 +245,24 @@ def test_dropout_that_is_torchs_own_is_told(vocabulary, caplog, monkeypatch):
 # ------------------------------------------------------------------------------------------------------ a whole run
 
 
-def with_dropout(task, vocabulary):
-    import yaml
+def test_losses_are_those_of_one_process_with_dropout_on(review_task, vocabulary, tmp_path, run_inside):
+    config = bert_config(vocabulary, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
+    task = write_review_task(review_task.with_name("dropout.yaml"), config)
 
-    content = yaml.safe_load(task.read_text(encoding="utf-8"))
-    content["model"] = bert_config(vocabulary, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
-    file = task.with_name("dropout.yaml")
-    file.write_text(yaml.safe_dump(content), encoding="utf-8")
-    return file
+    def losses(name, task, *flags):
+        flags = [*FLAGS, "--task", task, *flags, "--output_dir", name]
+        code, _, errors = run_inside("train.py", *flags, cwd=tmp_path)
+        assert code == 0, errors
+        return np.array([line["loss"] for line in lines_of(tmp_path / name)])
 
-
-def test_losses_are_those_of_one_process_with_dropout_on(review_task, vocabulary, tmp_path):
-    task = with_dropout(review_task, vocabulary)
-    options = ["--task", task, "--max_steps", 30, "--log_every", 1, "--threads", 1]
-    ways = {
-        "one": ([], {}),
-        "micro": (["--micro_batch_size", 3], {}),
-        "two": ([], {"launcher": TORCHRUN_2}),
-    }
-    losses = {}
-    for name, (extra, launcher) in ways.items():
-        done = run_script("train.py", *options, *extra, "--output_dir", name, cwd=tmp_path, **launcher)
-        assert done.returncode == 0, done.stderr
-        losses[name] = np.array([line["loss"] for line in lines_of(tmp_path / name)])
-    assert len(losses["one"]) == 30
-    for name in ("micro", "two"):
-        np.testing.assert_allclose(losses[name], losses["one"], rtol=1e-5)
+    one = losses("one", task)
+    assert len(one) == 30
+    np.testing.assert_allclose(losses("micro", task, "--micro_batch_size", 3), one, rtol=1e-5)
+    done = run_script("train.py", *FLAGS, "--task", task, "--output_dir", "two", cwd=tmp_path, launcher=TORCHRUN_2)
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_allclose([line["loss"] for line in lines_of(tmp_path / "two")], one, rtol=1e-5)
     config = json.loads((tmp_path / "one/model/config.json").read_text())
     assert "counted_dropout" not in json.dumps(config)
     assert config["hidden_dropout_prob"] == 0.1
     # Dropout was on: without it the same steps have other losses.
-    done = run_script("train.py", *options[2:], "--task", review_task, "--output_dir", "off", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert abs(lines_of(tmp_path / "off")[0]["loss"] - losses["one"][0]) > 1e-4
+    assert abs(losses("off", review_task, "--max_steps", 1)[0] - one[0]) > 1e-4

@@ -47,12 +47,12 @@ def train(task, run_inside):
         arguments = ["--task", task, "--output_dir", output, *FLAGS, *flags]
         code, printed, errors = run_inside("train.py", *arguments, cwd=task.parent)
         assert code == 0, errors
-        return [printed, *results_of(task.parent / output)]
+        return [printed, *read_results(task.parent / output)]
 
     return run
 
 
-def results_of(folder):
+def read_results(folder):
     losses = [line["loss"] for line in lines_of(folder)]
     evaluations = [(line["step"], line["loss"], line["scores"]) for line in lines_of(folder, "eval")]
     return losses, evaluations, load_file(folder / "model" / "model.safetensors")
@@ -62,13 +62,15 @@ def without_features(monkeypatch):
     monkeypatch.setattr(inference, "features_of_splits", lambda model, packer, examples, *rest: (packer, examples))
 
 
-def assert_agree(one, other, tolerance=1e-5):
-    """Losses, evaluations and weights of two runs, as results_of returns them, are the same."""
-    assert len(one[0]) == len(other[0]) and one[0] == pytest.approx(other[0], abs=tolerance)
-    assert [(step, scores) for step, _, scores in one[1]] == [(step, scores) for step, _, scores in other[1]]
-    assert [loss for _, loss, _ in one[1]] == pytest.approx([loss for _, loss, _ in other[1]], abs=tolerance)
-    for name, value in one[2].items():
-        torch.testing.assert_close(value, other[2][name], rtol=0, atol=tolerance)
+def assert_agree(results, expected, tolerance=1e-5):
+    """Losses, evaluations and weights of two runs, as read_results returns them, are the same."""
+    (losses, evaluations, weights), (expected_losses, expected_evaluations, expected_weights) = results, expected
+    assert len(losses) == len(expected_losses) and losses == pytest.approx(expected_losses, abs=tolerance)
+    assert [(step, scores) for step, _, scores in evaluations] == [(s, scores) for s, _, scores in expected_evaluations]
+    validation_losses = [loss for _, loss, _ in evaluations]
+    assert validation_losses == pytest.approx([loss for _, loss, _ in expected_evaluations], abs=tolerance)
+    for name, value in weights.items():
+        torch.testing.assert_close(value, expected_weights[name], rtol=0, atol=tolerance)
 
 
 # ------------------------------------------------------------------------------------------------------ frozen parts
@@ -87,7 +89,7 @@ def test_a_frozen_part_drops_nothing_and_the_rest_does(tmp_path, vocabulary, par
     seen = {name: [] for name in [*places, "logits"]}
     for name, module in places.items():
         module.register_forward_hook(
-            lambda _, given, output, name=name: seen[name].append(output if torch.is_tensor(output) else output[0])
+            lambda _, inputs, output, name=name: seen[name].append(output if torch.is_tensor(output) else output[0])
         )
     examples = dict(tokenizer(["the room was very good and the film was bad .", "the meal was fine ."]))
     lengths = [len(ids) for ids in examples["input_ids"]]
@@ -132,17 +134,17 @@ def test_dropout_in_the_head_is_on(train, task, vocabulary):
 
 
 def test_the_encoder_runs_in_no_step_and_no_evaluation(train, monkeypatch):
-    of_splits, numbers = inference.features_of_splits, []
+    features_of_splits, numbers = inference.features_of_splits, []
 
-    def forbidding(model, *given):
+    def forbidding(model, *arguments):
         def forbidden(*_):
             raise AssertionError("the encoder ran")
 
-        result = of_splits(model, *given)
+        result = features_of_splits(model, *arguments)
         for part in model.base_model.modules():
             if part is not model.base_model:
                 part.register_forward_pre_hook(forbidden)
-        model.classifier.register_forward_hook(lambda _, given, output: numbers.append(len(output)))
+        model.classifier.register_forward_hook(lambda _, inputs, output: numbers.append(len(output)))
         return result
 
     monkeypatch.setattr(inference, "features_of_splits", forbidding)
@@ -157,23 +159,21 @@ def test_in_bf16_features_are_those_of_bf16(train, monkeypatch):
     fp32 = train("fp32", "--max_steps", 20)[1:]
     without_features(monkeypatch)
     uncached = train("uncached", *flags)[1:]
-    assert cached[0] == pytest.approx(
-        uncached[0], abs=2e-3
-    )  # bf16 has 8 bits, and batches of another size round otherwise
+    # bf16 has 8 bits, and batches of another size round differently.
+    assert cached[0] == pytest.approx(uncached[0], abs=2e-3)
     assert cached[0] != fp32[0]
 
 
-@pytest.mark.parametrize("flags", [(), ("--batch_size", 1)])  # of one example, a process has none
+@pytest.mark.parametrize("flags", [(), ("--batch_size", 1)])  # with one example per step, a process has none
 def test_two_processes_agree_with_one(task, train, flags):
-    flags = (*FLAGS, "--max_steps", 30, *flags)
-    folder = task.parent
-    for output, launcher in (("one", {}), ("two", {"launcher": TORCHRUN_2})):
-        arguments = ["--task", task, "--output_dir", output, *flags]
-        environment = {"HF_DATASETS_CACHE": str(folder / f"cache-{output}")}
-        done = run_script("train.py", *arguments, cwd=folder, environment=environment, **launcher)
-        assert done.returncode == 0, done.stderr
-        assert "features of the frozen encoder: train in" in done.stdout
-    assert_agree(results_of(folder / "one"), results_of(folder / "two"))
+    flags, folder = ("--max_steps", 30, *flags), task.parent
+    _, *expected = train("one", *flags)
+    environment = {"HF_DATASETS_CACHE": str(folder / "another cache")}
+    arguments = ["--task", task, "--output_dir", "two", *FLAGS, *flags]
+    done = run_script("train.py", *arguments, cwd=folder, environment=environment, launcher=TORCHRUN_2)
+    assert done.returncode == 0, done.stderr
+    assert "features of the frozen encoder: train in" in done.stdout
+    assert_agree(read_results(folder / "two"), expected)
 
 
 # -------------------------------------------------------------------------------------------------------- the cache
@@ -182,12 +182,12 @@ def test_two_processes_agree_with_one(task, train, flags):
 @pytest.fixture
 def computed(monkeypatch):
     """The numbers of examples whose features were computed, one for each call."""
-    numbers, all_outputs = [], inference.compute_outputs
+    numbers, compute_outputs = [], inference.compute_outputs
 
     def counting(compute, examples, accelerator, batch_size, packer, signals=None):
         if "features" not in examples.column_names:
             numbers.append(len(examples))
-        return all_outputs(compute, examples, accelerator, batch_size, packer, signals)
+        return compute_outputs(compute, examples, accelerator, batch_size, packer, signals)
 
     monkeypatch.setattr(inference, "compute_outputs", counting)
     return numbers
@@ -225,16 +225,16 @@ def test_other_weights_texts_lengths_and_precisions_have_features_of_their_own(t
 
 
 def test_rows_are_computed_some_at_a_time_and_keep_their_order(train, tmp_path, monkeypatch):
-    whole = train("whole", "--max_steps", 20)[1:]
+    expected = train("at once", "--max_steps", 20)[1:]
     monkeypatch.setattr(inference, "FEATURE_ROWS_AT_A_TIME", 33)
     use_cache(monkeypatch, tmp_path / "another cache")
-    assert_agree(whole, train("parts", "--max_steps", 20)[1:])
+    assert_agree(train("slices", "--max_steps", 20)[1:], expected)
 
 
 # ----------------------------------------------------------------------------------------------------- whole runs
 
 
-def test_the_saved_model_is_a_whole_one(task, train):
+def test_the_saved_model_is_a_whole_one(task, train, run_inside):
     _, _, evaluations, _ = train("run", "--epochs", 2)
     folder = task.parent / "run"
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "model").eval()
@@ -248,13 +248,13 @@ def test_the_saved_model_is_a_whole_one(task, train):
     loss = {step: loss for step, loss, _ in evaluations}[best]
     assert torch.nn.functional.cross_entropy(logits, labels).item() == pytest.approx(loss, abs=1e-6)
 
-    done = run_script("evaluate.py", "--model", "run", cwd=task.parent)
-    assert done.returncode == 0, done.stderr
+    code, _, errors = run_inside("evaluate.py", "--model", "run", cwd=task.parent)
+    assert code == 0, errors
     evaluation = json.loads((folder / "evaluation-validation" / "evaluation.json").read_text())
     assert evaluation["loss"] == pytest.approx(loss, abs=1e-6)
     arguments = ["--model", "run", "--input", "validation.csv", "--output", "out.csv", "--mixed_precision", "no"]
-    done = run_script("predict.py", *arguments, cwd=task.parent)
-    assert done.returncode == 0, done.stderr
+    code, _, errors = run_inside("predict.py", *arguments, cwd=task.parent)
+    assert code == 0, errors
     with open(task.parent / "out.csv", encoding="utf-8") as file:
         probabilities = [float(row["probability_positive"]) for row in csv.DictReader(file)]
     assert probabilities == pytest.approx(logits.softmax(-1)[:, 1].tolist(), abs=1e-5)
@@ -266,10 +266,10 @@ def test_a_run_that_was_stopped_ends_with_the_same_bytes(task, train, run_inside
     undisturbed = train("undisturbed", *flags)[1:]
     set_batch = inference.FeaturePacker.set_batch
 
-    def failing(self, step, *given):
+    def failing(self, step, *arguments):
         if step == 18:
             raise ValueError("stopped here")
-        return set_batch(self, step, *given)
+        return set_batch(self, step, *arguments)
 
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="stopped here"):
         patch.setattr(inference.FeaturePacker, "set_batch", failing)
@@ -288,10 +288,10 @@ def test_a_head_that_reads_all_tokens_lets_the_encoder_run(train, task, vocabula
     """ModernBERT with mean pooling; in eval mode it is frozen all the same."""
     make_model(task.parent / "mean", vocabulary, "modernbert", classifier_pooling="mean")
     flags = ("--max_steps", 10, "--model", task.parent / "mean")
-    printed, *given = train("run", *flags)
+    printed, *results = train("run", *flags)
     assert NO_FEATURES in printed and "features of the frozen" not in printed
     without_features(monkeypatch)
-    assert given[:2] == train("again", *flags)[1:3]
+    assert results[:2] == train("again", *flags)[1:3]
 
 
 def test_micro_batches_of_what_fits_and_workers(train, task):
@@ -348,10 +348,10 @@ def test_wrong_numbers_are_far_off(batch):
 
     def perturbed(memo):
         del model.__deepcopy__
-        other = copy.deepcopy(model, memo)
+        model_copy = copy.deepcopy(model, memo)
         with torch.no_grad():
-            other.classifier.weight.mul_(-1)
-        return other
+            model_copy.classifier.weight.mul_(-1)
+        return model_copy
 
     model.__deepcopy__ = perturbed
     logits, gradients = inference.compare_with_cpu(model, packer, micro_batch, nullcontext())

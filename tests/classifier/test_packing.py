@@ -1,15 +1,13 @@
-"""packing.py: examples end to end have the numbers of the padded model, and a model that has not is found out."""
+"""packing.py: packed examples have the numbers of the padded model, and a model that does not is detected."""
 
 import copy
-import sys
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import bert_config, lines_of, write_review_task
+from conftest import TORCHRUN_2, bert_config, lines_of, run_script, write_review_task
 from datasets import Dataset
-from test_launch import train
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -77,15 +75,15 @@ def tokenizer(texts):
 tokenizer.pad_token_id = PADDING
 
 
-def models_of(family, sizes=None):
-    """Return (plain, model, packer): a model as transformers has it, and the same as we lay it out."""
+def make_models(family, sizes=None):
+    """Return (plain, model, packer): a model of transformers, and the same model prepared by us."""
     plain = plain_model(family, sizes or FAMILIES[family])
     model = copy.deepcopy(plain)
     packer = prepare_model(model, tokenizer, seed=1)
     return plain, model, packer
 
 
-def examples_of(lengths, pairs=False):
+def make_examples(lengths, pairs=False):
     """The columns of examples of so many tokens; of pairs, the second text is of type 1."""
     chooser = np.random.default_rng(sum(lengths))
     examples = {"input_ids": [chooser.integers(4, VOCABULARY, length).tolist() for length in lengths]}
@@ -114,8 +112,8 @@ def results(model, inputs):
     return logits.detach(), gradients
 
 
-def of_layout(model, packer, examples, is_packed, step=3):
-    """Return results of examples in a row, or padded by us."""
+def packer_results(model, packer, examples, is_packed, step=3):
+    """Return results of examples packed, or padded, by our packer."""
     packer.is_packed = is_packed
     lengths = [len(ids) for ids in examples["input_ids"]]
     packer.set_batch(step, range(100, 100 + len(lengths)), lengths, "cpu")
@@ -140,12 +138,12 @@ def assert_equal(ours, theirs, tolerance=1e-5):
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_gradients_are_those_of_transformers(family, lengths):
-    plain, model, packer = models_of(family)
+    plain, model, packer = make_models(family)
     assert packer.is_packed
-    examples = examples_of(lengths)
+    examples = make_examples(lengths)
     expected = results(plain, padded(examples))
     for is_packed in (True, False):
-        assert_equal(of_layout(model, packer, examples, is_packed), expected)
+        assert_equal(packer_results(model, packer, examples, is_packed), expected)
 
 
 @pytest.mark.parametrize("constant", ["LONG", "GROUP_LIMIT"])
@@ -153,9 +151,9 @@ def test_logits_and_gradients_are_those_of_transformers(family, lengths):
 def test_other_ways_to_compute_attention_give_the_same(family, constant, monkeypatch):
     """torch's own attention; groups of one example."""
     monkeypatch.setattr(packing, constant, 0)
-    plain, model, packer = models_of(family)
-    examples = examples_of(LENGTHS["ragged"])
-    assert_equal(of_layout(model, packer, examples, is_packed=True), results(plain, padded(examples)))
+    plain, model, packer = make_models(family)
+    examples = make_examples(LENGTHS["ragged"])
+    assert_equal(packer_results(model, packer, examples, is_packed=True), results(plain, padded(examples)))
     inputs = packer.collate(examples)
     packer.set_batch(0, range(9), LENGTHS["ragged"], "cpu")
     with torch.inference_mode():
@@ -165,93 +163,95 @@ def test_other_ways_to_compute_attention_give_the_same(family, constant, monkeyp
     assert [group.number for group in packer.masks.packed.groups] == groups
 
 
-def test_steps_of_like_size_have_rows_and_groups_of_few_shapes():
-    """Each new shape costs a CPU some milliseconds, in which its products are compiled."""
+def test_steps_of_similar_size_have_few_shapes():
+    """Each new shape costs a CPU some milliseconds to compile its matrix products."""
     chooser = np.random.default_rng(0)
-    rows, groups = set(), set()
+    tokens, groups = set(), set()
     for _ in range(200):
         lengths = -np.sort(-chooser.integers(30, 90, 32))
-        row = packing.PackedBatch(lengths, 12, "cpu")
-        assert lengths.sum() <= row.tokens <= lengths.sum() * 33 / 32 + 1
-        assert sum(group.number for group in row.groups) == 32
-        rows.add(row.tokens)
-        groups |= {(group.number, group.width) for group in row.groups}
-    assert len(rows) <= 25 and len(groups) <= 20
+        packed = packing.PackedBatch(lengths, 12, "cpu")
+        assert lengths.sum() <= packed.tokens <= lengths.sum() * 33 / 32 + 1
+        assert sum(group.number for group in packed.groups) == 32
+        tokens.add(packed.tokens)
+        groups |= {(group.number, group.width) for group in packed.groups}
+    assert len(tokens) <= 25 and len(groups) <= 20
 
 
 @pytest.mark.parametrize("family", ["bert", "electra", "albert"])
 def test_pairs_of_texts(family):
-    plain, model, packer = models_of(family)
-    examples = examples_of(LENGTHS["ragged"], pairs=True)
-    ours = of_layout(model, packer, examples, is_packed=True)
+    plain, model, packer = make_models(family)
+    examples = make_examples(LENGTHS["ragged"], pairs=True)
+    ours = packer_results(model, packer, examples, is_packed=True)
     assert_equal(ours, results(plain, padded(examples)))
-    of_one_text = {"input_ids": examples["input_ids"]}
-    assert (of_layout(model, packer, of_one_text, is_packed=True)[0] - ours[0]).abs().max() > 1e-2  # the types count
+    first_texts = {"input_ids": examples["input_ids"]}
+    assert (
+        packer_results(model, packer, first_texts, is_packed=True)[0] - ours[0]
+    ).abs().max() > 1e-2  # the types count
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_dropout_is_the_same_in_both_layouts(family, lengths):
-    _, model, packer = models_of(family)
+def test_dropout_is_the_same_packed_and_padded(family, lengths):
+    _, model, packer = make_models(family)
     model.train()
-    examples = examples_of(lengths)
-    row = of_layout(model, packer, examples, is_packed=True)
-    assert_equal(row, of_layout(model, packer, examples, is_packed=False))
+    examples = make_examples(lengths)
+    packed = packer_results(model, packer, examples, is_packed=True)
+    assert_equal(packed, packer_results(model, packer, examples, is_packed=False))
     model.eval()
-    assert (of_layout(model, packer, examples, is_packed=True)[0] - row[0]).abs().max() > 1e-2  # there was some
+    assert (packer_results(model, packer, examples, is_packed=True)[0] - packed[0]).abs().max() > 1e-2  # there was some
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bf16_is_as_close_as_padded(family):
     """Rounded at other places, no more: as far from fp32 as transformers in bf16 is."""
-    plain, model, packer = models_of(family)
-    examples = examples_of(LENGTHS["ragged"])
+    plain, model, packer = make_models(family)
+    examples = make_examples(LENGTHS["ragged"])
     exact = results(plain, padded(examples))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        row, theirs = of_layout(model, packer, examples, is_packed=True), results(plain, padded(examples))
+        packed, theirs = packer_results(model, packer, examples, is_packed=True), results(plain, padded(examples))
 
-    def error(one):
-        pairs = [(one[0], exact[0]), *((one[1][name], expected) for name, expected in exact[1].items())]
+    def error(numbers):
+        pairs = [(numbers[0], exact[0]), *((numbers[1][name], expected) for name, expected in exact[1].items())]
         squares = [((values - expected).square().sum(), expected.square().sum()) for values, expected in pairs]
-        of_logits, of_gradients = squares[0], torch.tensor(squares[1:]).sum(dim=0)
-        return [float((difference / size) ** 0.5) for difference, size in (of_logits, of_gradients)]
+        logits, gradients = squares[0], torch.tensor(squares[1:]).sum(dim=0)
+        return [float((difference / size) ** 0.5) for difference, size in (logits, gradients)]
 
-    for ours, expected in zip(error(row), error(theirs), strict=True):
+    for ours, expected in zip(error(packed), error(theirs), strict=True):
         assert 1e-4 < ours < 1.25 * expected + 2**-9
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_text_that_speaks_of_padding(family):
     """RoBERTa and its relatives do not count such a token among the positions."""
-    plain, model, packer = models_of(family)
-    examples = examples_of(LENGTHS["ragged"])
+    plain, model, packer = make_models(family)
+    examples = make_examples(LENGTHS["ragged"])
     for ids in examples["input_ids"][::2]:
         ids[1] = PADDING
-    assert_equal(of_layout(model, packer, examples, is_packed=True), results(plain, padded(examples)))
+    assert_equal(packer_results(model, packer, examples, is_packed=True), results(plain, padded(examples)))
 
 
-def test_mpnet_makes_its_bias_for_the_longest_example_not_for_the_row():
+def test_mpnet_makes_its_bias_for_the_longest_example_not_for_the_packed_batch():
     """Which would be the square of all tokens."""
-    _, model, packer = models_of("mpnet")
+    _, model, packer = make_models("mpnet")
     shapes = []
     model.mpnet.encoder.relative_attention_bias.register_forward_hook(
         lambda module, given, output: shapes.append(tuple(given[0].shape))
     )
-    of_layout(model, packer, examples_of(LENGTHS["ragged"]), is_packed=True)
+    packer_results(model, packer, make_examples(LENGTHS["ragged"]), is_packed=True)
     assert shapes == [(32, 32)]
 
 
 @pytest.mark.parametrize("family", ["bert", "mpnet"])
 def test_a_copy_of_a_model_has_parts_of_its_own(family):
-    _, model, packer = models_of(family)
-    examples = examples_of(LENGTHS["ragged"])
-    expected = of_layout(model, packer, examples, is_packed=True)
-    other, other_layout = copy.deepcopy((model, packer))
+    _, model, packer = make_models(family)
+    examples = make_examples(LENGTHS["ragged"])
+    expected = packer_results(model, packer, examples, is_packed=True)
+    model_copy, packer_copy = copy.deepcopy((model, packer))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
     packer.set_batch(0, [0], [1], "cpu")
-    assert_equal(of_layout(other, other_layout, examples, is_packed=True), expected)
+    assert_equal(packer_results(model_copy, packer_copy, examples, is_packed=True), expected)
 
 
 # ------------------------------------------------------------------------------------------------- ways of training
@@ -259,46 +259,41 @@ def test_a_copy_of_a_model_has_parts_of_its_own(family):
 
 @pytest.mark.parametrize("family", ["bert", "modernbert"])
 def test_activations_that_are_computed_again(family):
-    _, model, packer = models_of(family)
-    examples = examples_of(LENGTHS["ragged"])
+    _, model, packer = make_models(family)
+    examples = make_examples(LENGTHS["ragged"])
     model.train()
-    expected = of_layout(model, packer, examples, is_packed=False)
+    expected = packer_results(model, packer, examples, is_packed=False)
     model.activation_checkpointing_enable({"use_reentrant": False})
-    assert_equal(of_layout(model, packer, examples, is_packed=True), expected)
+    assert_equal(packer_results(model, packer, examples, is_packed=True), expected)
 
 
 @pytest.mark.parametrize("frozen", ["encoder", "embeddings", "1"])
 def test_frozen_parts(frozen):
-    plain, model, packer = models_of("bert")
-    examples = examples_of(LENGTHS["ragged"])
+    plain, model, packer = make_models("bert")
+    examples = make_examples(LENGTHS["ragged"])
     everything = results(plain, padded(examples))
-    for one in (plain, model):
-        freeze(one, frozen)
+    freeze(plain, frozen)
+    freeze(model, frozen)
     expected = results(plain, padded(examples))
     assert len(expected[1]) < len(everything[1])
-    assert_equal(of_layout(model, packer, examples, is_packed=True), expected)
+    assert_equal(packer_results(model, packer, examples, is_packed=True), expected)
 
 
-ONE = (sys.executable,)
-PADS = """
-from classifier.model import packing
-packing.matches_padded = lambda *arguments: False
-"""
-
-
-def test_two_processes_train_in_rows_as_one_does_padded(review_task, vocabulary):
+def test_two_processes_train_packed_as_one_does_padded(review_task, vocabulary, run_inside, monkeypatch):
     config = bert_config(vocabulary, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
     task = write_review_task(review_task.with_name("dropout.yaml"), config)
-    flags = ["--max_steps", 14, "--log_every", 1, "--eval_every", 7, "--micro_batch_size", 5]
+    folder, flags = task.parent, ["--max_steps", 14, "--log_every", 1, "--eval_every", 7, "--micro_batch_size", 5]
+    flags += ["--task", task, "--threads", 1, "--output_dir"]
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "matches_padded", lambda *arguments: False)
+        code, printed, errors = run_inside("train.py", *flags, "padded", cwd=folder)
+    assert code == 0 and "this model needs padding" in printed, errors
+    done = run_script("train.py", *flags, "packed", cwd=folder, launcher=TORCHRUN_2)
+    assert done.returncode == 0 and "padding" not in done.stdout, done.stderr
     losses, scores = [], []
-    for change, launcher in ((PADS, {"launcher": ONE}), ("", {})):
-        output = ["--output_dir", f"run-{len(losses)}"]
-        done, *_ = train(task, *flags, *output, change=change, **launcher)
-        assert done.returncode == 0, done.stderr
-        assert ("this model needs padding" in done.stdout) == bool(change)
-        folder = task.parent / output[1]
-        losses.append([line["loss"] for line in lines_of(folder)])
-        scores.append([(line["loss"], *line["scores"].values()) for line in lines_of(folder, "eval")])
+    for name in ("padded", "packed"):
+        losses.append([line["loss"] for line in lines_of(folder / name)])
+        scores.append([(line["loss"], *line["scores"].values()) for line in lines_of(folder / name, "eval")])
     assert len(losses[0]) == 14 and len(scores[0]) == 2
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
     np.testing.assert_allclose(scores[1], scores[0], rtol=1e-5)
@@ -310,9 +305,9 @@ def test_two_processes_train_in_rows_as_one_does_padded(review_task, vocabulary)
 @pytest.mark.parametrize("batch_size", [4, 64])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_evaluation_has_the_logits_of_transformers(family, batch_size):
-    plain, model, packer = models_of(family)
+    plain, model, packer = make_models(family)
     lengths = np.random.default_rng(0).permutation(LENGTHS["ragged"] + LENGTHS["one token"]).tolist()
-    examples = examples_of(lengths)
+    examples = make_examples(lengths)
     table = Dataset.from_dict({**examples, "length": lengths})
     logits = inference.compute_logits(model, table, Accelerator(cpu=True), batch_size, packer)
     with torch.no_grad():
@@ -323,23 +318,23 @@ def test_an_evaluation_has_the_logits_of_transformers(family, batch_size):
 # --------------------------------------------------------------------------------------------- models that cannot do it
 
 
-def assert_runs_padded(plain, model, packer, said):
-    """It is padded, this is said, and its numbers are those of transformers."""
+def assert_runs_padded(plain, model, packer, text):
+    """It is padded, this is logged, and its numbers are those of transformers."""
     assert not packer.is_packed
-    assert said.count("this model needs padding") == 1
+    assert text.count("this model needs padding") == 1
     lengths = [30, 3, 17, 17, 28, 9]
-    examples = examples_of(lengths)
+    examples = make_examples(lengths)
     table = Dataset.from_dict({**examples, "length": lengths})
     logits = inference.compute_logits(model, table, Accelerator(cpu=True), 64, packer)
     with torch.no_grad():
         np.testing.assert_allclose(logits, plain(**padded(examples)).logits, rtol=1e-5, atol=1e-5)
-    longest_first = examples_of(sorted(lengths, reverse=True))
-    assert_equal(of_layout(model, packer, longest_first, is_packed=False), results(plain, padded(longest_first)))
+    longest_first = make_examples(sorted(lengths, reverse=True))
+    assert_equal(packer_results(model, packer, longest_first, is_packed=False), results(plain, padded(longest_first)))
 
 
 @pytest.fixture
-def log_of(caplog, monkeypatch):
-    """A function that returns what the log has said."""
+def log_text(caplog, monkeypatch):
+    """A function that returns the log so far."""
     monkeypatch.setattr(log, "propagate", True)
     caplog.set_level("INFO", logger="classifier")
     return lambda: caplog.text
@@ -349,13 +344,13 @@ MEAN = {**FAMILIES["modernbert"], "classifier_pooling": "mean"}
 
 
 @pytest.mark.parametrize(("family", "sizes"), [*PADDED.items(), ("modernbert", MEAN)])
-def test_a_family_that_needs_padding_is_found_out(family, sizes, log_of):
-    assert_runs_padded(*models_of(family, sizes), log_of())
+def test_a_family_that_needs_padding_is_found_out(family, sizes, log_text):
+    assert_runs_padded(*make_models(family, sizes), log_text())
 
 
-def test_a_family_that_needs_none_is_not_told_of(log_of):
-    models_of("bert")
-    assert "padding" not in log_of()
+def test_a_family_that_needs_no_padding_is_not_logged(log_text):
+    make_models("bert")
+    assert "padding" not in log_text()
 
 
 def mix_neighbours(module, given, output):
@@ -377,38 +372,38 @@ def attention_twice(module):
 
 
 @pytest.mark.parametrize("change", [no_attention, attention_twice])
-def test_a_layer_that_does_not_attend_once_is_refused(change, log_of):
+def test_a_layer_that_does_not_attend_once_is_refused(change, log_text):
     """Though its logits are the same: what else it may do with the other examples is not known."""
     plain = plain_model("bert", SMALL)
     change(plain.bert.encoder.layer[1].attention.self)
     model = plain_model("bert", SMALL)
     change(model.bert.encoder.layer[1].attention.self)
     packer = prepare_model(model, tokenizer, seed=1)
-    assert_runs_padded(plain, model, packer, log_of())
-    examples = examples_of([9, 4])
-    row = of_layout(model, packer, examples, is_packed=True)
-    assert_equal(row, results(plain, padded(examples)))
+    assert_runs_padded(plain, model, packer, log_text())
+    examples = make_examples([9, 4])
+    packed = packer_results(model, packer, examples, is_packed=True)
+    assert_equal(packed, results(plain, padded(examples)))
 
 
-def test_a_layer_that_reads_its_neighbours_is_found_out(log_of):
+def test_a_layer_that_reads_its_neighbours_is_found_out(log_text):
     plain = plain_model("bert", SMALL)
     plain.bert.encoder.layer[1].intermediate.register_forward_hook(mix_neighbours)
     model = plain_model("bert", SMALL)
     model.bert.encoder.layer[1].intermediate.register_forward_hook(mix_neighbours)
     packer = prepare_model(model, tokenizer, seed=1)
-    assert_runs_padded(plain, model, packer, log_of())
+    assert_runs_padded(plain, model, packer, log_text())
 
 
 @pytest.mark.parametrize("is_training", [True, False])
 @pytest.mark.parametrize("family", ["bert", "modernbert", "mpnet", "deberta-v2", "gpt2"])
 def test_a_model_that_was_tried_is_as_it_was(family, is_training):
-    _, model, packer = models_of(family, {**FAMILIES, **PADDED}[family])
+    _, model, packer = make_models(family, {**FAMILIES, **PADDED}[family])
     packer.is_packed = False
     model.train(is_training)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.random.get_rng_state()
     for column in ("input_ids", "token_type_ids"):  # one that the model takes, one that it may not
-        packing.matches_padded(model, packer, examples_of([9, 4], pairs=column == "token_type_ids"))
+        packing.matches_padded(model, packer, make_examples([9, 4], pairs=column == "token_type_ids"))
         assert all(module.training == is_training for module in model.modules())
         assert not packer.is_packed and packer.masks.packed is None
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())

@@ -1,4 +1,4 @@
-"""tokens.py: token ids as transformers makes them, cut as it cuts, or with a head and a tail."""
+"""tokenization.py: token ids as transformers makes them, cut as it cuts, or with a head and a tail."""
 
 import numpy as np
 import pytest
@@ -49,8 +49,8 @@ def test_head_and_tail_cut_as_transformers_does(words, truncate, side, number_of
         columns, facts = encode(task, words, texts, max_length)
         expected = words(*texts, truncation="longest_first", max_length=max_length)
         assert columns == {name: expected[name] for name in ("input_ids", "token_type_ids")}, max_length
-        whole = [" ".join(of_example).split() for of_example in zip(*texts, strict=True)]
-        assert facts["full_length"] == [len(one) + specials for one in whole]
+        examples = [" ".join(pair).split() for pair in zip(*texts, strict=True)]
+        assert facts["full_length"] == [len(example) + specials for example in examples]
 
 
 @pytest.mark.parametrize(("room", "expected"), [(1, "j"), (4, "a hij"), (7, "a efghij"), (8, "ab efghij"), (10, None)])
