@@ -189,7 +189,7 @@ def class_weights(kind, task, labels, device=None):
 
 
 def score_logits(task, logits, labels, majority):
-    """Return what there is to know of a model's logits (examples, outputs) for labels (examples,), as a dict.
+    """Score a model's logits (examples, outputs) against labels (examples,); return a dict.
 
     `losses` of the examples and their mean, `loss`; `scores` by the task's metrics; `predictions`: label ids or values,
     in multi-label 0 and 1; `constant`: the one prediction where all are the same, else None; `majority`: the scores of
@@ -209,7 +209,7 @@ def score_logits(task, logits, labels, majority):
         "scores": metrics.compute_metrics(task.metrics, predictions, labels),
         "predictions": predictions,
         "constant": predictions[0].tolist() if is_constant else None,
-        # A constant has no correlation, which is no news: no warning.
+        # Correlation is always undefined for a constant prediction: no warning.
         "majority": metrics.compute_metrics(task.metrics, np.broadcast_to(majority, labels.shape), labels, warns=False),
         "logits": logits,
         "labels": labels,

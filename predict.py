@@ -118,7 +118,9 @@ def with_predictions(task, rows, logits, columns, top_k):
 
 def likeliest(task, values, top_k):
     """Return (label, probability) of the likeliest labels. values: a row of labels.prediction_rows."""
-    ranked = sorted(zip(values[2:], task.labels, strict=True), reverse=True)  # in multi-label, of independent labels
+    ranked = sorted(
+        zip(values[2 : 2 + len(task.labels)], task.labels, strict=True), reverse=True
+    )  # in multi-label, of independent labels
     return [(label, probability) for probability, label in ranked[:top_k]]
 
 

@@ -58,8 +58,8 @@ def build_parser():
     add("--num_workers", type=non_negative_int, default=0, help="processes that load batches (default: 0)")
 
     add = parser.add_argument_group("optimiser").add_argument
-    add("--learning_rate", type=non_negative_float, default=2e-5, help="at its peak (default: 2e-05)")
-    add("--weight_decay", type=non_negative_float, default=0.01, help="for matrices (default: 0.01)")
+    add("--learning_rate", type=non_negative_float, default=2e-5, help="peak learning rate (default: 2e-05)")
+    add("--weight_decay", type=non_negative_float, default=0.01, help="on matrices only (default: 0.01)")
     add("--adam_betas", type=fraction, nargs=2, default=[0.9, 0.999], metavar="B", help="(default: 0.9 0.999)")
     add("--adam_epsilon", type=non_negative_float, default=1e-8, help="(default: 1e-08)")
     add("--max_grad_norm", type=non_negative_float, default=1.0, help="0: no clipping (default: 1.0)")
@@ -73,7 +73,7 @@ def build_parser():
     add("--class_weights", choices=["none", "balanced"], default="none", help="balanced: by inverse frequency")
 
     add = parser.add_argument_group("evaluation").add_argument
-    add("--eval_every", default="epoch", metavar="epoch|N", help="or every N steps (default: epoch)")
+    add("--eval_every", default="epoch", metavar="epoch|N", help="each epoch, or N steps (default: epoch)")
     words = "stop after N evaluations without a better score"
     add("--early_stopping_patience", type=positive_int, metavar="N", help=words)
     add("--eval_train_rows", type=positive_int, metavar="N", help="also score N rows of train")
@@ -84,10 +84,12 @@ def build_parser():
     add("--overwrite", action="store_true", help="replace a run in this folder")
     words = "resume this run, never, or another checkpoint (default: auto)"
     add("--resume", default="auto", metavar="auto|never|DIR", help=words)
-    add("--save_every", default="epoch", metavar="epoch|N|Nm", help="or every N steps, or N minutes (default: epoch)")
+    add(
+        "--save_every", default="epoch", metavar="epoch|N|Nm", help="each epoch, or N steps or minutes (default: epoch)"
+    )
     add("--keep_checkpoints", type=positive_int, default=2, metavar="N", help="besides the best (default: 2)")
     add("--dry_run", action="store_true", help="run a few steps, report what the whole run takes, write nothing")
-    add("--log_every", type=positive_int, default=10, metavar="N", help="steps between log lines (default: 10)")
+    add("--log_every", type=positive_int, default=10, metavar="N", help="steps per line of metrics.jsonl (default: 10)")
     add("--trackers", metavar="A[,B]", help="also log to tensorboard, wandb, mlflow")
     common.add_machine_arguments(parser)
     return parser
@@ -196,7 +198,7 @@ def main():
     accelerator = processes.start(args, log_with=tracker_names(args), project_dir=args.output_dir)
     signals = SignalWatch(accelerator)
 
-    # --- the data; and has this run finished already, or does its folder hold something else?
+    # --- the data; a finished run is only reported, a folder with something else is refused
     task, splits, fingerprints, bad_rows = load_splits(task, args)
     settings["mixed_precision"] = accelerator.mixed_precision  # what "auto" resolved to
     if not args.dry_run:
@@ -211,20 +213,20 @@ def main():
     state = checkpoint.State()
     scratch = tempfile.TemporaryDirectory(prefix="dry-run-") if args.dry_run else nullcontext(args.output_dir)
     with scratch as place, checkpoint.hold(Path(place), accelerator, state) as folder:
-        # --- model and tokens (the same seed gives every process the same new head)
+        # --- model and tokenised splits (the same seed gives every process the same new head)
         set_seed(args.seed)
         model, tokenizer, model_facts = models.load_model(args.model or task.model, task, args.refresh)
         task, examples = tokenization.tokenize_splits(task, splits, fingerprints, model, tokenizer)
         train_labels = column_array(examples["train"], "label")
         majority = majority_prediction(task, train_labels)
 
-        # --- the plan: the same global batches whatever the number of processes
+        # --- the plan: the examples of every step, the same for any number of processes
         steps_per_epoch = math.ceil(len(examples["train"]) / args.batch_size)
         total_steps = args.max_steps or math.ceil(args.epochs * steps_per_epoch)
         whole_plan = batching.make_plan(len(examples["train"]), args.batch_size, args.seed, total_steps)
         plan = whole_plan[:DRY_RUN_STEPS] if args.dry_run else whole_plan
 
-        # --- prepare model and optimiser, but not the schedule: accelerate would step it once per process
+        # --- model and optimiser get prepared; the schedule does not, since accelerate would step it once per process
         packer = packing.prepare_model(model, tokenizer, args.seed)
         models.freeze(model, args.freeze)
         if args.gradient_checkpointing:
@@ -246,14 +248,14 @@ def main():
         )
         padding = batching.padding_fraction(examples["train"], plan[:steps_per_epoch], accelerator, size, packer)
         data_facts = log_data_facts(task, splits, examples, tokenizer, padding)
-        if args.freeze == "encoder":  # which then runs once over each split, not in every step
+        if args.freeze == "encoder":  # run it once over each split and train on its features
             packer, examples = inference.features_of_splits(plain_model, packer, examples, accelerator, args, state)
         remaining = plan[state.step :]
         steps = iter(batching.step_loader(examples["train"], remaining, accelerator, size, packer, args.num_workers))
 
         # --- what happens between two steps
         evaluated = splits_to_evaluate(args, examples)
-        chooser = next(iter(evaluated))
+        choosing_split = next(iter(evaluated))
         eval_every = steps_between_evaluations(args, steps_per_epoch)
         progress = Progress(accelerator, folder, state, total_steps, steps_per_epoch)
         if accelerator.is_main_process:
@@ -278,7 +280,7 @@ def main():
                 # evaluated_step lags behind step, so that a run killed during an evaluation repeats it.
                 if state.step > state.evaluated_step and (is_last or state.step % eval_every == 0):
                     evaluations = common.score_splits(task, evaluated, compute_logits, majority)
-                    score_now = evaluations[chooser]["scores"][task.metrics[0]]
+                    score_now = evaluations[choosing_split]["scores"][task.metrics[0]]
                     is_best = state.best is None or is_better(task.metrics[0], score_now, state.best["score"])
                     checkpoint.record_evaluation(state, score_now, evaluations, is_best)
                     progress.log_evaluation(evaluations, is_best)
@@ -301,7 +303,7 @@ def main():
                         logits = model(**inputs).logits
                         losses = common.example_losses(task, logits, labels, args.label_smoothing, class_weights)
                         losses = losses * micro_batch["weight"]  # 0 where this process has no example in the step
-                        # The mean over all examples of the step. DDP averages over processes, hence the factor.
+                        # The mean over all examples of the step: DDP averages over processes, so multiply by them.
                         accelerator.backward(losses.sum() / len(batch) * accelerator.num_processes)
                     step_losses.append((micro_batch, losses.detach()))
                 grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
@@ -325,7 +327,7 @@ def main():
         evaluated |= {name: rows for name, rows in examples.items() if name.startswith("test")}
         evaluations = common.score_splits(task, evaluated, compute_logits, majority)
         if task.is_multi_label:
-            task, evaluations = common.fit_thresholds(task, evaluations, chooser, majority)
+            task, evaluations = common.fit_thresholds(task, evaluations, choosing_split, majority)
         results = report.collect_results(args, task, model_facts, progress, evaluations, data_facts, accelerator)
         if accelerator.is_main_process:
             report.write_report(folder, task, results, evaluations, splits, examples)

@@ -49,6 +49,11 @@ SLOWEST = [
 
 
 def pytest_collection_modifyitems(items):
+    if os.environ.get("SLOW") != "1":
+        reason = pytest.mark.skip(reason="takes long; SLOW=1 in the environment runs it, as .ci/run does")
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(reason)
     items.sort(key=lambda item: SLOWEST.index(item.path.stem) if item.path.stem in SLOWEST else len(SLOWEST))
 
 

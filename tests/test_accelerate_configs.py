@@ -115,6 +115,7 @@ def test_single_process_files_run(tmp_path, name, precision):
     assert name != "cpu" or seen["device"] == "cpu"
 
 
+@pytest.mark.slow
 def test_training_starts_with_the_file_of_accelerate_config_default(review_task):
     file = review_task.parent / "default.yaml"
     write_basic_config(save_location=str(file))
@@ -125,6 +126,7 @@ def test_training_starts_with_the_file_of_accelerate_config_default(review_task)
     assert json.loads((review_task.parent / "run" / "state.json").read_text())["status"] == "done"
 
 
+@pytest.mark.slow
 def test_multi_node_is_one_run_of_two_launchers(review_task):
     """Two launchers on this machine, one CPU process each, that meet at a c10d rendezvous."""
     with socket.socket() as free:

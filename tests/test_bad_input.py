@@ -764,7 +764,11 @@ def without_files(*patterns):
 
 MODELS = {
     "too few embeddings": (fewer_words, (f"token id {WORDS.index('was') + 5}", "ends at 9"), "model folder"),
-    "NaN": (a_nan, "= model: the weights bert.encoder.layer.1.output.dense.weight hold NaN or infinity", "checkpoint"),
+    "NaN": (
+        a_nan,
+        "= model: the weights bert.encoder.layer.1.output.dense.weight contain NaN or infinite values",
+        "checkpoint",
+    ),
     "half a model.safetensors": (half_the_weights, "model: cannot be loaded", "again"),
     "half a pytorch_model.bin": (bin_of(1 / 2), "model: cannot be loaded", "again"),
     "the start of a pytorch_model.bin": (bin_of(1 / 100), "model: cannot be loaded", "again"),

@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_stays_level_from_10_000_to_100_000_rows(tmp_path):
     command = [sys.executable, ROOT / "benchmarks/scale.py", "--rows", "10000", "100000", "--steps", "50"]
@@ -24,6 +25,7 @@ def test_memory_stays_level_from_10_000_to_100_000_rows(tmp_path):
     assert all(float(cell.split()[0]) > 0 for row in rows for cell in row[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("FULL") != "1", reason="takes a minute, and other tests compare layouts: FULL=1")
 def test_the_equivalence_table_is_of_equal_runs(tmp_path):
     command = [sys.executable, ROOT / "benchmarks/equivalence.py", "--steps", "6", "10"]
@@ -41,6 +43,7 @@ def test_the_equivalence_table_is_of_equal_runs(tmp_path):
     assert all(float(row[2]) > 0 for row in rows if row[0] != "1 process")
 
 
+@pytest.mark.slow
 def test_seeds_are_trained_once_and_their_scores_are_those_of_the_runs(review_task):
     command = [sys.executable, ROOT / "benchmarks/seeds.py", "--task", review_task, "--output_dir", "runs"]
     command += ["--seeds", "2", "--layouts", "fp32"]
@@ -76,6 +79,7 @@ def check_ratio(row, base, other, cells):
     assert cells[4].strip(" |") == f"{row['paired_ratio']:.2f} x" and cells[3] == f"{row['ratio']:.2f} x"
 
 
+@pytest.mark.slow
 def test_training_is_timed_side_by_side(review_task, tiny_bert):
     flags = ["--task", "reviews.yaml", "--model", str(tiny_bert), "--steps", "4", "--warmup", "2", "--batch_size", "8"]
     flags += ["--product_seconds", "0.001", "--only", "trainer", "nothing"]  # the ablation of all measures at once
@@ -88,6 +92,7 @@ def test_training_is_timed_side_by_side(review_task, tiny_bert):
     assert content["hardware"]["threads"] == 1 and content["versions"]["torch"]
 
 
+@pytest.mark.slow
 def test_the_start_is_timed(review_task):
     command = [sys.executable, ROOT / "benchmarks/startup.py", "--runs", "1"]
     command += ["--task", "reviews.yaml", "--threads", "1"]
@@ -100,6 +105,7 @@ def test_the_start_is_timed(review_task):
     assert not (review_task.parent / "run").exists()
 
 
+@pytest.mark.slow
 def test_predicting_is_timed_side_by_side(review_task, tiny_bert):
     flags = ["--data", "reviews.yaml=400", "--model", str(tiny_bert), "--only", "pipeline"]
     content, (_, cells) = run_speed("predict_speed.py", review_task.parent, *flags)
@@ -108,6 +114,7 @@ def test_predicting_is_timed_side_by_side(review_task, tiny_bert):
     assert content["rows"][1]["examples"] == 400  # more than the 300 there are: repeated
 
 
+@pytest.mark.slow
 def test_ratios_of_two_rounds_by_hand(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import rounds
@@ -118,6 +125,7 @@ def test_ratios_of_two_rounds_by_hand(monkeypatch):
     assert row["ratio"] == 200 / 40 and row["paired_ratio"] == (100 / 50 + 300 / 30) / 2
 
 
+@pytest.mark.slow
 def test_the_plot_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     rows = [{"name": "ours", "base": None}, {"name": "a", "base": "ours", "words": "another", "ratio": 2.0}]

@@ -15,6 +15,8 @@ from pyarrow import parquet
 
 from classifier.data.tasks import Task
 
+pytestmark = pytest.mark.slow
+
 LABELS = ["negative", "positive"]
 
 

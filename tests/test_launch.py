@@ -60,6 +60,7 @@ tokenization.encode = slow
 """
 
 
+@pytest.mark.slow
 def test_tokenising_may_take_longer_than_a_collective(review_task, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(review_task.parent / "cache"))  # other tests' tokens would be found, and no wait
     done, seconds, folder = train(review_task, "--max_steps", 2, change=SLOW_TOKENS)

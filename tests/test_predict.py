@@ -302,6 +302,14 @@ def test_bad_rows_end_it_or_are_listed_beside(predict, expected, refused, tmp_pa
     assert [row["row"] for row in read_table((tmp_path / "out.jsonl.bad_rows.csv").read_text())] == ["2", "3"]
 
 
+def test_columns_behind_the_probabilities_do_not_count_as_labels():
+    import predict as script
+    from classifier.data.tasks import Task
+
+    task = Task("two", text=["text"], labels=["no", "yes"])
+    assert script.likeliest(task, ["yes", 0.9, 0.1, 0.9, 0.8], top_k=2) == [("yes", 0.9), ("no", 0.1)]
+
+
 def test_the_likeliest_labels_alone(predict, expected, tmp_path):
     texts = [text for text, _ in make_rows(9, 3)]
     write_table(tmp_path / "in.csv", [(text,) for text in texts], header=("text",))
@@ -336,6 +344,7 @@ def test_two_processes_write_what_one_does(trained, predict, tmp_path):
     assert done.returncode == 1 and "several processes need a file" in done.stderr
 
 
+@pytest.mark.slow
 def test_killed_three_times_it_ends_with_the_same_bytes(trained, predict, tmp_path):
     write_many(tmp_path / "in.csv")
     predict("--input", "in.csv", "--output", "unbroken.csv")
@@ -483,6 +492,7 @@ def test_a_shard_is_one_of_n(refused, several, words):
 FILES, KILLS = (1000, 50) if os.environ.get("FULL") == "1" else (40, 2)
 
 
+@pytest.mark.slow
 def test_many_shards_and_random_kills(trained, tmp_path):
     """Two jobs at a time, killed at random moments: every row exactly once, and the bytes of an unbroken command."""
     (tmp_path / "in").mkdir()

@@ -14,6 +14,8 @@ from test_preemption import ended, start, start_2
 
 from classifier.data.tasks import Task
 
+pytestmark = pytest.mark.slow
+
 EPOCHS, STEPS = 45, 45 * 13  # 200 rows in batches of 16; long enough to be hit in the middle
 FLAGS = ["--epochs", EPOCHS, "--eval_every", 200, "--log_every", 1, "--threads", 1]
 SECONDS = 90  # for anything that takes a few where nothing else runs

@@ -601,7 +601,7 @@ def test_a_folder_that_holds_no_run_is_left_alone(review_task, refused, flags):
     (folder / "model" / "weights.bin").write_text("years of work")
     (folder / "results.json").write_text("{}")
     errors = refused("--task", review_task, "--output_dir", folder, *flags, cwd=review_task.parent)
-    assert "holds no run" in errors
+    assert "contains no run" in errors
 
 
 @pytest.mark.parametrize("content", ['{"version": 4}', "[1, 2]", "not JSON"])
@@ -784,7 +784,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_naming_step_and_examples(review_
     assert code == 1 and "Traceback" not in errors, printed + errors
     # The first step changes the weights, so that the second is the first to suffer; noted only at step 10.
     assert "step 2: the loss is" in errors and "training examples" in errors and "--learning_rate" in errors
-    named = errors.partition("training examples, from 0: ")[2].partition("\n")[0]
+    named = errors.partition("training examples, counted from 0: ")[2].partition("\n")[0]
     assert {int(number) for number in named.split(", ")} <= set(batching.make_plan(200, 16, 42, 2)[1].tolist())
     state = read_state(review_task.parent / "run")
     assert state["status"] == "failed" and state["reason"].startswith("step 2: the loss is")

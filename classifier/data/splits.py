@@ -111,7 +111,7 @@ def _file_rows(task, split, path):
     needed, needs_label = _needed_columns(task, split), not split.startswith("test")
     group = task.split.get("group") if split == "train" else None
     is_json = table_format(path).startswith("json")  # there, each row has its own columns
-    kinds = {}  # of labels: true beside "positive" would make a class of its own
+    kinds = {}  # of labels: mixing true and "positive" would create an extra class
     for line, row in read_rows(path, **_read_options(task), on_bad_row="yield"):
         if isinstance(row, BadRow):
             yield row

@@ -147,7 +147,7 @@ def load_metric(name, multi_label=False):
 
 @functools.cache
 def import_evaluate():
-    """Return the `evaluate` library, which this project's script evaluate.py shadows for every script beside it.
+    """Return the `evaluate` library, which this project's script evaluate.py shadows for every script in its folder.
 
     For this one import, folders that contain an evaluate.py leave sys.path, and that script leaves sys.modules.
     """

@@ -82,7 +82,7 @@ def _format_value(value):
 INK = "#1a1b1c"  # of text and axes; on the page it becomes the colour of the surrounding text
 BLUE, ORANGE = "#3b7dd8", "#e07b39"  # distinguishable with any colour vision, on white and on black
 FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "SimHei", "PingFang SC"]
-MOST_NAMES, MOST_NUMBERS = 40, 20  # classes, for names beside and counts inside a confusion matrix
+MOST_NAMES, MOST_NUMBERS = 40, 20  # most classes for which a confusion matrix shows names, and counts
 
 
 @contextmanager

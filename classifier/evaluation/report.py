@@ -1,4 +1,4 @@
-"""What a run came to: results.json, its summary in the log, the report page and the model card."""
+"""The results of a run: results.json, its summary in the log, the report page and the model card."""
 
 import json
 import platform
@@ -139,11 +139,11 @@ def collapse_warning(task, split, evaluation):
     metric, constant = task.metrics[0], evaluation["constant"]
     score, majority = evaluation["scores"][metric], evaluation["majority"][metric]
     if constant is not None:
-        symptom = f"ON {split.upper()} THE MODEL PREDICTS THE SAME FOR EVERY EXAMPLE"
+        symptom = f"ON {split.upper()} THE MODEL MAKES THE SAME PREDICTION FOR EVERY EXAMPLE"
         if not task.is_multi_label:
             symptom += f": {constant if task.is_regression else task.labels[constant]!r}"
     elif majority is not None and not metrics.is_better(metric, score, majority):
-        scores = f"{metric} {format_score(score)} to {format_score(majority)}"
+        scores = f"{metric} {format_score(score)}; majority class {format_score(majority)}"
         symptom = f"ON {split.upper()} THE MODEL IS NO BETTER THAN THE MAJORITY CLASS ({scores})"
     else:
         return None

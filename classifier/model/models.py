@@ -47,7 +47,7 @@ def load_model(name, task=None, refresh=False):
     # aminmax propagates NaN, takes one pass and copies nothing: isfinite on every weight takes ten times as long.
     extremes = {key: torch.stack(value.detach().aminmax()) for key, value in model.named_parameters() if value.numel()}
     if broken := [key for key, values in extremes.items() if not values.isfinite().all()]:
-        raise BadInput(f"{name}: the weights {broken[0]} hold NaN or infinity", "Use another checkpoint.")
+        raise BadInput(f"{name}: the weights {broken[0]} contain NaN or infinite values", "Use another checkpoint.")
     return model, tokenizer, facts
 
 

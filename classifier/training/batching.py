@@ -17,7 +17,7 @@ from classifier.data.cache import column_array
 from classifier.data.splits import stratified
 from classifier.training.preemption import SIGNALS
 
-# Tokens of padding from which it is faster to compute them in a forward and backward pass of their own.
+# Split a micro-batch where that saves more than this many tokens of padding.
 TOKENS_WORTH_A_PASS = {"cpu": 256}
 TOKENS_WORTH_A_PASS_ELSEWHERE = 8192
 

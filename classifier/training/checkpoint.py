@@ -69,22 +69,20 @@ def finished_results(folder, settings, fingerprints, resume="auto", overwrite=Fa
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         changes = describe_changes(state, settings, fingerprints)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no such file, or another program's
-        raise BadInput(f"{folder}: is not empty, and holds no run", "Choose another --output_dir.") from None
+        raise BadInput(f"{folder}: is not empty, but contains no run", "Choose another --output_dir.") from None
     if overwrite:
         return None
     if resume == "never":
         raise BadInput(f"{folder}: holds a run", "--resume never needs an empty folder: choose another --output_dir.")
     if changes:
-        raise BadInput(
-            f"{folder}: holds a run with other settings ({changes})", "Choose another --output_dir, or --overwrite."
-        )
+        reason = f"{folder}: holds a run with other settings ({changes})"
+        raise BadInput(reason, "Choose another --output_dir, or --overwrite.")
     if state["status"] != "done":
         return None
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # if it was killed while it removed them
     if not (folder / "model").is_dir() or not (folder / "results.json").is_file():
-        raise BadInput(
-            f"{folder}: held a finished run, but its model or results are gone", "Train again with --overwrite."
-        )
+        raise BadInput(f"{folder}: the model or results of its finished run are gone", "Train again: --overwrite.")
+    log_changed_code(state)
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 
@@ -154,19 +152,23 @@ def begin_or_resume(folder, settings, fingerprints, resume="auto", overwrite=Fal
         recover_folder(path)
     for path in [*folder.glob("*.json*.tmp"), *folder.glob("checkpoints/*.tmp")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    code = code_digests()
-    changed = [name for name, value in code.items() if before and before.get("code", {}).get(name) != value]
-    if changed:
-        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
-        log.info(f"code changed since this run began: {', '.join(changed[:5])}{more}")
+    if before:
+        log_changed_code(before)
     # The same command with --resume DIR, given again, resumes this run, not DIR a second time.
     is_known = resume in ("auto", "never", before.get("resumed"))
     path = newest_valid(folder) if is_known else import_checkpoint(folder, Path(resume), settings, fingerprints)
     try:
-        write_state(folder, "running", settings=settings, data=fingerprints, code=code, resumed=resume)
+        write_state(folder, "running", settings=settings, data=fingerprints, code=code_digests(), resumed=resume)
     except OSError as error:
         raise BadInput(f"{folder}: cannot be written ({error.strerror})", "Make room there.") from None
     return path, before.get("micro_batch_size")
+
+
+def log_changed_code(state):
+    """Log what code has changed since a run began. state: its state.json."""
+    changed = [name for name, value in code_digests().items() if state.get("code", {}).get(name) != value]
+    if changed:
+        log.info(f"code changed since this run began: {', '.join(changed[:5])}{' and more' * (len(changed) > 5)}")
 
 
 def code_digests():
@@ -368,7 +370,7 @@ def import_checkpoint(folder, source, settings, fingerprints):
         raise BadInput(f"--resume {source}: {problem}", "Give a run's folder, or one of its checkpoints/step-N.")
     progress = json.loads((path / "progress.json").read_text(encoding="utf-8"))
     if changes := describe_changes(progress["run"], settings, fingerprints):
-        raise BadInput(f"--resume {source}: of a run with other settings ({changes})", "Give the same settings.")
+        raise BadInput(f"--resume {source}: it has other settings ({changes})", "Give the same settings.")
     for source_path in {path, recorded_best(path) or path}:
         target = folder / "checkpoints" / source_path.name
         if target.resolve() != source_path.resolve():

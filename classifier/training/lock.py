@@ -66,7 +66,7 @@ def _take(path, claim):
     if not _is_dead(path, holder, claim):
         who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
         raise BadInput(
-            f"{path.parent}: {who} trains here",
+            f"{path.parent}: {who} is already training here",
             f"Wait for it, or choose another --output_dir. A run that died is taken over after {SILENCE} seconds.",
         )
     write_json(path, claim)

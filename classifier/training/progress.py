@@ -85,7 +85,7 @@ class Progress:
             step, name, value, _ = min(broken, key=lambda entry: entry[:2])
             ids = sorted({example for entry in broken if entry[:2] == (step, name) for example in entry[3]})
             raise FloatingPointError(
-                f"step {step}: the {name} is {value}; training examples, from 0: {', '.join(map(str, ids))}\n"
+                f"step {step}: the {name} is {value}; training examples, counted from 0: {', '.join(map(str, ids))}\n"
                 "Try a lower --learning_rate, --warmup_ratio 0.1 or --mixed_precision no, and look at these examples."
             )
         state = self.state
@@ -278,5 +278,5 @@ def _check_against_cpu(accelerator, model, packer, plan, examples, micro_batch_s
     text = f"largest difference from fp32 on the CPU: logits {logits:.1e}, gradients {gradients:.1e}"
     tolerance = inference.TOLERANCE[accelerator.mixed_precision]
     if not (logits < tolerance and gradients < tolerance):  # NaN is not below anything, and no maximum
-        log.warning(f"WARNING: {accelerator.device.type.upper()} COMPUTES OTHER NUMBERS THAN THE CPU: {text}")
+        log.warning(f"WARNING: {accelerator.device.type.upper()} RESULTS DIFFER FROM THE CPU'S: {text}")
     return text

@@ -1,6 +1,6 @@
 """Make the demo data: short English reviews that praise one thing and complain of another.
 
-    python data/demo/make_demo.py            # writes train.csv, validation.csv, test.csv, vocab.txt beside this script
+    python data/demo/make_demo.py            # writes train.csv, validation.csv, test.csv, vocab.txt next to this script
     python data/demo/make_demo.py --check    # writes nothing: how far does a bag of words get on the files there?
 
 Making needs the standard library alone, and two runs write identical bytes. `--check` needs scikit-learn.
@@ -595,7 +595,7 @@ def check(folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--output_dir", type=Path, default=Path(__file__).resolve().parent, help="default: beside this script"
+        "--output_dir", type=Path, default=Path(__file__).resolve().parent, help="default: next to this script"
     )
     parser.add_argument("--check", action="store_true", help="write nothing; score a bag of words on the files there")
     arguments = parser.parse_args()

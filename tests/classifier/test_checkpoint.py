@@ -77,6 +77,15 @@ def test_a_finished_run_gives_its_results_and_overwrite_starts_again(finished):
     assert checkpoint.finished_results(finished, SETTINGS, DATA, overwrite=True) is None
 
 
+def test_a_finished_run_says_what_code_has_changed_since(finished, told, monkeypatch):
+    checkpoint.finished_results(finished, SETTINGS, DATA)
+    assert "code changed" not in told.text
+    digests = checkpoint.code_digests()
+    monkeypatch.setattr(checkpoint, "code_digests", lambda: {**digests, "common.py": "edited"})
+    assert checkpoint.finished_results(finished, SETTINGS, DATA) == {"steps": 7}
+    assert "code changed since this run began: common.py" in told.text
+
+
 def test_a_finished_run_has_no_use_for_checkpoints(finished):
     (finished / "checkpoints" / "step-00000003").mkdir(parents=True)  # it was killed while it removed them
     assert checkpoint.finished_results(finished, SETTINGS, DATA) == {"steps": 7}
@@ -129,7 +138,7 @@ def test_resume_never_wants_an_empty_folder(finished, status):
 def test_files_that_are_no_run_are_never_touched(tmp_path, name, content):
     (tmp_path / name).write_text(content)
     for overwrite in (False, True):
-        with pytest.raises(BadInput, match="holds no run"):
+        with pytest.raises(BadInput, match="contains no run"):
             checkpoint.finished_results(tmp_path, SETTINGS, DATA, overwrite=overwrite)
     assert (tmp_path / name).read_text() == content
 

@@ -245,6 +245,7 @@ def test_dropout_that_is_torchs_own_is_logged(vocabulary, caplog, monkeypatch):
 # ------------------------------------------------------------------------------------------------------ a whole run
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_one_process_with_dropout_on(review_task, vocabulary, tmp_path, run_inside):
     config = bert_config(vocabulary, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
     task = write_review_task(review_task.with_name("dropout.yaml"), config)

@@ -164,6 +164,7 @@ def test_in_bf16_features_are_those_of_bf16(train, monkeypatch):
     assert cached[0] != fp32[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--batch_size", 1)])  # with one example per step, a process has none
 def test_two_processes_agree_with_one(task, train, flags):
     flags, folder = ("--max_steps", 30, *flags), task.parent
@@ -234,6 +235,7 @@ def test_rows_are_computed_some_at_a_time_and_keep_their_order(train, tmp_path, 
 # ----------------------------------------------------------------------------------------------------- whole runs
 
 
+@pytest.mark.slow
 def test_the_saved_model_is_a_whole_one(task, train, run_inside):
     _, _, evaluations, _ = train("run", "--epochs", 2)
     folder = task.parent / "run"

@@ -81,7 +81,7 @@ def test_it_is_exclusive(tmp_path):
         before = holder_of(tmp_path)
         with pytest.raises(BadInput) as caught, lock.locked(tmp_path):
             pytest.fail("entered")
-        assert f"process {os.getpid()} on {HERE} trains here" in caught.value.reason
+        assert f"process {os.getpid()} on {HERE} is already training here" in caught.value.reason
         assert holder_of(tmp_path) == before  # the one that was refused took nothing away
         assert files(tmp_path) == ["lock.json"]
     with lock.locked(tmp_path):
@@ -111,14 +111,17 @@ def test_a_dead_process_of_this_host_is_followed_at_once(run, dead_pid):
 
 
 def test_a_dead_pid_means_nothing_on_another_host(run, dead_pid):
-    with pytest.raises(BadInput, match="on elsewhere trains here"), lock.locked(run(host="elsewhere", pid=dead_pid)):
+    with (
+        pytest.raises(BadInput, match="on elsewhere is already training here"),
+        lock.locked(run(host="elsewhere", pid=dead_pid)),
+    ):
         pytest.fail("entered")
 
 
 @pytest.mark.parametrize("host", ["elsewhere", HERE])
 def test_silence_of_ninety_seconds_is_death(run, host):
     assert lock.SILENCE == 90 > 4 * lock.HEARTBEAT  # a beat or two may be late
-    with pytest.raises(BadInput, match="trains here"), lock.locked(run(host=host, seconds=80)):
+    with pytest.raises(BadInput, match="is already training here"), lock.locked(run(host=host, seconds=80)):
         pytest.fail("entered")
     taken_over(run(host=host, seconds=95))
 
@@ -142,7 +145,7 @@ def test_a_requeued_job_follows_itself_at_once(run, monkeypatch, job, restart, i
 def test_a_lock_that_cannot_be_read_is_held_until_it_is_silent(run, content):
     folder = run()
     (folder / "lock.json").write_text(content)
-    with pytest.raises(BadInput, match="another process trains here"), lock.locked(folder):
+    with pytest.raises(BadInput, match="another process is already training here"), lock.locked(folder):
         pytest.fail("entered")
     os.utime(folder / "lock.json", (time.time() - 95,) * 2)
     taken_over(folder)
@@ -238,7 +241,7 @@ def test_a_second_run_in_the_folder_is_refused(trains, review_task):
         start(folder.parent, "--task", review_task, *FLAGS),
         start_2(folder.parent, "--task", review_task, *FLAGS),
     )
-    reason = f"train.py: error: run: process {first.pid} on {HERE} trains here\n"
+    reason = f"train.py: error: run: process {first.pid} on {HERE} is already training here\n"
     for process in (one, *two):
         code, _, err = ended(process, 30)
         assert code == 2

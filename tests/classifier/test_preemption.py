@@ -426,6 +426,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_loaders_that_are_spawned_as_on_windows_and_macs(review_task):
     flags = ("--task", review_task, "--threads", 1, "--epochs", 1, "--log_every", 1, "--output_dir")
     assert ended(start(review_task.parent, *flags, "forked"))[0] == 0
