@@ -101,7 +101,8 @@ def test_the_start_is_timed(review_task):
     rows = [line.strip("|").split("|") for line in done.stdout.splitlines()[2:-2]]
     seconds = {name.strip(): float(median) for name, median, _ in rows}
     assert list(seconds) == ["train.py --help", "predict.py --help", "imports alone", "train.py, first step"]
-    assert seconds["train.py --help"] < seconds["imports alone"] < seconds["train.py, first step"]
+    # One run each beside other tests: only what is ten times apart can be compared.
+    assert 0 < seconds["train.py --help"] < min(seconds["imports alone"], seconds["train.py, first step"])
     assert not (review_task.parent / "run").exists()
 
 
