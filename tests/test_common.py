@@ -16,7 +16,7 @@ import common
 from classifier import processes
 from classifier.data.labels import majority_prediction, prediction_columns, prediction_rows, probabilities
 from classifier.data.tasks import Task
-from classifier.messages import BadInput, Preempted, RunFailed, format_duration
+from classifier.messages import BadInput, Preempted, RunFailed
 from classifier.model.models import load_model
 
 TWO = Task(name="two", text=["text"], labels=["negative", "positive"], metrics=["accuracy", "f1"])
@@ -273,13 +273,6 @@ def test_one_process_that_was_to_be_two_stops(monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "29500")
     with pytest.raises(BadInput, match="asked for several processes"):
         processes.start(SimpleNamespace(mixed_precision="no", threads=None))
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0:00:00"), (59.6, "0:01:00"), (3723, "1:02:03"), (90000, "25:00:00")]
-)
-def test_time_is_h_mm_ss(seconds, text):
-    assert format_duration(seconds) == text
 
 
 FRESH_PAGES = """

@@ -18,7 +18,7 @@ from transformers import BertTokenizer
 
 from classifier import files
 from classifier.data.tasks import Task
-from classifier.files import recover_folder, replace_folder, sha256
+from classifier.files import replace_folder, sha256
 from classifier.messages import BadInput, Preempted, RunFailed, log
 from classifier.model.models import load_model, model_folder, saved_metrics
 from classifier.training import checkpoint, lock
@@ -590,15 +590,6 @@ def fill(path, content):
     return path
 
 
-def test_a_folder_takes_the_place_of_another(tmp_path, monkeypatch):
-    events = record(monkeypatch)
-    replace_folder(fill(tmp_path / "model.tmp", "new"), tmp_path / "model")
-    replace_folder(fill(tmp_path / "model.tmp", "newer"), tmp_path / "model")
-    assert (tmp_path / "model" / "file").read_text() == "newer" and names(tmp_path) == ["model"]
-    moves = [(Path(event[1]).name, Path(event[2]).name) for event in events if event[0] == "rename"]
-    assert moves == [("model.tmp", "model"), ("model", "model.old"), ("model.tmp", "model")]
-
-
 @pytest.mark.parametrize("at", [1, 2])
 def test_a_model_that_was_moved_aside_comes_back(finished, at, monkeypatch):
     fill(finished / "old", "old")
@@ -613,14 +604,6 @@ def test_a_model_that_was_moved_aside_comes_back(finished, at, monkeypatch):
     checkpoint.begin_or_resume(finished, SETTINGS, DATA)
     assert (finished / "model" / "file").read_text() == "old"
     assert names(finished) == ["model", "results.json", "state.json"]
-
-
-def test_a_moved_folder_goes_where_its_successor_came(tmp_path):
-    fill(tmp_path / "model", "new"), fill(tmp_path / "model.old", "old")
-    recover_folder(tmp_path / "model")
-    assert names(tmp_path) == ["model"] and (tmp_path / "model" / "file").read_text() == "new"
-    recover_folder(tmp_path / "nothing")
-    assert names(tmp_path) == ["model"]
 
 
 def test_the_model_folder_is_whole_readable_and_the_last_thing_written(tmp_path, tiny_bert, vocabulary, monkeypatch):
