@@ -410,3 +410,26 @@ def test_a_model_that_was_tried_is_as_it_was(family, is_training):
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.random.get_rng_state(), state)
     assert torch.is_grad_enabled()
+
+
+def test_attention_takes_what_sdpa_returns_whatever_its_strides(monkeypatch):
+    """On CUDA in fp32, heads and positions come back transposed in memory, and cannot be viewed as rows of tokens."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(8, 2, 4, generator=generator) for _ in range(3))
+    expected = []
+    for tokens in (slice(0, 5), slice(5, 8)):
+        weights = (torch.einsum("qhd,khd->hqk", query[tokens], key[tokens]) * 0.5).softmax(-1)
+        expected.append(torch.einsum("hqk,khd->qhd", weights, value[tokens]))
+    sdpa = packing.scaled_dot_product_attention
+
+    def transposed(*inputs, **options):
+        return sdpa(*inputs, **options).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(packing, "scaled_dot_product_attention", transposed)
+    monkeypatch.setattr(packing, "LONG", 0)
+    packed = packing.PackedBatch([5, 3], heads=2, device="cpu")
+    query, key, value = (
+        torch.cat([values, values.new_zeros(packed.tokens - 8, 2, 4)]) for values in (query, key, value)
+    )
+    result = packing.packed_attention(packed, query, key, value, scaling=0.5)
+    assert torch.allclose(result[:8], torch.cat(expected), atol=1e-6)
