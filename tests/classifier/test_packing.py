@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from conftest import TORCHRUN_2, bert_config, lines_of, run_script, write_review_task
 from datasets import Dataset
+from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -420,10 +421,9 @@ def test_attention_takes_what_sdpa_returns_whatever_its_strides(monkeypatch):
     for tokens in (slice(0, 5), slice(5, 8)):
         weights = (torch.einsum("qhd,khd->hqk", query[tokens], key[tokens]) * 0.5).softmax(-1)
         expected.append(torch.einsum("hqk,khd->qhd", weights, value[tokens]))
-    sdpa = packing.scaled_dot_product_attention
 
     def transposed(*inputs, **options):
-        return sdpa(*inputs, **options).transpose(1, 2).contiguous().transpose(1, 2)
+        return scaled_dot_product_attention(*inputs, **options).transpose(1, 2).contiguous().transpose(1, 2)
 
     monkeypatch.setattr(packing, "scaled_dot_product_attention", transposed)
     monkeypatch.setattr(packing, "LONG", 0)
