@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -51,9 +52,13 @@ SLOWEST = [
 def pytest_collection_modifyitems(items):
     if os.environ.get("SLOW") != "1":
         reason = pytest.mark.skip(reason="takes long; SLOW=1 in the environment runs it, as .ci/run does")
+        cases = Counter()
         for item in items:
-            if item.get_closest_marker("slow"):
+            marker = item.get_closest_marker("slow")
+            test = (item.path, item.originalname)
+            if marker and cases[test] >= marker.kwargs.get("after", 0):
                 item.add_marker(reason)
+            cases[test] += 1
     items.sort(key=lambda item: SLOWEST.index(item.path.stem) if item.path.stem in SLOWEST else len(SLOWEST))
 
 

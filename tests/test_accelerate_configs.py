@@ -107,6 +107,7 @@ def test_multi_cpu_is_one_gloo_group_of_two(tmp_path):
         assert (seen["type"], seen["device"]) == ("MULTI_CPU", "cpu")
 
 
+@pytest.mark.slow(after=1)
 @pytest.mark.parametrize(("name", "precision"), [("cpu", "no"), ("bf16", "bf16")])
 def test_single_process_files_run(tmp_path, name, precision):
     (seen,) = launch(name, tmp_path)
@@ -147,6 +148,7 @@ def test_multi_node_is_one_run_of_two_launchers(review_task):
     assert sum("1.00, step" in one.stdout or "step 2 |" in one.stdout for one in ended) == 1  # one of them tells
 
 
+@pytest.mark.slow
 def test_multi_cpu_trains_on_two_processes(review_task):
     launcher = (*ACCELERATE, "--config_file", str(FOLDER / "multi_cpu.yaml"))
     flags = ["--task", review_task, "--max_steps", 2, "--output_dir", "run"]

@@ -979,6 +979,7 @@ def test_a_process(tmp_path, tiny_bert, mistake):
     assert contents_of(tmp_path) == before and not list(Path(CACHE).rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_two_processes_say_it_once(tmp_path):
     write_files(tmp_path, {"train.csv": TRAIN, "validation.csv": VALIDATION.replace("positive", "postive")})
     before = contents_of(tmp_path)

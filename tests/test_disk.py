@@ -99,6 +99,7 @@ def warnings_of(log):
 # ------------------------------------------------------------------------------------------------------- checkpoints
 
 
+@pytest.mark.slow(after=1)
 @pytest.mark.parametrize(
     ("change", "words"), [("", "it needs 1 MB, the disk has 0 MB left"), (UNSEEN, "No space left")]
 )
@@ -113,6 +114,7 @@ def test_training_goes_on_while_the_disk_is_full(review_task, disk, whole, chang
     assert "checkpoints" not in names(folder / "run") and not list(folder.rglob("*.tmp"))
 
 
+@pytest.mark.slow(after=1)
 @pytest.mark.parametrize("change", ["", UNSEEN], ids=["foreseen", "unforeseen"])
 def test_after_a_full_disk_and_a_kill_the_same_command_goes_on(review_task, disk, whole, change):
     folder = disk(4000)
@@ -222,6 +224,7 @@ checkpoint.write_model = filled
 """
 
 
+@pytest.mark.slow(after=1)
 @pytest.mark.parametrize("left", [8, 64])
 def test_a_full_disk_at_the_model_is_told_and_the_same_command_finishes(review_task, disk, whole, left):
     folder = disk(4000)

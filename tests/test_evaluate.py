@@ -147,6 +147,7 @@ def test_the_test_split_each_row_once_in_order_with_the_scores_of_scikit_learn(c
     assert evaluation["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, ids).item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_does(copy, evaluate):
     evaluate("--model", "run", "--split", "test", "--eval_batch_size", 8, "--output_dir", "one", cwd=copy)
     ended = run_script(

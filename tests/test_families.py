@@ -39,6 +39,7 @@ def family(request, tmp_path, vocabulary):
     return folder
 
 
+@pytest.mark.slow(after=1)
 def test_trains_evaluates_and_predicts(family, tmp_path, run_inside):
     write_table(tmp_path / "my.csv", make_rows(60))
     arguments = ["--train_file", "my.csv", "--model", family, "--epochs", 1, "--batch_size", 8, "--output_dir", "run"]

@@ -97,6 +97,7 @@ common.example_losses = broken
 """
 
 
+@pytest.mark.slow(after=1)
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_loss_that_is_not_finite_stops_all_and_is_told_once(review_task, rank):
     done, _, folder = train(review_task, "--log_every", 5, change=BROKEN_LOSS.format(rank=rank))
@@ -117,6 +118,7 @@ dropout.Masks.set_batch = failing
 """
 
 
+@pytest.mark.slow(after=1)
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_process_that_fails_alone_ends_the_job_in_seconds_with_its_message(review_task, rank):
     done, seconds, folder = train(review_task, "--epochs", 50, change=ONE_RANK_FAILS.format(rank=rank))
@@ -174,6 +176,7 @@ processes.start = started
 """
 
 
+@pytest.mark.slow(after=1)
 @pytest.mark.parametrize(("power", "processes"), [(10, 1), (26, 1), (26, 2)])
 def test_the_loop_of_fp16_with_its_scaler(review_task, power, processes):
     """A scale of 2**26 overflows float16 until it is halved often enough: such steps stop nothing."""

@@ -174,6 +174,7 @@ def test_a_run_that_runs_out_of_memory_resumes_by_the_same_command(review_task, 
     assert json.loads((folder / "run" / "results.json").read_text())["steps"] == 26
 
 
+@pytest.mark.slow
 def test_it_is_halved_again_and_stays_so(review_task, losses):
     folder = review_task.parent
     change = hungry("range(5, 99)").replace("700 * 2**20", "300 * 2**20")
@@ -228,6 +229,7 @@ inference.largest_micro_batch = noted
     assert "TRAINING True" in log
 
 
+@pytest.mark.slow(after=1)
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_one_of_two_processes_runs_out_of_memory(review_task, rank):
     folder = review_task.parent

@@ -185,6 +185,7 @@ def test_a_model_of_several_labels_without_our_files_is_read_as_it_is(folder, ru
     assert run("predict.py", "--model", tmp_path, *flags) == run("predict.py", "--model", "run", *flags)
 
 
+@pytest.mark.slow
 def test_two_processes_and_micro_batches_change_nothing(folder, run):
     flags = ["--max_steps", 10, "--output_dir"]
     run("train.py", *FLAGS, *flags, "one")

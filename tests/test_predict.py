@@ -331,6 +331,7 @@ def write_many(path, number=20_000):
     return write_table(path, [(str(row), text) for row, (text, _) in enumerate(make_rows(number, 4))], ("id", "text"))
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_does(trained, predict, tmp_path):
     write_many(tmp_path / "in.csv")
     predict("--input", "in.csv", "--output", "one.csv")

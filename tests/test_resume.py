@@ -241,7 +241,7 @@ def cells():
     while missing:
         chosen.append(max(every, key=lambda cell: len(pairs(cell) & missing)))
         missing -= pairs(chosen[-1])
-    return chosen[:6] + [pytest.param(cell, marks=pytest.mark.slow) for cell in chosen[6:]]
+    return chosen
 
 
 def names_of(cell):
@@ -294,6 +294,7 @@ def assert_equal(run, whole):
 # ---------------------------------------------------------------------------------------------------------- the matrix
 
 
+@pytest.mark.slow(after=2)
 @pytest.mark.parametrize("cell", cells(), ids=names_of)
 def test_a_run_that_was_stopped_is_equal_to_one_that_was_not(tasks, whole, launch, tmp_path, cell):
     where, how, processes, told, workers, accumulates, dropout = cell
@@ -334,6 +335,7 @@ def test_two_processes_of_torchrun_go_on(tasks, whole, tmp_path):
     assert_equal(tmp_path / "run", whole("on", 2))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_again_and_again_is_equal(tasks, whole, launch, tmp_path):
     flags = ["--task", "on.yaml", *FLAGS, "--output_dir", tmp_path / "run"]
     for step in (1, 13, 14, 26, 38, 39):
@@ -358,6 +360,7 @@ dropout.Masks.set_batch = signalling
 """
 
 
+@pytest.mark.slow(after=1)
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGUSR1", "SIGINT"])
 def test_a_signal_to_all_processes_of_a_run_spares_those_that_load_batches(tasks, whole, launch, tmp_path, how):
     """Clusters and terminals signal the whole group."""
@@ -382,6 +385,7 @@ dropout.Masks.set_batch = noting
 """
 
 
+@pytest.mark.slow(after=1)
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_another_number_of_processes_sees_the_remaining_examples_of_the_plan(
     tasks, whole, launch, tmp_path, before, after
@@ -496,6 +500,7 @@ dropout.Dropout.forward = forward
 """
 
 
+@pytest.mark.slow(after=1)
 @pytest.mark.parametrize(("how", "processes"), [("SIGTERM", 2), ("SIGKILL", 1)])
 def test_a_model_that_draws_from_torchs_generator_goes_on_with_the_same_draws(
     tasks, whole, launch, tmp_path, how, processes
@@ -511,6 +516,7 @@ def test_a_model_that_draws_from_torchs_generator_goes_on_with_the_same_draws(
     assert_equal(tmp_path / "run", expected)
 
 
+@pytest.mark.slow(after=1)
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_scale_of_fp16_survives(tasks, whole, launch, tmp_path, processes):
     """It is halved in the first steps; a run that began with it anew would skip steps once more."""
@@ -540,6 +546,7 @@ def test_early_stopping_counts_on(tasks, launch, tmp_path):
     assert_equal(tmp_path / "run", tasks / "unlearning")
 
 
+@pytest.mark.slow(after=1)
 @pytest.mark.parametrize(
     ("where", "how"),
     [("in a later epoch", "SIGKILL"), ("in an evaluation", "SIGTERM"), ("in the last evaluation", "SIGKILL")],
@@ -620,6 +627,7 @@ def test_killed_between_done_and_the_removal_of_checkpoints(tasks, whole, launch
     assert_equal(tmp_path / "run", whole())
 
 
+@pytest.mark.slow(after=1)
 @pytest.mark.parametrize("has_one", [False, True])
 def test_killed_while_the_model_is_put_in_place(tasks, whole, launch, tmp_path, has_one):
     """Before its rename; where there is a model of an earlier run, that one has just been moved aside for it."""
@@ -652,6 +660,7 @@ SAVING = {
 }
 
 
+@pytest.mark.slow(after=1)
 @pytest.mark.parametrize("moment", SAVING)
 def test_killed_while_a_checkpoint_is_written(tasks, whole, launch, tmp_path, moment):
     change = killed_where("os.replace", SAVING[moment])

@@ -77,6 +77,7 @@ def fit_manifest(path):
 # ------------------------------------------------------------------------------------------------------- checkpoints
 
 
+@pytest.mark.slow(after=1)
 @pytest.mark.parametrize("name", FILES)
 def test_a_checkpoint_with_a_payload_is_skipped(stopped, tmp_path, name):  # noqa: F811
     folder = tmp_path / "copy"

@@ -342,6 +342,7 @@ def train_on_two(task, *flags):
         assert code == 0, errors
 
 
+@pytest.mark.slow
 def test_two_processes_agree_on_uneven_batches_class_weights_and_label_smoothing(review_task, train):
     rows = [row for row in make_rows(120, 5) if row[1] == "positive" or len(row[0]) % 3 == 0]
     write_table(review_task.parent / "train.csv", rows)
@@ -362,6 +363,7 @@ def test_more_processes_than_examples_in_a_step(review_task, train):
     assert results["train_examples"] == 12 and results["padding_fraction"] == 0
 
 
+@pytest.mark.slow(after=1)
 @pytest.mark.parametrize("kind", ["plain", "weighted", "regression"])
 def test_micro_batches_of_any_size_change_nothing(review_task, train, kind):
     flags = ["--max_steps", 14, "--log_every", 1]
@@ -1181,6 +1183,7 @@ def test_a_dry_run_tells_what_the_run_takes_and_leaves_nothing(review_task, proc
     assert printed.count("validation loss") == 1 and "train: 200 rows | " in printed
 
 
+@pytest.mark.slow
 def test_a_dry_run_foretells_the_time(review_task, train):
     """Roughly: on a machine that others use, too."""
     flags = ["--epochs", 40, "--eval_every", 100]
@@ -1221,6 +1224,7 @@ def test_a_dry_run_finds_mistakes_and_leaves_nothing_then(review_task, refused, 
     assert contents_of(review_task.parent) == before and list(scratch.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_two_processes_leave_nothing_of_a_dry_run_that_failed(review_task):
     before = contents_of(review_task.parent)
     outputs = dry_run(review_task, 2, 1, "--dry_run", "--learning_rate", "1e30")

@@ -810,6 +810,7 @@ SOME = [
 ]
 
 
+@pytest.mark.slow(after=1)
 @pytest.mark.parametrize(("name", "damage"), MATRIX if os.environ.get("FULL") == "1" else SOME)
 def test_the_same_command_goes_on_before_the_damage_to_the_same_weights(stopped, tmp_path, name, damage):
     log = go_on(stopped, tmp_path, lambda run: DAMAGE[damage](run / "checkpoints" / "step-00000015" / name))
@@ -821,6 +822,7 @@ def test_the_same_command_goes_on_after_nothing_but_a_kill(stopped, tmp_path):
     assert "resuming after step 15" in log and "skipped" not in log
 
 
+@pytest.mark.slow
 def test_the_same_command_starts_again_where_all_are_damaged(stopped, tmp_path):
     def damage(run):
         for path, kind in zip(checkpoint.checkpoint_paths(run), [*DAMAGE, *DAMAGE], strict=False):

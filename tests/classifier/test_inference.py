@@ -115,6 +115,7 @@ def test_a_frozen_part_drops_nothing_and_the_rest_does(tmp_path, vocabulary, par
 # ------------------------------------------------------------------------------------------------------ the numbers
 
 
+@pytest.mark.slow(after=1)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_50_steps_are_those_of_an_encoder_that_runs_in_each(train, task, vocabulary, monkeypatch, family):
     """With dropout in the head, where it has any. The models that run padded (DeBERTa) have features, too."""
@@ -153,6 +154,7 @@ def test_the_encoder_runs_in_no_step_and_no_evaluation(train, monkeypatch):
     assert sum(numbers) > training + evaluated
 
 
+@pytest.mark.slow
 def test_in_bf16_features_are_those_of_bf16(train, monkeypatch):
     flags = ("--max_steps", 20, "--mixed_precision", "bf16")
     cached = train("cached", *flags)[1:]
@@ -204,6 +206,7 @@ def test_features_are_computed_once_for_all_epochs_and_runs(train, task, vocabul
     assert computed == [200, 50]
 
 
+@pytest.mark.slow
 def test_other_weights_texts_lengths_and_precisions_have_features_of_their_own(train, task, computed):
     folder, flags = task.parent, ("--max_steps", 2)
     train("run", *flags)
@@ -262,6 +265,7 @@ def test_the_saved_model_is_a_whole_one(task, train, run_inside):
     assert probabilities == pytest.approx(logits.softmax(-1)[:, 1].tolist(), abs=1e-5)
 
 
+@pytest.mark.slow(after=1)
 @pytest.mark.parametrize("has_cache", [True, False])
 def test_a_run_that_was_stopped_ends_with_the_same_bytes(task, train, run_inside, monkeypatch, has_cache):
     flags = ("--epochs", 3, "--save_every", 7)

@@ -206,6 +206,7 @@ except BadInput as error:
 """
 
 
+@pytest.mark.slow(after=1)
 @pytest.mark.parametrize("is_stale", [True, False])
 def test_of_several_that_begin_at_once_one_wins(run, dead_pid, tmp_path, is_stale):
     folder = run(pid=dead_pid)

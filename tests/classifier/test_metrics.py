@@ -370,6 +370,7 @@ def run_beside_a_hiding_script(folder, launch, before="", after=""):
     return result, set(folder.rglob("*")) - files
 
 
+@pytest.mark.slow(after=1)
 @pytest.mark.parametrize("launch", [["script.py"], ["-c", "import sys; sys.path.insert(0, '.'); import script"]])
 def test_library_is_found_beside_our_script_without_files_or_network(tmp_path, launch):
     result, new_files = run_beside_a_hiding_script(tmp_path, launch)

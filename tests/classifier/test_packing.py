@@ -280,6 +280,7 @@ def test_frozen_parts(frozen):
     assert_equal(packer_results(model, packer, examples, is_packed=True), expected)
 
 
+@pytest.mark.slow
 def test_two_processes_train_packed_as_one_does_padded(review_task, vocabulary, run_inside, monkeypatch):
     config = bert_config(vocabulary, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
     task = write_review_task(review_task.with_name("dropout.yaml"), config)

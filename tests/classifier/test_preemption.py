@@ -379,6 +379,7 @@ def test_a_signal_before_the_training_ends_at_once(review_task):
     assert not (review_task.parent / "run").exists()
 
 
+@pytest.mark.slow(after=1)
 @pytest.mark.parametrize("number_of_processes", [1, 2])
 def test_a_signal_in_a_long_evaluation_does_not_wait_for_its_end(review_task, number_of_processes):
     folder = review_task.parent
@@ -438,6 +439,7 @@ def test_loaders_that_are_spawned_as_on_windows_and_macs(review_task):
     assert sha256(models[0]) == sha256(models[1])
 
 
+@pytest.mark.slow(after=1)
 @pytest.mark.parametrize("target", ["launcher", "one worker"])
 def test_two_processes_under_torchrun_end_together(review_task, target):
     folder = review_task.parent
