@@ -30,7 +30,7 @@ from classifier.data.labels import (
 from classifier.data.reader import check_file
 from classifier.data.splits import read_column
 from classifier.data.writer import write_bad_rows, write_csv
-from classifier.evaluation import analysis, metrics, page
+from classifier.evaluation import analysis, intervals, metrics, page
 from classifier.files import CannotWrite, check_output_folder, write_json
 from classifier.messages import BadInput, in_red, log
 from classifier.model.tokenization import tokenize_splits
@@ -214,7 +214,8 @@ def summarise(task, title, result, lengths, slices, baselines):
     return {
         "loss": result["loss"],
         "scores": result["scores"],
-        "intervals": metrics.intervals(task.metrics, result["predictions"], labels),
+        "intervals": intervals.score_intervals(task.metrics, result["predictions"], labels),
+        "no_interval": intervals.missing_intervals(task.metrics, result["predictions"], labels),
         "majority_baseline": result["majority"],
         "baselines": {
             name: metrics.compute_metrics(task.metrics, predictions, labels) for name, predictions in baselines.items()

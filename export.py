@@ -32,7 +32,7 @@ from classifier import processes
 from classifier.data import tasks
 from classifier.data.cache import column_array
 from classifier.data.labels import predictions_from_logits
-from classifier.evaluation import metrics
+from classifier.evaluation import intervals, metrics
 from classifier.files import recover_folder, replace_folder, sha256, write_json, write_text
 from classifier.messages import BadInput, RunFailed, format_duration, format_score, log
 from classifier.model.models import load_model, model_folder, with_head_labels
@@ -225,8 +225,8 @@ def certify(task, logits, splits):
             torch_score, figures = content["torch"]["scores"][split], content[name]
             is_known = None not in (score, torch_score)
             figures["differences"][split] = score - torch_score if is_known else None
-            intervals = metrics.difference_intervals([metric], predictions, torch_predictions, labels)
-            figures["intervals"][split] = intervals[metric] if is_known else None
+            found = intervals.difference_intervals([metric], predictions, torch_predictions, labels)
+            figures["intervals"][split] = found[metric] if is_known else None
             largest = float(abs(values.astype(np.float64) - torch_values).max())
             figures["largest_logit_difference"] = max(figures["largest_logit_difference"], largest)
     return content
@@ -291,11 +291,11 @@ def describe_fall(metric, before, score, interval):
     """Return the fall from one score to another as text, or None where chance or rounding may explain it."""
     if interval is None:  # a fall only where torch's score is the only one that is defined
         return f"{before:.4f} to {format_score(score)}" if score is None else None
-    margin = metrics.rounding_margin(metric, before, score)
-    if not metrics.is_beyond_margin(interval, margin):
+    margin = intervals.rounding_margin(metric, before, score)
+    if not intervals.is_beyond_margin(interval, margin):
         return None
     digits = max(4, math.ceil(-math.log10(margin)))  # an error may be smaller than 0.0001
-    low, high = map(metrics.format_difference, interval)
+    low, high = map(intervals.format_difference, interval)
     return (
         f"{before:.{digits}f} to {score:.{digits}f}, 95 % interval of the difference {low} to {high}; "
         f"rounding explains up to {margin:.1e}"

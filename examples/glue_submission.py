@@ -27,7 +27,7 @@ from classifier.data import tasks
 from classifier.data.cache import column_array
 from classifier.data.labels import UNLABELLED, majority_prediction, predictions_from_logits
 from classifier.data.splits import load_splits, read_column
-from classifier.evaluation import metrics
+from classifier.evaluation import intervals, metrics
 from classifier.files import CannotWrite, read_json, write_text
 from classifier.messages import BadInput, format_score, format_scores, log
 from classifier.predictor import load
@@ -168,8 +168,8 @@ def log_score(name, task, values, labels):
     """Log the score on a test set whose labels are public, as MRPC's are."""
     if not (np.isnan(labels) if task.is_regression else labels == UNLABELLED).any():
         scores = format_scores(metrics.compute_metrics(task.metrics, values, labels))
-        intervals = metrics.format_intervals(metrics.intervals(task.metrics, values, labels))
-        log.info(f"{name}: its test labels are public: {scores} (95 %: {intervals})")
+        bounds = intervals.format_intervals(intervals.score_intervals(task.metrics, values, labels))
+        log.info(f"{name}: its test labels are public: {scores} (95 %: {bounds})")
 
 
 def write_tables(folder, tables):

@@ -9,7 +9,7 @@ import numpy as np
 
 from classifier.data.labels import probabilities
 from classifier.data.reader import read_rows
-from classifier.evaluation import metrics
+from classifier.evaluation import intervals, metrics
 from classifier.messages import BadInput, format_score, format_scores, nearest
 
 CALIBRATION_BINS = 15
@@ -66,6 +66,7 @@ def calibration(probabilities, predictions, labels):
 
     Each of 15 bins holds predictions of similar confidence and has their mean confidence and their accuracy. The error
     is the mean distance of the two, weighted by examples. In multi-label each label of each example is a prediction.
+    `chance_alone` is what 95 of 100 calibrated models of these confidences stay below; with few examples it is large.
     """
     if labels.ndim == 2:
         confidence, is_right = np.maximum(probabilities, 1 - probabilities).ravel(), (predictions == labels).ravel()
@@ -78,8 +79,16 @@ def calibration(probabilities, predictions, labels):
         mean, rate = float(confidence[inside].mean()), float(is_right[inside].mean())
         error += inside.mean() * abs(mean - rate)
         edges = {"low": float(number / CALIBRATION_BINS), "high": float((number + 1) / CALIBRATION_BINS)}
-        bins.append({**edges, "examples": int(inside.sum()), "confidence": mean, "accuracy": rate})
-    return {"expected_calibration_error": float(error), "bins": bins}
+        accuracy = {"accuracy": rate, "interval": intervals.binomial_interval(is_right[inside].sum(), inside.sum())}
+        bins.append({**edges, "examples": int(inside.sum()), "confidence": mean, **accuracy})
+    return {"expected_calibration_error": float(error), "chance_alone": _calibration_by_chance(bins), "bins": bins}
+
+
+def _calibration_by_chance(bins, draws=2000):
+    examples, confidence = (np.array([row[name] for row in bins]) for name in ("examples", "confidence"))
+    right = np.random.default_rng(0).binomial(examples, confidence, (draws, len(bins)))
+    errors = np.abs(right / examples - confidence) @ examples / examples.sum()
+    return float(np.quantile(errors, intervals.LEVEL))
 
 
 def slices_by_value(values):
@@ -110,8 +119,8 @@ def score_slices(names, predictions, labels, slices):
     for name, numbers in slices:
         columns = predictions[numbers], labels[numbers]
         scores = metrics.compute_metrics(names, *columns, warns=False)
-        intervals = metrics.intervals(names, *columns)
-        rows.append({"slice": name, "examples": len(numbers), "scores": scores, "intervals": intervals})
+        row = {"slice": name, "examples": len(numbers), "scores": scores}
+        rows.append({**row, "intervals": intervals.score_intervals(names, *columns)})
     return rows
 
 
@@ -187,39 +196,62 @@ def compare_models(task, names, predictions, others, labels):
     and 1.
     """
     here, other = (metrics.compute_metrics(task.metrics, side, labels, warns=False) for side in (predictions, others))
-    intervals = metrics.difference_intervals(task.metrics, predictions, others, labels)
+    found = intervals.difference_intervals(task.metrics, predictions, others, labels)
     content = {"other": names[1], "scores": other, "differences": {}}
     for metric in task.metrics:
-        is_defined = None not in (here[metric], other[metric])
+        is_defined = found[metric] is not None
         content["differences"][metric] = {
             "difference": here[metric] - other[metric] if is_defined else None,
-            "interval": intervals[metric] if is_defined else None,
+            "interval": found[metric],
         }
+    metric = task.metrics[0]
+    if found[metric] is not None:
+        p = intervals.randomisation_test(metric, predictions, others, labels)
+        content["randomisation_test"] = {"metric": metric, "p": p}
     if not task.is_regression:
-        only_here, only_other, p = metrics.mcnemar(is_right(predictions, labels), is_right(others, labels))
+        only_here, only_other, p = intervals.mcnemar(is_right(predictions, labels), is_right(others, labels))
         content["mcnemar"] = {"only_here_right": only_here, "only_other_right": only_other, "p": p}
-    content["conclusion"] = draw_conclusion(names, task.metrics[0], len(labels), content)
+    if np.array_equal(predictions, others):
+        content["conclusion"] = f"{names[0]} and {names[1]} predict the same for all {len(labels)} examples."
+    else:
+        content["conclusion"] = draw_conclusion(names, metric, len(labels), content)
     return content
 
 
 def draw_conclusion(names, metric, examples, content):
-    """Return one sentence: what the examples show about two models. content: the dict of compare_models so far."""
+    """Return one sentence: what the examples show about two models. content: the dict of compare_models so far.
+
+    One is called better only where both its interval leaves 0 out and a test that is exact for any number of rows says
+    so: with few rows, or scores near 1, intervals alone say too much.
+    """
     difference, interval = content["differences"][metric].values()
     if interval is None:
-        return f"No conclusion is possible: {metric} is undefined for one of the two models."
-    low, high = map(metrics.format_difference, interval)
-    figures = f"{metrics.format_difference(difference)}, 95 % interval {low} to {high}, {examples} examples"
-    if interval[0] <= 0 <= interval[1]:
-        return f"These examples do not tell {names[0]} and {names[1]} apart by {metric}: the difference is {figures}."
+        return f"No conclusion is possible: {metric} is undefined for one of the two models, or there is one example."
+    is_accuracy = metric == "accuracy"  # then the two tests are one, and McNemar's needs no random draws
+    p = content["mcnemar" if is_accuracy else "randomisation_test"]["p"]
+    low, high = map(intervals.format_difference, interval)
+    figures = (
+        f"{intervals.format_difference(difference)}, 95 % interval {low} to {high}, {_format_p(p)}, {examples} examples"
+    )
     other = content["scores"][metric]
-    margin = metrics.rounding_margin(metric, other + difference, other)
-    if not metrics.is_beyond_margin(interval, margin):
+    margin = intervals.rounding_margin(metric, other + difference, other)
+    if interval[0] <= 0 <= interval[1] or p > 1 - intervals.LEVEL:
+        needed = intervals.detectable_difference(interval)
+        return (
+            f"These examples do not tell {names[0]} and {names[1]} apart by {metric}: the difference is {figures}. "
+            f"With a probability of 80 %, they would show one of {needed:.2g} or more."
+        )
+    if not intervals.is_beyond_margin(interval, margin):
         return (
             f"These examples show no difference between {names[0]} and {names[1]} by {metric} beyond the {margin:.1e} "
             f"that rounding explains: it is {figures}."
         )
     better, worse = names if metrics.is_better(metric, difference, 0) else names[::-1]
     return f"{better} is better than {worse} by {metric}, for these two trainings: the difference is {figures}."
+
+
+def _format_p(p):
+    return f"p = {p:.4f}" if p >= 0.0001 else "p < 0.0001"
 
 
 def only_one_right(predictions, others, labels):
@@ -238,15 +270,14 @@ def format_evaluation(content):
     lines = [
         f"{content['split']}: {format_scores(scores)}, loss {content['loss']:.4f}, {number} "
         f"(majority: {format_scores(majority)})",
-        f"95 % intervals: {metrics.format_intervals(content['intervals'])}",
+        f"95 % intervals: {intervals.format_intervals(content['intervals'], content['no_interval'])}",
         *(f"{name}: {format_scores(scores)}" for name, scores in content["baselines"].items()),
     ]
     if "classes" in content:
         lines += _format_classes(content["classes"])
         if content["never_predicted"]:
             lines.append(f"never predicted: {', '.join(content['never_predicted'][:MOST_LISTED])}")
-        error = content["calibration"]["expected_calibration_error"]
-        lines.append(f"calibration: confidence and accuracy differ by {error:.4f} on average")
+        lines.append(f"calibration: {format_calibration(content['calibration'])}")
     for column, slices in content["slices"].items():
         lines += [f"by {column}", *(f"  {row['slice']}: {_format_slice(row)}" for row in slices)]
     if "comparison" in content:
@@ -254,9 +285,18 @@ def format_evaluation(content):
         if mcnemar := content["comparison"].get("mcnemar"):
             lines.append(
                 f"right only here: {mcnemar['only_here_right']}, only there: {mcnemar['only_other_right']} "
-                f"(McNemar's exact test: p = {mcnemar['p']:.4f})"
+                f"(McNemar's exact test: {_format_p(mcnemar['p'])})"
             )
     return "\n".join(lines)
+
+
+def format_calibration(calibration):
+    """Return the calibration error as text, beside what chance alone may give."""
+    error, chance = calibration["expected_calibration_error"], calibration["chance_alone"]
+    return (
+        f"confidence and accuracy differ by {error:.4f} on average; chance alone gives up to {chance:.4f} "
+        f"with {sum(row['examples'] for row in calibration['bins'])} examples"
+    )
 
 
 def _format_classes(classes):

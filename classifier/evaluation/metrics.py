@@ -1,7 +1,6 @@
-"""Metrics: the GLUE scores and their relatives, their confidence intervals, and tests of differences.
+"""Metrics: the GLUE scores and their relatives.
 
     compute_metrics(["f1", "accuracy"], predictions, references)      -> {"f1": 0.8122, "accuracy": 0.6838}
-    intervals(["f1", "accuracy"], predictions, references)            -> {"f1": [0.7792, 0.8430], "accuracy": ...}
 
 Scores match scikit-learn and scipy in float64; an undefined score is None. Predictions and references are integer class
 ids (after the argmax), floats for regression, or 0 and 1 of shape (rows, labels) for multi-label. Each metric is an
@@ -178,8 +177,8 @@ class Counts(NamedTuple):
     classes: np.ndarray  # (...): the number of classes that a macro average divides by
 
 
-def count_classes(predictions, references, times=None):
-    """Return the Counts of rows; `times` (..., rows) is how often each row counts, once by default."""
+def class_columns(predictions, references):
+    """Return fields of Counts for each row: `right` (rows,); `hits`, `predicted`, `actual`: sparse (rows, classes)."""
     from scipy.sparse import csr_array
 
     if references.ndim == 2:
@@ -192,11 +191,17 @@ def count_classes(predictions, references, times=None):
             csr_array((ones, (rows, side)), shape=(len(rows), len(classes))) for side in np.split(codes, 2)
         )
         right = predictions == references
+    return {"right": right, "hits": predicted * actual, "predicted": predicted, "actual": actual}
+
+
+def count_classes(predictions, references, times=None):
+    """Return the Counts of rows; `times` (..., rows) is how often each row counts, once by default."""
+    columns = class_columns(predictions, references)
     times = np.ones(len(references)) if times is None else np.asarray(times, np.float64)
-    hits, predicted, actual = (times @ part for part in (predicted * actual, predicted, actual))
+    counts = {name: times @ column for name, column in columns.items()}
     # scikit-learn leaves classes that do not occur out of a macro average, but only with one label per row.
-    number = np.sum((predicted + actual > 0) | (references.ndim == 2), axis=-1)
-    return Counts(times.sum(axis=-1), times @ right, hits, predicted, actual, number)
+    occurs = (counts["predicted"] + counts["actual"] > 0) | (references.ndim == 2)
+    return Counts(rows=times.sum(axis=-1), classes=np.sum(occurs, axis=-1), **counts)
 
 
 def safe_divide(part, whole):
@@ -271,111 +276,3 @@ def mse(predictions, references):
 recall_weighted = accuracy  # each class's recall, weighted by its rows in the references: the same number
 # A function of Counts, or of (predictions, references) in regression; valid where why_undefined returns "".
 FORMULAS = {name: globals()[name] for name in DIRECTION}
-
-# -------------------------------------------------------------------------------------------------------- intervals
-
-RESAMPLES, LEVEL = 10_000, 0.95
-NUMBERS_AT_A_TIME = 10**7  # drawn for resamples: 80 MB
-
-
-def intervals(names, predictions, references, resamples=RESAMPLES):
-    """Return {name: [low, high]}, 95 % intervals by the percentile bootstrap; None if undefined or for a single row."""
-    scores = _resample(names, references, predictions, resamples=resamples)
-    return {name: _quantiles(*scores[name]) if name in scores else None for name in names}
-
-
-def difference_intervals(names, predictions, others, references, resamples=RESAMPLES):
-    """Return {name: [low, high]} of the score of predictions - that of others, on the same resamples."""
-    scores = _resample(names, references, predictions, others, resamples=resamples)
-    return {name: _quantiles(np.subtract(*scores[name])) if name in scores else None for name in names}
-
-
-def format_intervals(values):
-    """Return {name: interval} as text: `f1 0.8192 to 0.8805, accuracy none`."""
-    return ", ".join(
-        f"{name} {interval[0]:.4f} to {interval[1]:.4f}" if interval else f"{name} none"
-        for name, interval in values.items()
-    )
-
-
-def _quantiles(scores):
-    if not np.isfinite(scores).all():
-        return None
-    outside = (1 - LEVEL) / 2
-    return np.quantile(scores, [outside, 1 - outside]).tolist()
-
-
-def _resample(names, references, *models, resamples):
-    """Return {name: [scores (resamples,) of each model]} of the metrics that are defined; empty for a single row.
-
-    models: the predictions of each. All models are scored on the same resamples.
-    """
-    references, models = np.asarray(references), [np.asarray(predictions) for predictions in models]
-    rows, generator = len(references), np.random.default_rng(0)
-    scores = {
-        name: [[] for _ in models]
-        for name in names
-        if rows > 1 and not any(why_undefined(name, predictions, references) for predictions in models)
-    }
-    is_regression = not names or names[0] in REGRESSION
-    if is_regression:  # the rows themselves are drawn: fewer resamples of very many rows
-        resamples = min(resamples, max(1000, 3 * 10**6 // max(rows, 1)))
-    else:
-        # Rows with the same label and predictions are interchangeable, so how often each kind of row is drawn is
-        # multinomial: a few numbers per resample, however many rows there are.
-        kinds, counts = np.unique(np.column_stack([references, *models]), axis=0, return_counts=True)
-        columns = np.split(kinds, 1 + len(models), axis=1)
-        references, *models = (column if references.ndim == 2 else column[:, 0] for column in columns)
-    at_a_time = max(1, NUMBERS_AT_A_TIME // max(len(references), 1))
-    for first in range(0, resamples if scores else 0, at_a_time):
-        number = min(at_a_time, resamples - first)
-        if is_regression:
-            drawn = generator.integers(0, rows, (number, rows))
-            inputs = [(predictions[drawn], references[drawn]) for predictions in models]
-        else:
-            times = generator.multinomial(rows, counts / rows, size=number)
-            inputs = [(count_classes(predictions, references, times),) for predictions in models]
-        with np.errstate(invalid="ignore"):  # a resample of equal values has no correlation
-            for name, parts_by_model in scores.items():
-                for model_inputs, parts in zip(inputs, parts_by_model, strict=True):
-                    parts.append(FORMULAS[name](*model_inputs))
-    return {name: [np.concatenate(parts) for parts in parts_by_model] for name, parts_by_model in scores.items()}
-
-
-# ------------------------------------------------------------------------------------------ differences of two models
-
-ROUNDING = 1e-4  # of a score's scale: what summing in another order may change
-
-
-def rounding_margin(name, score, other):
-    """Return how far two scores may differ by rounding alone. The scale of an error is itself, of other scores 1."""
-    return ROUNDING * (max(score, other) if DIRECTION[name] == "min" else 1)
-
-
-def is_beyond_margin(interval, margin):
-    """Return whether an interval of a difference is on one side of 0 and beyond the margin of `rounding_margin`.
-
-    Excluding 0 is not enough: summing in another order shifts all errors alike, by a millionth, in every resample.
-    """
-    return interval[0] > margin or interval[1] < -margin
-
-
-def format_difference(difference):
-    """Return a difference as text that is 0 only if the difference is: +0.0123, -9.0e-07, 0."""
-    if difference == 0:
-        return "0"
-    return f"{difference:+.4f}" if abs(difference) >= 5e-5 else f"{difference:+.1e}"
-
-
-def mcnemar(is_right, other_is_right):
-    """Return (rows only one gets right, rows only the other gets right, p): McNemar's exact test.
-
-    is_right, other_is_right: (rows,), bools. p: how likely counts at least this uneven are if both models are right
-    equally often. https://doi.org/10.1007/BF02295996
-    """
-    from scipy.stats import binomtest
-
-    only_one = int((is_right & ~other_is_right).sum())
-    only_other = int((~is_right & other_is_right).sum())
-    differ = only_one + only_other
-    return only_one, only_other, float(binomtest(only_one, differ).pvalue) if differ else 1.0

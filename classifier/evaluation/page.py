@@ -158,7 +158,7 @@ def draw_confusion(matrix, names):
 
 
 def draw_calibration(calibration):
-    """Draw accuracy against confidence (a reliability diagram); the area of a dot is its number of examples."""
+    """Draw accuracy with its 95 % intervals against confidence; the area of a dot is its number of examples."""
     with _style():
         figure, (axes,) = _new_figure(3.6, 3.4)
         bins = calibration["bins"]
@@ -167,6 +167,7 @@ def draw_calibration(calibration):
         )
         axes.plot([0, 1], [0, 1], color=INK, lw=0.8, ls=":")
         axes.plot(confidence, accuracy, color=BLUE, lw=1)
+        axes.vlines(confidence, *np.transpose([row["interval"] for row in bins]), color=BLUE, lw=1, alpha=0.5)
         axes.scatter(confidence, accuracy, s=10 + 190 * examples / examples.max(), color=BLUE, alpha=0.8)
         axes.set(xlabel="confidence", ylabel="accuracy", xlim=(min(0.5, low.min()), 1.02), ylim=(-0.02, 1.04))
         return figure

@@ -7,7 +7,7 @@ from importlib.metadata import version
 import torch
 
 from classifier.data.cache import column_array
-from classifier.evaluation import analysis, metrics
+from classifier.evaluation import analysis, intervals, metrics
 from classifier.messages import RunFailed, format_duration, format_score, format_scores, in_red, log
 
 # ------------------------------------------------------------------------------------------------------ results.json
@@ -24,7 +24,11 @@ def collect_results(args, task, model_facts, progress, evaluations, data_facts, 
         "best_step": progress.state.best["step"],
         "scores": {name: evaluation["scores"] for name, evaluation in evaluations.items()},
         "intervals": {
-            name: metrics.intervals(task.metrics, evaluation["predictions"], evaluation["labels"])
+            name: intervals.score_intervals(task.metrics, evaluation["predictions"], evaluation["labels"])
+            for name, evaluation in evaluations.items()
+        },
+        "no_interval": {
+            name: intervals.missing_intervals(task.metrics, evaluation["predictions"], evaluation["labels"])
             for name, evaluation in evaluations.items()
         },
         "majority_baseline": {name: evaluation["majority"] for name, evaluation in evaluations.items()},
@@ -89,8 +93,9 @@ def format_results(results):
     lines = [f"{_format_speed(results)}; best at step {results['best_step']}"]
     for split, scores in results["scores"].items():
         majority = format_scores(results["majority_baseline"][split])
-        intervals = metrics.format_intervals(results.get("intervals", {}).get(split, {}))
-        lines += [f"{split}: {format_scores(scores)} (majority: {majority})", f"{split}, 95 % intervals: {intervals}"]
+        found, missing = (results.get(key, {}).get(split, {}) for key in ("intervals", "no_interval"))
+        bounds = intervals.format_intervals(found, missing)
+        lines += [f"{split}: {format_scores(scores)} (majority: {majority})", f"{split}, 95 % intervals: {bounds}"]
     return "\n".join(lines)
 
 
@@ -171,6 +176,7 @@ def write_report(folder, task, results, evaluations, splits, examples):
                 "scores": evaluation["scores"],
                 "majority_baseline": evaluation["majority"],
                 "intervals": results["intervals"][split],
+                "no_interval": results["no_interval"][split],
                 "warning": collapse_warning(task, split, evaluation),
                 **analysis.analyse(task, evaluation, column_array(examples[split], "length"), {}),
                 "mistakes": page.mistake_rows(task, splits[split], evaluation["logits"], numbers, losses),
@@ -285,7 +291,8 @@ def _format_score_rows(results):
     for split, scores in results["scores"].items():
         for name, score in scores.items():
             majority = results["majority_baseline"][split][name]
-            interval = metrics.format_intervals({name: results["intervals"][split][name]}).removeprefix(f"{name} ")
+            found, missing = results["intervals"][split], results["no_interval"][split]
+            interval = intervals.format_intervals({name: found[name]}, missing).removeprefix(f"{name} ")
             rows.append(f"| {split} | {name} | {format_score(score)} | {interval} | {format_score(majority)} |")
     return "\n".join(rows)
 

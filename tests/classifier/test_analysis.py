@@ -5,6 +5,7 @@ import csv
 import numpy as np
 import pytest
 from datasets import Dataset
+from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
 import common
@@ -58,6 +59,8 @@ def test_calibration_by_hand():
     result = analysis.calibration(probabilities, np.zeros(20, int), labels)
     assert result["expected_calibration_error"] == pytest.approx((0.3 + 0.08) / 2)
     assert [(bin["examples"], bin["accuracy"]) for bin in result["bins"]] == [(10, 0.7), (10, 0.6)]
+    expected = stats.binomtest(7, 10).proportion_ci(method="exact")
+    assert result["bins"][0]["interval"] == pytest.approx([expected.low, expected.high])
     assert all(bin["low"] <= bin["confidence"] <= bin["high"] for bin in result["bins"])
     # Each label of several is a prediction of its own: here two that are sure and right, one that is wrong.
     result = analysis.calibration(np.array([[1.0, 0.0, 1.0]]), np.array([[1, 0, 1]]), np.array([[1, 0, 0]]))
@@ -70,6 +73,18 @@ def test_a_model_that_says_how_sure_it_is_has_no_calibration_error():
     labels = (generator.random(200_000) > sure).astype(int)
     probabilities = np.stack([sure, 1 - sure], axis=1)
     assert analysis.calibration(probabilities, np.zeros(200_000, int), labels)["expected_calibration_error"] < 0.005
+
+
+@pytest.mark.parametrize("rows", [50, 300])
+def test_95_of_100_calibrated_models_stay_below_what_chance_alone_gives(rows):
+    above = 0
+    for seed in range(400):
+        generator = np.random.default_rng(seed)
+        sure = generator.uniform(0.5, 1, rows)
+        labels = (generator.random(rows) > sure).astype(int)
+        result = analysis.calibration(np.stack([sure, 1 - sure], axis=1), np.zeros(rows, int), labels)
+        above += result["expected_calibration_error"] > result["chance_alone"]
+    assert 8 <= above <= 34
 
 
 def test_mistakes_come_worst_first():
@@ -236,7 +251,7 @@ def test_a_difference_that_is_rounding_is_none():
             9e-07,
             "These examples show no difference between here and there by mse beyond the 1.0e-04 that rounding explains",
         ),
-        (0.0, "These examples do not tell here and there apart by mse: the difference is 0, 95 % interval 0 to 0, 200"),
+        (0.0, "here and there predict the same for all 200 examples."),
         (0.01, "there is better than here by mse"),
     ):
         for scale in (1e-2, 1, 1e2):
@@ -251,8 +266,40 @@ def test_a_difference_that_is_rounding_is_none():
 def test_a_few_rows_of_100_000_are_no_difference():
     task = Task("two", text=["text"], labels=["no", "yes"], metrics=["accuracy"])
     labels = np.zeros(100_000, dtype=int)
-    for wrong, beginning in ((5, "These examples show no difference"), (50, "there is better than here by accuracy")):
+    for wrong, beginning in ((8, "These examples show no difference"), (50, "there is better than here by accuracy")):
         here = (np.arange(100_000) < wrong).astype(int)
         content = analysis.compare_models(task, ("here", "there"), here, labels, labels)
         assert content["differences"]["accuracy"]["interval"][1] < 0
         assert content["conclusion"].startswith(beginning) and "0.0000" not in content["conclusion"]
+
+
+def test_three_rows_do_not_tell_two_models_apart():
+    """One is right in all, the other in none: the interval leaves 0 out, but chance does as much in one of four."""
+    task = Task("two", text=["text"], labels=["no", "yes"], metrics=["accuracy"])
+    labels = np.array([0, 1, 1])
+    content = analysis.compare_models(task, ("here", "there"), labels, 1 - labels, labels)
+    assert content["differences"]["accuracy"]["interval"][0] > 0 and content["mcnemar"]["p"] == 0.25
+    assert content["conclusion"].startswith("These examples do not tell here and there apart by accuracy")
+
+
+@pytest.mark.parametrize(("metric", "rows"), [("accuracy", 10), ("accuracy", 60), ("f1_macro", 60), ("mse", 60)])
+def test_of_two_equal_models_one_is_called_better_in_5_of_100_pairs_at_most(metric, rows):
+    is_regression = metric == "mse"
+    task = Task("t", text=["text"], labels="regression" if is_regression else ["no", "yes"], metrics=[metric])
+    called_better = 0
+    for seed in range(200):
+        generator = np.random.default_rng(seed)
+        if is_regression:
+            labels = generator.normal(size=rows)
+            here, there = labels + generator.normal(size=(2, rows))
+        else:
+            labels = (generator.random(rows) < 0.3).astype(int)
+            here, there = np.where(generator.random((2, rows)) < 0.85, labels, 1 - labels)
+        called_better += " is better than " in analysis.compare_models(task, "ab", here, there, labels)["conclusion"]
+    assert called_better <= 17  # in 99 of 100 cases, if each pair is called so with a probability of 5 %
+
+
+def test_a_comparison_tells_what_difference_it_would_show():
+    content, *_ = compare_at_random(other_is_right=0.85)
+    low, high = content["differences"]["f1"]["interval"]
+    assert f"would show one of {(high - low) / 2 * (1 + 0.8416 / 1.96):.2g} or more" in content["conclusion"]

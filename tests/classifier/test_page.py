@@ -14,7 +14,7 @@ from datasets import Dataset
 import common
 from classifier.data.labels import majority_prediction
 from classifier.data.tasks import Task
-from classifier.evaluation import analysis, metrics, page
+from classifier.evaluation import analysis, intervals, page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
@@ -35,7 +35,8 @@ def write_page(folder, texts, labels, task, seed=0, lines=(), **more):
         "split": "validation",
         "examples": len(texts),
         "scores": result["scores"],
-        "intervals": metrics.intervals(task.metrics, result["predictions"], labels),
+        "intervals": intervals.score_intervals(task.metrics, result["predictions"], labels),
+        "no_interval": intervals.missing_intervals(task.metrics, result["predictions"], labels),
         "majority_baseline": result["majority"],
         **analysis.analyse(task, result, lengths, {}),
         "mistakes": page.mistake_rows(task, rows, logits, *analysis.worst_mistakes(result)),
