@@ -3,7 +3,11 @@
 Invalid labels are reported with their row.
 """
 
+import ast
+import io
+import json
 import math
+import tokenize
 from dataclasses import replace
 
 import numpy as np
@@ -20,6 +24,8 @@ def label_strings(task, label):
 
     Raises ValueError, whose message is the row's problem.
     """
+    if isinstance(label, str) and (cell := _list_in_cell(task, label)) is not None:
+        label = cell
     if task.is_multi_label and isinstance(label, str):
         return [part.strip() for part in label.split(task.separator) if part.strip()]
     if task.is_multi_label and label is not None:
@@ -35,6 +41,33 @@ def label_strings(task, label):
     if isinstance(label, bool):
         return str(label).lower()
     return None if label in (None, "") else str(label)
+
+
+def _list_in_cell(task, cell):
+    """Return the list that a cell holds as text, as pandas writes it (JSON or Python); None if it is no list.
+
+    Raises ValueError for a cell of a multi-label column that looks like a list and is none.
+    """
+    if not cell.strip().startswith("["):
+        return None
+    for parse in (json.loads, _python_list):
+        try:
+            values = parse(cell.strip())
+        except (ValueError, SyntaxError, tokenize.TokenError):
+            continue
+        if isinstance(values, list):
+            return values
+    if task.is_multi_label:
+        raise ValueError(f'holds {cell!r}, which looks like a list and is none (a list: ["one", "two"])')
+    return None
+
+
+def _python_list(text):
+    values = ast.literal_eval(text)
+    strings = [token for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type == tokenize.STRING]
+    if len(strings) != sum(isinstance(value, str) for value in values):
+        raise ValueError("numpy's ['a' 'b'], which Python would read as ['ab']")
+    return values
 
 
 def with_label_names(task, sources):
@@ -91,6 +124,50 @@ def is_whole(text):
     return text.removeprefix("-").isdecimal()
 
 
+MULTI_HOT = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1, "False": 0, "True": 1}
+
+
+def is_multi_hot(task, sources):
+    """Return whether a multi-label task's lists hold one 0 or 1 for each label, and not the labels that apply.
+
+    sources: {split: splits.Source}. They do where all have as many values as there are labels, and nothing but 0 and
+    1, or true and false. Raises BadInput where such lists may be either, or where the labels have no names.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if not task.is_multi_label or (task.labels and any(map(is_whole, task.labels))):
+        return False
+    columns = [source.rows.data.column("label").combine_chunks() for source in sources.values()]
+    column = pa.concat_arrays(columns).drop_null()
+    values, lengths = pc.unique(column.flatten()).to_pylist(), pc.unique(pc.list_value_length(column)).to_pylist()
+    if len(lengths) != 1 or lengths[0] < 2 or not set(values) <= MULTI_HOT.keys():
+        return False
+    rows = np.array([MULTI_HOT[value] for value in column.flatten().to_pylist()]).reshape(len(column), -1)
+    # As ids each label is named once: two are alike in any row of three or more.
+    may_be_ids = set(values) <= {"0", "1"} and not (lengths[0] > 2 or (rows[:, 0] == rows[:, 1]).any())
+    origin = next(iter(sources.values())).origin
+    example = f'{origin}: the column "{task.label}" holds lists such as [{", ".join(column[0].as_py())}]'
+    if task.labels is None:
+        if may_be_ids:
+            return False
+        raise BadInput(
+            f"{example}: one 0 or 1 for each label, whose names are not known",
+            "List the names in a YAML for --task, in this order: labels: [first, second, ...].",
+        )
+    if lengths[0] != len(task.labels):
+        if may_be_ids:
+            return False
+        reason = f"{example}, and the task has {len(task.labels)} labels: {', '.join(task.labels[:10])}"
+        raise BadInput(reason, "Write as many 0 and 1 as there are labels, or the names of those that apply.")
+    if may_be_ids:
+        raise BadInput(
+            f"{example}: one 0 or 1 for each of the {len(task.labels)} labels, or the ids of those that apply",
+            "Write true and false for the first, and names of labels for the second.",
+        )
+    return True
+
+
 def label_ids(task, values):
     """Return (ids, whether it is known) of label strings, two arrays; in regression floats.
 
@@ -111,14 +188,14 @@ def label_ids(task, values):
     return np.array(numbers, dtype=np.int64), np.array(known, dtype=bool)
 
 
-def with_label_ids(task, split, source):
-    """Return the rows of a splits.Source with ids in place of label strings.
+def with_label_ids(task, split, source, multi_hot=False):
+    """Return the rows of a splits.Source with ids in place of label strings. multi_hot: of is_multi_hot.
 
     A row with an unknown label, or outside of test splits without a label, is bad: skipped and added to source.bad_rows
     where the task skips bad rows, else BadInput. In Hub data a missing label is skipped with a warning.
     """
     rows, skips = source.rows, task.on_bad_row == "skip" and source.is_file
-    ids, unknown = _encode_labels(task, rows.data.column("label").combine_chunks())
+    ids, unknown = _encode_labels(task, rows.data.column("label").combine_chunks(), multi_hot)
     if task.is_regression and split.startswith("test") and (ids == UNLABELLED).all():
         ids = np.full(len(ids), np.nan)  # GLUE's STS-B: -1.0 in every row
     unlabelled = np.isnan(ids) if task.is_regression else (ids == UNLABELLED).reshape(len(ids), -1).any(axis=1)
@@ -150,13 +227,18 @@ def with_label_ids(task, split, source):
     return rows
 
 
-def _encode_labels(task, column):
+def _encode_labels(task, column, multi_hot):
     """Return (ids, unknown) of an Arrow column of label strings, or in multi-label of lists of them.
 
     ids: (rows,), in multi-label (rows, labels) of 0 and 1; unknown: (rows,), whether a row holds an unknown label.
     """
     import pyarrow.compute as pc
 
+    if multi_hot:
+        matrix = np.full((len(column), len(task.labels)), UNLABELLED, dtype=np.int8)
+        flat = [MULTI_HOT[value] for value in column.flatten().to_pylist()]
+        matrix[column.is_valid().to_numpy(zero_copy_only=False)] = np.array(flat).reshape(-1, len(task.labels))
+        return matrix, np.zeros(len(column), dtype=bool)
     strings = pc.dictionary_encode(column.flatten() if task.is_multi_label else column)
     # The additional last one is the id of a null.
     ids, known = label_ids(task, [*strings.dictionary.to_pylist(), None])
@@ -168,7 +250,11 @@ def _encode_labels(task, column):
     matrix = np.zeros((len(column), len(task.labels)), dtype=np.int8)
     matrix[rows[~unknown], ids[~unknown]] = 1
     matrix[column.is_null().to_numpy(zero_copy_only=False)] = UNLABELLED
-    return matrix, np.isin(np.arange(len(column)), rows[unknown])
+    # An id that stands twice, as in [0, 1, 1]: rather a 0 or 1 for each label, among lists of another length.
+    is_id = np.array([*map(is_whole, strings.dictionary.to_pylist()), False])[codes]
+    lengths, ids_only = (np.bincount(rows, weights, len(column)) for weights in (None, is_id))
+    twice = (lengths > (matrix == 1).sum(axis=1)) & (lengths == ids_only)
+    return matrix, np.isin(np.arange(len(column)), rows[unknown]) | twice
 
 
 def _arrow_column(ids):

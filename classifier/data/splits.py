@@ -8,7 +8,7 @@ from itertools import islice
 import numpy as np
 
 from classifier.data import cache
-from classifier.data.labels import label_strings, with_label_ids, with_label_names
+from classifier.data.labels import is_multi_hot, label_strings, with_label_ids, with_label_names
 from classifier.data.reader import check_file, read_rows, table_format
 from classifier.data.tasks import SPLIT_NAMES, is_url
 from classifier.files import digest, sha256, write_json
@@ -48,8 +48,9 @@ def load_splits(task, refresh=False):
     Raises BadInput for data that cannot be read or do not fit the task.
     """
     task, sources = _hub_splits(task, refresh) if task.dataset else _file_splits(task, refresh)
+    multi_hot = is_multi_hot(task, sources)
     task = with_label_names(task, sources)
-    splits = {name: with_label_ids(task, name, source) for name, source in sources.items()}
+    splits = {name: with_label_ids(task, name, source, multi_hot) for name, source in sources.items()}
     splits = make_missing_splits(task, splits)
     for name, number in task.limit.items():
         if name not in splits:
@@ -96,7 +97,8 @@ def _file_splits(task, refresh):
             next(read_rows(path))  # raises BadInput with the reason
         member, labels = path.partition("::")[2], [task.label, task.problem, task.separator]
         key = digest("rows", content, member, table_format(path), task.text, labels, options)
-        table = digest(key, task.split.get("group"), task.on_bad_row, name.startswith("test"))
+        # "lists": cells that hold lists were read as strings once.
+        table = digest(key, "lists", task.split.get("group"), task.on_bad_row, name.startswith("test"))
         sources[name] = _cached_source(key, table, task, path, True, _file_rows(task, name, path))
     return task, sources
 

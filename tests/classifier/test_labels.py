@@ -46,6 +46,17 @@ def labelled(values):
         (["a", ["b"]], ValueError, ValueError),
         ({"a": 1}, ValueError, ValueError),
         (float("nan"), ValueError, ValueError),
+        # Lists as pandas writes them into a cell, in Python and in JSON; and what looks like one.
+        ("['a', 'b c']", ValueError, ["a", "b c"]),
+        ('["a", "b,c"]', ValueError, ["a", "b,c"]),
+        ("[1, 0, 1]", ValueError, ["1", "0", "1"]),
+        ("[True, false]", "[True, false]", ValueError),
+        ("[True, False]", ValueError, ["true", "false"]),
+        (" [] ", ValueError, []),
+        ("[POS]", "[POS]", ValueError),
+        ("['a' 'b']", "['a' 'b']", ValueError),  # numpy's: Python would join the strings
+        ("[0 1 1]", "[0 1 1]", ValueError),
+        ("['a'", "['a'", ValueError),
         (float("inf"), ValueError, ValueError),
     ],
 )
@@ -326,6 +337,70 @@ def test_an_unknown_label_among_several(tmp_path, unknown):
     assert "a, b, c" in error.advice
     task = files_task(tmp_path, **tables, task={**keys, "on_bad_row": "skip"})
     assert load_splits(task)[1]["validation"]["label"][:] == [[1, 0, 0]]
+
+
+NAMES = ["toxic", "obscene", "threat"]
+HOT = [[0, 1, 1], [1, 0, 0], [0, 0, 0], [1, 0, 1]]
+
+
+@pytest.mark.parametrize("form", [list, str, json.dumps, lambda row: ",".join(map(str, row))])
+@pytest.mark.parametrize("kind", [int, float, bool])
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_a_0_or_1_for_each_label(tmp_path, suffix, kind, form):
+    if form is list and suffix == ".csv":
+        pytest.skip("a cell holds a string")
+    values = [form([kind(value) for value in row]) for row in HOT]
+    task = files_task(
+        tmp_path,
+        suffix=suffix,
+        train=labelled(values),
+        validation=labelled(values[:2]),
+        task={**MULTI, "labels": NAMES},
+    )
+    _, splits, _, _ = load_splits(task)
+    assert column_array(splits["train"], "label").tolist() == HOT
+    assert column_array(splits["validation"], "label").tolist() == HOT[:2]
+
+
+def test_lists_of_ids_stay_lists_of_ids(tmp_path):
+    keys = {**MULTI, "labels": NAMES}
+    rows = labelled([[0, 1], [1], [], [2, 0, 1]])
+    _, splits, _, _ = load_splits(files_task(tmp_path, suffix=".jsonl", train=rows, validation=rows[:1], task=keys))
+    assert column_array(splits["train"], "label").tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 0], [1, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("labels", "values", "reason", "advice"),
+    [
+        (NAMES[:2], [[0, 1], [1, 0]], "or the ids of those that apply", "Write true and false"),
+        (None, HOT, "whose names are not known", "labels: [first, second, ...]"),
+        (NAMES[:2], HOT, "the task has 2 labels", "as many 0 and 1 as there are labels"),
+        (
+            NAMES,
+            [*HOT, [0, 1]],
+            "['0', '1', '1'], no label",
+            "toxic, obscene, threat",
+        ),  # 0 and 1 in lists of other lengths
+    ],
+)
+def test_0_and_1_that_are_not_one_for_each_label_are_refused(tmp_path, labels, values, reason, advice):
+    task = files_task(
+        tmp_path,
+        suffix=".jsonl",
+        train=labelled(values),
+        validation=labelled(values[:1]),
+        task={**MULTI, "labels": labels},
+    )
+    error = refusal(task)
+    assert reason in error.reason and advice in error.advice
+
+
+@pytest.mark.parametrize("values", [[[0, 0], [1, 0]], [[True, False], [False, True]], [[0.0, 1.0], [1.0, 0.0]]])
+def test_two_labels_are_0_and_1_where_they_cannot_be_ids(tmp_path, values):
+    rows = labelled(values)
+    keys = {**MULTI, "labels": NAMES[:2]}
+    _, splits, _, _ = load_splits(files_task(tmp_path, suffix=".jsonl", train=rows, validation=rows, task=keys))
+    assert column_array(splits["train"], "label").tolist() == [[int(value) for value in row] for row in values]
 
 
 def test_a_test_file_without_labels_in_multi_label(tmp_path):
