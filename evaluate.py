@@ -47,7 +47,11 @@ def build_parser():
     add("--compare", metavar="OTHER", help="a run, an evaluation folder, or a file of predictions for the same texts")
     add("--slices", metavar="COLUMN[,COLUMN]", help="also score each value of these columns separately")
     add("--baseline", action="store_true", help="also fit and score a bag of words and a frozen encoder")
-    add("--output_dir", metavar="DIR", help="(default: evaluation-SPLIT next to the model folder)")
+    add(
+        "--output_dir",
+        metavar="DIR",
+        help="(default: RUN/evaluation-SPLIT; of another model evaluation-MODEL-SPLIT beside it)",
+    )
     common.add_machine_arguments(parser)
     return parser
 
@@ -76,9 +80,23 @@ def output_folder(args, folder, title, splits):
     if args.output_dir:
         output = Path(args.output_dir) if splits == 1 else Path(args.output_dir, title)
     else:
-        output = run_folder(folder) / f"evaluation-{title}"
+        # A run has one model, other folders may have several: a trainer's checkpoints, or this folder all of the Hub's.
+        model = "" if Path(folder).is_dir() and Path(folder).name == "model" else f"{model_name(folder)}-"
+        output = run_folder(folder) / f"evaluation-{model}{title}"
     check_output_folder(output)
     return output
+
+
+def model_name(folder):
+    """Return the name of a model folder, or of a model on the Hub as a name of one folder."""
+    return Path(folder).resolve().name if Path(folder).is_dir() else str(folder).replace("/", "--")
+
+
+def file_title(file):
+    """Return the name of an evaluation on a file: the file's, without its format unless a split has that name, too."""
+    name = Path(file).name
+    stem = Path(name.removesuffix(".gz")).stem
+    return name if stem in tasks.SPLIT_NAMES else stem
 
 
 def run_folder(folder):
@@ -304,7 +322,7 @@ def main():
     if not args.limit:
         advice = "Score the current data with --file, or restore the old data."
         common.check_unchanged(names, fingerprints, current, advice)
-    titles = {name: Path(args.file).name.split(".")[0] if args.file else name for name in names}
+    titles = {name: file_title(args.file) if args.file else name for name in names}
     outputs = {name: output_folder(args, folder, title, len(names)) for name, title in titles.items()}
 
     # --- what the scores are compared with

@@ -172,7 +172,7 @@ def test_a_file_is_scored_instead_of_a_split(copy, evaluate):
 
 def test_a_file_named_train_is_scored_whole(copy, evaluate):
     evaluate("--model", "run", "--file", "train.csv", cwd=copy)
-    assert read_json(copy / "run/evaluation-train/evaluation.json")["examples"] == 200
+    assert read_json(copy / "run/evaluation-train.csv/evaluation.json")["examples"] == 200
 
 
 def test_files_of_other_formats_and_other_metrics(copy, evaluate):
@@ -427,6 +427,26 @@ def test_the_folder_of_a_run_that_failed_holds_no_model(copy, refused):
 
 def test_an_output_folder_that_is_a_file_is_refused(copy, refused):
     assert "reviews.yaml" in refused("--model", "run", "--output_dir", "reviews.yaml", cwd=copy)
+
+
+def test_models_in_one_folder_and_files_of_like_names_have_a_folder_each(copy, evaluate):
+    for number in (1, 2):
+        shutil.copytree(copy / "run" / "model", copy / "out" / f"checkpoint-{number}")
+        evaluate("--model", f"out/checkpoint-{number}", "--split", "test", cwd=copy)
+    evaluate("--model", "checkpoint-1", "--split", "test", cwd=copy / "out")
+    (copy / "reviews.2024.csv").write_bytes((copy / "test.csv").read_bytes())
+    for file in ("reviews.2024.csv", "test.csv"):
+        evaluate("--model", "out/checkpoint-2", "--file", file, cwd=copy)
+    names = {path.name for path in (copy / "out").glob("evaluation-*")}
+    of_second = {
+        "evaluation-checkpoint-2-reviews.2024",
+        "evaluation-checkpoint-2-test.csv",
+        "evaluation-checkpoint-2-test",
+    }
+    assert names == {"evaluation-checkpoint-1-test", *of_second}
+    for name in names:
+        model = read_json(copy / "out" / name / "evaluation.json")["model"]
+        assert Path(model).name == name.split("-")[1] + "-" + name.split("-")[2]
 
 
 # ---------------------------------------------------------------------------------------- what stands beside a score
