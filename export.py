@@ -14,6 +14,7 @@ Inputs, int64 (batch, length): input_ids, attention_mask and, if the model takes
 float32 (batch, outputs). Batches of any size, and lengths from 1 to the model's maximum.
 """
 
+import json
 import logging
 import math
 import re
@@ -83,6 +84,8 @@ def export_model(folder, temporary, args, threads):
 
     Raises RunFailed where torch cannot export the model, or the certificate is not good enough.
     """
+    from classifier.model.packing import choose_padding_side
+
     model, tokenizer, task, splits = load_saved(folder, args)
     columns = token_columns(tokenizer)
     files = {"fp32": temporary / "model.onnx"} | ({"int8": temporary / "model_int8.onnx"} if args.quantize else {})
@@ -92,8 +95,10 @@ def export_model(folder, temporary, args, threads):
         write_int8(*files.values())
     tokenizer.save_pretrained(temporary)
     tasks.save_task(task, tasks.read_saved_task(folder)[1], temporary / "task.json")
-    write_text(temporary / "config.json", model.config.to_json_string(use_diff=False))  # with the padding token
-    forward = torch_forward(model, model.config.pad_token_id or 0)
+    padding_side = choose_padding_side(model, tokenizer)
+    config = json.loads(model.config.to_json_string(use_diff=False)) | {"padding_side": padding_side}
+    write_json(temporary / "config.json", config)  # predict.py reads how to pad from it
+    forward = torch_forward(model, model.config.pad_token_id or 0, padding_side)
     predictors = {"torch": Predictor(task, tokenizer, forward, args.eval_batch_size, [])}
     predictors |= {name: load(file, None, args.eval_batch_size, threads) for name, file in files.items()}
     logits = {}
@@ -185,7 +190,7 @@ def write_int8(source, target):
         )
 
 
-def torch_forward(model, pad_token_id):
+def torch_forward(model, pad_token_id, padding_side):
     """Return a Predictor's forward function that computes as transformers does: padded, in float32."""
     import torch
 
@@ -193,7 +198,7 @@ def torch_forward(model, pad_token_id):
 
     def forward(batch):
         with torch.inference_mode():
-            return model(**pad(batch, pad_token_id)).logits.numpy()
+            return model(**pad(batch, pad_token_id, padding_side)).logits.numpy()
 
     return forward
 

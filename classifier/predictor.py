@@ -156,14 +156,15 @@ def _load_exported(file, batch_size, threads):
         session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
         columns = [column.name for column in session.get_inputs()]
         tokenizer = _Tokenizer(folder / "tokenizer.json", columns)
-        pad_token_id = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("pad_token_id") or 0
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        pad_token_id, padding_side = config.get("pad_token_id") or 0, config.get("padding_side", "right")
     except Exception as error:  # onnxruntime and tokenizers raise types of their own
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise BadInput(f"{file}: cannot be loaded ({reason})", "Export again, or copy the folder again.") from None
     gc.enable()  # see processes.run
 
     def forward(batch):
-        return session.run(["logits"], padded(batch, pad_token_id))[0]
+        return session.run(["logits"], padded(batch, pad_token_id, padding_side))[0]
 
     sources = [*sorted(folder.glob(f"{file.name}*")), folder / "tokenizer.json", folder / "task.json"]
     return Predictor(task, tokenizer, forward, batch_size, sources)

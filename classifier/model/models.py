@@ -41,6 +41,10 @@ def load_model(name, task=None, refresh=False):
         source = name["vocab"] if isinstance(name, dict) else name
         advice = "Copy the tokenizer's files (tokenizer.json, ...) into the folder."
         raise BadInput(f"{source}: has no vocabulary", advice)
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:  # decoders, such as GPT-2 and Llama
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:  # the heads of decoders look for the last token that is none
+        model.config.pad_token_id = tokenizer.pad_token_id
     # Some tokenizers return columns, such as token_type_ids, that their model does not take.
     known = inspect.signature(model.forward).parameters
     tokenizer.model_input_names = [key for key in tokenizer.model_input_names if key in known]

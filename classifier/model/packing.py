@@ -265,8 +265,8 @@ def _mpnet_attention(module, hidden, attention_mask=None, position_bias=None, ou
 class Packer:
     """Collates micro-batches for a model: packed into one sequence where `is_packed`, else padded to the longest."""
 
-    def __init__(self, model, masks, pad_token_id):
-        self.masks, self.pad_token_id, self.is_packed = masks, pad_token_id, False
+    def __init__(self, model, masks, pad_token_id, padding_side="right"):
+        self.masks, self.pad_token_id, self.padding_side, self.is_packed = masks, pad_token_id, padding_side, False
         if model.config.model_type == "mpnet":
             patch_mpnet(model, masks)
         self.heads = getattr(model.config, "num_attention_heads", 1)
@@ -284,7 +284,9 @@ class Packer:
 
     def collate(self, examples):
         """Return the model's inputs, tensors on the CPU, for examples as a dict of columns."""
-        return pack(examples, self.first_position) if self.is_packed else pad(examples, self.pad_token_id)
+        if self.is_packed:
+            return pack(examples, self.first_position)
+        return pad(examples, self.pad_token_id, self.padding_side)
 
     def set_batch(self, step, ids, lengths, device):
         """Set the examples of the next forward pass, in the order of the micro-batch."""
@@ -340,9 +342,43 @@ def _positions(ids, first_position):
     return np.cumsum(counts) * counts + first_position - 1
 
 
-def pad(examples, pad_token_id):
+def pad(examples, pad_token_id, side="right"):
     """Pad the columns of examples to the longest: a dict of tensors (examples, longest), with attention_mask."""
-    return {name: torch.from_numpy(values) for name, values in padded(examples, pad_token_id).items()}
+    return {name: torch.from_numpy(values) for name, values in padded(examples, pad_token_id, side).items()}
+
+
+def probe_examples(tokenizer):
+    """Return two examples of different lengths as columns, the longest first."""
+    encoded = tokenizer(["one two three, four; five. Six?", "seven"])
+    return {name: encoded[name] for name in ("input_ids", "token_type_ids") if name in encoded}
+
+
+@torch.no_grad()
+def choose_padding_side(model, tokenizer):
+    """Return the side on which padding changes no answer: the tokenizer's, or the other one where only that does.
+
+    XLNet's head reads the last token, and GPT-2 counts positions from the left. Where padding matters on both sides
+    (FNet has no mask), the tokenizer's is returned with a warning. The model is as transformers made it.
+    """
+    examples, side = probe_examples(tokenizer), tokenizer.padding_side
+    was_training = model.training
+    model.eval()
+    try:
+        single = [{name: [column[number]] for name, column in examples.items()} for number in range(2)]
+        alone = torch.cat([model(**pad(example, tokenizer.pad_token_id)).logits for example in single])
+        for candidate in (side, "left" if side == "right" else "right"):
+            logits = model(**pad(examples, tokenizer.pad_token_id, candidate)).logits
+            if torch.allclose(logits, alone, rtol=1e-4, atol=1e-5):
+                return candidate
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):  # reported where the model is used
+        return side
+    finally:
+        model.train(was_training)
+    log.warning(
+        "WARNING: this model's answer to a text depends on the padding, and so on the other texts of its batch; "
+        "it is the same each time with --eval_batch_size 1"
+    )
+    return side
 
 
 @torch.no_grad()
@@ -373,15 +409,15 @@ def prepare_model(model, tokenizer, seed=0):
 
     Two examples are computed packed and padded. A model that answers differently runs padded, which is logged.
     """
+    padding_side = choose_padding_side(model, tokenizer)
     masks = install(model, seed)
-    packer = Packer(model, masks, tokenizer.pad_token_id)
-    if draws_from_torch(model, masks):
+    packer = Packer(model, masks, tokenizer.pad_token_id, padding_side)
+    examples = probe_examples(tokenizer)
+    if draws_from_torch(model, masks, examples["input_ids"][0]):
         log.warning(
             "WARNING: some of this model's dropout is torch's own: its masks change with the number of processes"
         )
-    encoded = tokenizer(["one two three, four; five. Six?", "seven"])
-    columns = {name: encoded[name] for name in ("input_ids", "token_type_ids") if name in encoded}
-    packer.is_packed = matches_padded(model, packer, columns)
+    packer.is_packed = matches_padded(model, packer, examples)
     if not packer.is_packed:
         log.info("this model needs padding: examples of similar length are padded together")
     return packer

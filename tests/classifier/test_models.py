@@ -6,10 +6,12 @@ import pytest
 import torch
 from conftest import WORDS, bert_config
 from safetensors.torch import load_file, save_file
+from transformers import BertTokenizer, GPT2Config, GPT2Model
 
 from classifier.data.tasks import Task
 from classifier.messages import BadInput
 from classifier.model.models import load_model, with_head_labels
+from classifier.model.packing import prepare_model
 
 TWO = Task(name="two", text=["text"], labels=["negative", "positive"], metrics=["accuracy", "f1"])
 NUMBER = Task(name="number", text=["text"], labels="regression", metrics=["pearson"])
@@ -125,3 +127,20 @@ def test_no_trained_code_of_a_model_folder_is_run(tmp_path, tiny_bert):
     (tmp_path / "trap.py").write_text(f"open({str(tmp_path / 'sprung')!r}, 'w')")
     load_model(str(tmp_path), TWO)
     assert not (tmp_path / "sprung").exists()
+
+
+def test_a_decoder_without_a_padding_token_pads_with_its_end(tmp_path, vocabulary):
+    """And says so in its config: its head reads the last token that is none, here and in transformers' pipeline."""
+    tokenizer = BertTokenizer(str(vocabulary), pad_token=None, eos_token="[SEP]")
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=64, eos_token_id=3)
+    GPT2Model(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, tokenizer, _ = load_model(str(tmp_path), TWO)
+    assert tokenizer.pad_token_id == model.config.pad_token_id == tokenizer.sep_token_id
+    packer = prepare_model(model.eval(), tokenizer)
+    ids = [[5, 6, 7, 8], [9, 10]]
+    packer.set_batch(0, range(2), [4, 2], "cpu")
+    with torch.no_grad():
+        logits = model(**packer.collate({"input_ids": ids})).logits
+        alone = torch.cat([model(input_ids=torch.tensor([each])).logits for each in ids])
+    torch.testing.assert_close(logits, alone, rtol=1e-5, atol=1e-5)

@@ -10,7 +10,7 @@ from conftest import TORCHRUN_2, bert_config, lines_of, run_script, write_review
 from datasets import Dataset
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, BertTokenizer
 
 from classifier.messages import log
 from classifier.model import inference, packing
@@ -73,7 +73,7 @@ def tokenizer(texts):
     return {"input_ids": [[2, *(4 + ord(letter) % 40 for letter in text), 3] for text in texts]}
 
 
-tokenizer.pad_token_id = PADDING
+tokenizer.pad_token_id, tokenizer.padding_side = PADDING, "right"
 
 
 def make_models(family, sizes=None):
@@ -93,12 +93,12 @@ def make_examples(lengths, pairs=False):
     return examples
 
 
-def padded(examples):
+def padded(examples, side="right"):
     """The inputs of transformers' own models, with torch's padding."""
     columns = {name: [torch.tensor(values) for values in column] for name, column in examples.items()}
-    inputs = {name: pad_sequence(column, batch_first=True) for name, column in columns.items()}
+    inputs = {name: pad_sequence(column, batch_first=True, padding_side=side) for name, column in columns.items()}
     ones = [torch.ones_like(ids) for ids in columns["input_ids"]]
-    inputs["attention_mask"] = pad_sequence(ones, batch_first=True)
+    inputs["attention_mask"] = pad_sequence(ones, batch_first=True, padding_side=side)
     inputs["input_ids"][inputs["attention_mask"] == 0] = PADDING
     return inputs
 
@@ -324,14 +324,16 @@ def assert_runs_padded(plain, model, packer, text):
     """It is padded, this is logged, and its numbers are those of transformers."""
     assert not packer.is_packed
     assert text.count("this model needs padding") == 1
+    side = "left" if model.config.model_type == "xlnet" else "right"
     lengths = [30, 3, 17, 17, 28, 9]
     examples = make_examples(lengths)
     table = Dataset.from_dict({**examples, "length": lengths})
     logits = inference.compute_logits(model, table, Accelerator(cpu=True), 64, packer)
     with torch.no_grad():
-        np.testing.assert_allclose(logits, plain(**padded(examples)).logits, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(logits, plain(**padded(examples, side)).logits, rtol=1e-5, atol=1e-5)
     longest_first = make_examples(sorted(lengths, reverse=True))
-    assert_equal(packer_results(model, packer, longest_first, is_packed=False), results(plain, padded(longest_first)))
+    expected = results(plain, padded(longest_first, side))
+    assert_equal(packer_results(model, packer, longest_first, is_packed=False), expected)
 
 
 @pytest.fixture
@@ -434,3 +436,63 @@ def test_attention_takes_what_sdpa_returns_whatever_its_strides(monkeypatch):
     )
     result = packing.packed_attention(packed, query, key, value, scaling=0.5)
     assert torch.allclose(result[:8], torch.cat(expected), atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ the side of padding
+
+BOTH = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+T5_TOKENS = {"eos_token_id": 3, "decoder_start_token_id": 0}
+DECODER = {**SMALL, "num_key_value_heads": 2, "head_dim": 8}
+SIDES = {  # and where padding changes no answer
+    "bert": ("right", SMALL),
+    "roberta": ("right", SMALL),
+    "xlnet": ("left", {"d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 64}),
+    "gpt2": ("right", {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}),
+    "opt": ("either", {**SMALL, "ffn_dim": 64, "word_embed_proj_dim": 32}),  # positions follow the attention mask
+    "gpt_neox": ("either", SMALL),  # rotary positions: only distances matter
+    "llama": ("either", DECODER),
+    "mistral": ("either", DECODER),
+    "qwen2": ("either", DECODER),
+    # Encoder-decoders: their heads read the last end of a text.
+    "bart": ("right", {"d_model": 32, **BOTH, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "eos_token_id": 3}),
+    "t5": ("right", {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, **T5_TOKENS}),
+}
+
+
+def make_classifier(family, sizes, vocabulary, side):
+    tokenizer = BertTokenizer(str(vocabulary), padding_side=side)
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    config = AutoConfig.for_model(
+        family, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, num_labels=3, **sizes
+    )
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    with torch.no_grad():  # a new head's logits are so small that no difference shows
+        for parameter in model.parameters():
+            parameter.mul_(4 if parameter.ndim > 1 else 1)
+    return model, tokenizer
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", SIDES)
+def test_a_texts_answer_is_that_of_transformers_for_it_alone(family, side, vocabulary, log_lines):
+    expected_side, sizes = SIDES[family]
+    model, tokenizer = make_classifier(family, sizes, vocabulary, side)
+    generator = np.random.default_rng(0)
+    texts = [generator.integers(5, len(tokenizer), length - 1).tolist() for length in (11, 7, 2)]
+    examples = {"input_ids": [[*ids, tokenizer.sep_token_id] for ids in texts]}
+    with torch.no_grad():
+        expected = torch.cat([model(input_ids=torch.tensor([ids])).logits for ids in examples["input_ids"]])
+        packer = prepare_model(model, tokenizer)
+        packer.is_packed = False
+        packer.set_batch(0, range(3), [11, 7, 2], "cpu")
+        logits = model(**packer.collate(examples)).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    assert packer.padding_side == side or (packer.padding_side == expected_side and expected_side != "either")
+    assert not any("depends on the padding" in line for line in log_lines)
+
+
+def test_a_model_whose_answers_depend_on_its_batch_is_warned_of(vocabulary, log_lines):
+    model, tokenizer = make_classifier("fnet", {**SMALL, "type_vocab_size": 2}, vocabulary, "right")
+    assert packing.choose_padding_side(model, tokenizer) == "right"
+    assert any("depends on the padding" in line and "--eval_batch_size 1" in line for line in log_lines)

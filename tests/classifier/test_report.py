@@ -106,6 +106,7 @@ RESULTS = {
     },
     "scores": {"validation": {"f1": 0.81234, "accuracy": None}},
     "intervals": {"validation": {"f1": [0.7, 0.9], "accuracy": None}},
+    "no_interval": {"validation": {"accuracy": "one row"}},
     "majority_baseline": {"validation": {"f1": None, "accuracy": 0.5}},
     "data": {
         "splits": {
@@ -124,7 +125,7 @@ def test_scores_baselines_data_and_recipe():
     card = report.model_card(REVIEWS, RESULTS)
     assert "org/encoder at commit abc" in card
     assert "| validation | f1 | 0.8123 | 0.7000 to 0.9000 | undefined |" in card
-    assert "| validation | accuracy | undefined | none | 0.5000 |" in card
+    assert "| validation | accuracy | undefined | none (one row) | 0.5000 |" in card
     assert "one of negative, positive" in card and "https://example.org (CC0)" in card
     assert "learning_rate 5e-05" in card and "12,300 examples" in card and "10 steps, fp32." in card
 
