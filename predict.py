@@ -27,10 +27,10 @@ from classifier import processes
 from classifier.chunks import LogitChunks, split_into_chunks
 from classifier.data import writer
 from classifier.data.labels import prediction_columns, prediction_rows
-from classifier.data.reader import check_file, count_rows, lines_of_text, read_rows, table_format
+from classifier.data.reader import NoRows, check_file, count_rows, lines_of_text, read_header, read_rows, table_format
 from classifier.data.tasks import parse_delimiter
 from classifier.files import CannotWrite, digest, sha256, write_json
-from classifier.messages import BadInput, BadRow, format_duration, location, log, nearest
+from classifier.messages import BadInput, BadRow, format_duration, in_red, location, log, nearest
 from classifier.predictor import load, onnx_file, start_exported
 
 SECONDS_BETWEEN_LINES = 10
@@ -292,11 +292,39 @@ def predict_files(predictor, args, columns, accelerator):
         else:
             missing.append(source)
     log.info(f"{len(sources)} of {len(outputs)} files, {len(manifest)} of them already done")
+    unreadable = []
     for source in missing:
         output = folder / outputs[source]
-        manifest[output.name] = predict_file(predictor, source, output, args, columns, accelerator)
+        try:
+            manifest[output.name] = predict_file(predictor, source, output, args, columns, accelerator)
+        except NoRows:
+            manifest[output.name] = write_without_rows(predictor, source, output, args, columns, accelerator)
+        except BadInput as error:
+            if args.on_bad_row == "fail":
+                raise
+            log.warning(in_red(f"WARNING: {error.reason} (goes on with the next file)"))
+            unreadable.append(error)
+            continue
         if accelerator.is_main_process:
             write_json(folder / f"manifest-{number}-of-{total}.json", manifest)
+    if unreadable:
+        others = f", and {len(unreadable) - 1} more of {len(sources)} files" if len(unreadable) > 1 else ""
+        advice = f"{unreadable[0].advice} The other files are done; the same command tries these again."
+        raise BadInput(f"not predicted: {unreadable[0].reason}{others}", advice)
+
+
+def write_without_rows(predictor, source, output, args, columns, accelerator):
+    """Write the output of a table without rows, its header alone; return its entry of the manifest."""
+    entry = {}
+    if accelerator.is_main_process:
+        header = read_header(source, args.encoding, args.delimiter) or predictor.task.text
+        writer.write_empty(output, [*header, *columns])
+        log.info(f"{output}: 0 rows, as in {source}")
+        settings = chunk_settings(predictor, source, args, accelerator.mixed_precision)
+        entry = {"input": str(source), "rows": 0, "bad_rows": 0, "sha256": sha256(output)}
+        entry["settings"] = digest(settings, args.top_k)
+    accelerator.wait_for_everyone()
+    return entry
 
 
 def output_names(args):

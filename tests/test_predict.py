@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import ACCELERATE, ROOT, TORCHRUN_2, bert_config, make_rows, run_script, write_table
+from data_help import put_table
 from pyarrow import parquet
 from transformers import pipeline
 
@@ -440,6 +441,52 @@ def texts_of(path):
     if path.suffix == ".jsonl":
         return [json.loads(line)["text"] for line in lines]
     return [row["text"] for row in csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",")]
+
+
+def test_a_file_without_rows_has_an_output_without_rows(trained, run_inside, tmp_path):
+    (tmp_path / "in").mkdir()
+    rows = [(text,) for text, _ in make_rows(3)]
+    for name in ("a.csv", "e.parquet"):
+        put_table(tmp_path / "in", name, rows, header=("text",))
+    for name, content in (("b.csv", "text,note\n"), ("c.jsonl", ""), ("d.txt", "")):
+        (tmp_path / "in" / name).write_text(content)
+    with gzip.open(tmp_path / "in" / "f.csv.gz", "wt") as stream:
+        stream.write("text\n")
+    parquet.write_table(parquet.read_table(tmp_path / "in" / "e.parquet").slice(0, 0), tmp_path / "in" / "g.parquet")
+    flags = [*FP32, "--model", trained, "--input", "in/*", "--output", "out"]
+    code, _, printed = run_inside("predict.py", *flags, cwd=tmp_path)
+    assert code == 0, printed
+    columns = "predicted_label,probability,probability_negative,probability_positive"
+    out = tmp_path / "out"
+    assert (out / "b.csv").read_text() == f"text,note,{columns}\n"
+    assert (out / "c.jsonl").read_text() == ""
+    assert (out / "d.tsv").read_text() == f"text,{columns}\n".replace(",", "\t")
+    with gzip.open(out / "f.csv.gz", "rt") as stream:
+        assert stream.read() == f"text,{columns}\n"
+    empty = parquet.read_table(out / "g.parquet")
+    assert empty.num_rows == 0 and empty.column_names == f"text,{columns}".split(",")
+    assert len(texts_of(out / "a.csv")) == 3 and parquet.read_table(out / "e.parquet").num_rows == 3
+    assert "out/b.csv: 0 rows" in printed
+    manifest = json.loads((out / "manifest-1-of-1.json").read_text())
+    assert [manifest[name]["rows"] for name in ("a.csv", "b.csv", "g.parquet")] == [3, 0, 0]
+
+
+def test_a_file_that_cannot_be_read_does_not_stop_the_others(trained, run_inside, predict, tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("a.csv", "d.csv"):
+        write_table(tmp_path / "in" / name, [(text,) for text, _ in make_rows(3)], header=("text",))
+    (tmp_path / "in" / "b.csv.gz").write_bytes(b"no gzip")
+    write_table(tmp_path / "in" / "c.csv", [("a text",)], header=("words",))
+    flags = [*FP32, "--model", trained, "--input", "in/*", "--output", "out"]
+    code, _, errors = run_inside("predict.py", *flags, cwd=tmp_path)
+    assert code == 2 and "in/b.csv.gz: is not a complete .gz" in errors
+    assert files_in(tmp_path / "out") == {"a.csv", "manifest-1-of-1.json"}
+    code, _, errors = run_inside("predict.py", *flags, "--on_bad_row", "skip", cwd=tmp_path)
+    assert code == 2
+    assert errors.count("goes on with the next file") == 2
+    last = [line for line in errors.splitlines() if "predict.py: " in line]
+    assert "not predicted: in/b.csv.gz: is not a complete .gz" in last[0] and "1 more of 4 files" in last[0]
+    assert files_in(tmp_path / "out") == {"a.csv", "d.csv", "manifest-1-of-1.json"}
 
 
 def test_shards_write_each_file_once_and_a_second_time_nothing(predict, several, tmp_path):

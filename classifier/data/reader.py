@@ -29,6 +29,10 @@ SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character, or a byte that
 BLANKS = " \t\r\n"  # the whitespace of JSON
 
 
+class NoRows(BadInput):
+    """A table without a row."""
+
+
 def table_format(path, has_lines=False):
     """Return "csv", "tsv", "json", "jsonl" or "parquet" by a file's name, ignoring .gz; with has_lines, also "txt".
 
@@ -101,7 +105,21 @@ def read_rows(path, columns=None, quoting=None, encoding="utf-8", delimiter=None
     if first_bad and not has_good:  # a problem of the whole file, such as its encoding, must not look like no rows
         raise BadInput(f"{first_bad.reason} (every row of this file is bad)", first_bad.fix)
     if not has_good:
-        raise BadInput(f"{path}: has no rows", "A table needs a header with the column names and at least one row.")
+        raise NoRows(f"{path}: has no rows", "A table needs a header with the column names and at least one row.")
+
+
+def read_header(path, encoding="utf-8", delimiter=None):
+    """Return the column names of a table without rows; none where the format has no header."""
+    kind = table_format(path, has_lines=True)
+    with open_bytes(path) as raw:
+        if kind == "parquet":
+            from pyarrow import parquet
+
+            return parquet.read_schema(raw).names
+        if kind not in DELIMITERS:
+            return []
+        lines = csv.reader(_text_stream(raw, encoding), delimiter=delimiter or DELIMITERS[kind])
+        return next(filter(None, lines), [])
 
 
 def count_rows(path):

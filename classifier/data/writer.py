@@ -57,6 +57,23 @@ def open_writer(path):
                 yield row_writer(stream, table_format(path))
 
 
+def write_empty(path, columns):
+    """Write a table without rows; in JSON lines, an empty file."""
+    with atomic_file(path) as temporary:
+        if table_format(path) == "parquet":
+            import pyarrow as pa
+            from pyarrow import parquet
+
+            parquet.write_table(pa.table({column: pa.array([], pa.string()) for column in columns}), temporary)
+            return
+        open_file = gzip.open if str(path).endswith(".gz") else open
+        with open_file(temporary, "wt", encoding="utf-8", newline="") as stream:
+            if table_format(path) == "csv":
+                csv_row_writer(stream)(columns)
+            elif table_format(path) == "tsv":
+                stream.write("\t".join(columns) + "\n")
+
+
 def row_writer(stream, kind):
     """Return a function that writes a row (a dict) to a stream. kind: "csv" (quoted), "tsv" (unquoted) or "jsonl"."""
     header = None
