@@ -15,11 +15,17 @@ from classifier.messages import BadInput
 
 
 def cache_folder():
-    """Return this project's folder in the cache of `datasets`."""
+    """Return this project's folder in the cache of `datasets`. Raises BadInput where it cannot be written."""
     from datasets import config
 
     folder = Path(config.HF_DATASETS_CACHE) / "text-classification-scripts"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(None, "Permission denied or read-only")
+    except OSError as error:
+        reason = f"{folder}: the cache cannot be written there ({error.strerror})"
+        raise BadInput(reason, "Set the environment variable HF_HOME to a folder that can be written.") from None
     return folder
 
 

@@ -88,6 +88,13 @@ def with_label_names(task, sources):
             if name == row["label"] or (task.is_multi_label and name in (row["label"] or [])):
                 return source.location(row["row"])
 
+    # pandas writes whole numbers as floats where a cell of the column was empty once.
+    if any(name.endswith(".0") for name in names) and all(is_whole(name.removesuffix(".0")) for name in names):
+        names = sorted({name.removesuffix(".0") for name in names})
+        log.info(
+            f'{source.origin}: the whole numbers of "{task.label}", such as {names[-1]}.0, are classes; '
+            "to predict a number, write `labels: regression` in a YAML for --task"
+        )
     decimal = next((name for name in names if is_number(name) and not is_whole(name)), None)
     if decimal is not None and sum(map(is_number, names)) > len(names) / 2:
         raise BadInput(
@@ -168,6 +175,9 @@ def is_multi_hot(task, sources):
     return True
 
 
+OTHER_SPELLINGS = {"true": ["True", "TRUE"], "false": ["False", "FALSE"], "True": ["true"], "False": ["false"]}
+
+
 def label_ids(task, values):
     """Return (ids, whether it is known) of label strings, two arrays; in regression floats.
 
@@ -179,6 +189,9 @@ def label_ids(task, values):
         known = [value is None or is_number(value) for value in values]
         return np.array(numbers, dtype=np.float64), np.array(known, dtype=bool)
     ids = {name: position for position, name in enumerate(task.labels)}
+    # Other spellings of the same: 1.0 of a column of floats, true of JSON and True of a CSV that Python wrote.
+    ids = {f"{name}.0": position for name, position in ids.items() if is_whole(name)} | ids
+    ids = {spelling: ids[name] for name in ids for spelling in OTHER_SPELLINGS.get(name, [])} | ids
     if not any(map(is_whole, task.labels)):
         ids |= {str(position): position for position in range(len(task.labels))}
     if not task.is_multi_label:  # there, -1 would be a column of the matrix

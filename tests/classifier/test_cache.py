@@ -1,5 +1,7 @@
 """The cache: tables that are complete or absent, columns as arrays, files from a web server of our own, and the Hub."""
 
+import errno
+import os
 import socket
 import threading
 from pathlib import Path
@@ -287,3 +289,22 @@ def test_a_data_set_that_cannot_be_loaded(monkeypatch, error, message):
     refused = refusal(cache.download, "some/data", "part", COMMIT)
     assert refused.reason.startswith("some/data (part): ") and message in refused.reason
     assert "dataset: {path, name}" in refused.advice
+
+
+@pytest.mark.parametrize("obstacle", ["a file", "no permission", "a read-only disk"])
+def test_a_cache_that_cannot_be_written_is_bad_input(tmp_path, monkeypatch, obstacle):
+    folder = tmp_path / "home"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets")
+    if obstacle == "a file":
+        folder.write_text("")
+    elif obstacle == "no permission":  # which the root of a container has everywhere
+        monkeypatch.setattr(os, "access", lambda path, mode: False)
+    else:
+
+        def refuse(*_, **__):
+            raise OSError(errno.EROFS, "Read-only file system")
+
+        monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(BadInput, match="the cache cannot be written there") as caught:
+        cache.cache_folder()
+    assert "HF_HOME" in caught.value.advice

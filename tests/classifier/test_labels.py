@@ -140,7 +140,7 @@ def test_numbers_among_names_are_told_with_both_places(tmp_path, values, message
     assert task.labels == sorted(values)  # by request
 
 
-@pytest.mark.parametrize("decimal", ["0.5", "1.0", "-2.25", "1e-3"])
+@pytest.mark.parametrize("decimal", ["0.5", "1.01", "-2.25", "1e-3"])
 def test_decimals_are_refused_with_the_way_to_regression(tmp_path, decimal):
     task = files_task(tmp_path, ("text", "score"), train=[("a", "1"), ("b", decimal)], task={"label": "score"})
     error = refusal(task)
@@ -159,6 +159,30 @@ def test_decimals_are_refused_with_the_way_to_regression(tmp_path, decimal):
 def test_labels_of_json_of_two_kinds(tmp_path, values, message):
     task = files_task(tmp_path, suffix=".jsonl", train=labelled(values))
     assert message.format(task.files["train"]) in refusal(task).reason
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize(("values", "labels"), [([1.0, 0.0, 1.0], ["0", "1"]), ([5.0, 10.0, 2.0], ["2", "5", "10"])])
+def test_whole_numbers_written_as_floats_are_classes(tmp_path, suffix, values, labels, log_lines):
+    rows = labelled(values)
+    task, splits, _, _ = load_splits(files_task(tmp_path, suffix=suffix, train=rows, validation=rows[:2]))
+    assert task.labels == labels
+    assert column_array(splits["train"], "label").tolist() == [labels.index(str(int(value))) for value in values]
+    assert any("are classes; to predict a number, write `labels: regression`" in line for line in log_lines)
+
+
+def test_whole_floats_beside_decimals_are_decimals(tmp_path):
+    error = refusal(files_task(tmp_path, train=labelled([1.0, 2.0, 2.5])))
+    assert "holds decimals such as" in error.reason and "labels: regression" in error.advice
+
+
+def test_other_spellings_of_a_label_are_that_label():
+    ids, known = label_ids(Task("t", labels=["1", "2"]), ["2.0", "1", "2.5", "3.0"])
+    assert ids.tolist() == [1, 0, -1, -1] and known.tolist() == [True, True, False, False]
+    ids, known = label_ids(Task("t", labels=["false", "true"]), ["True", "FALSE", "true", "yes"])
+    assert ids.tolist() == [1, 0, 1, -1] and known.tolist() == [True, True, True, False]
+    ids, _ = label_ids(Task("t", labels=["True", "true"]), ["true", "True"])  # two labels stay two
+    assert ids.tolist() == [1, 0]
 
 
 def test_the_place_of_a_decimal_is_that_of_the_very_label(tmp_path):
