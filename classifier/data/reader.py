@@ -255,9 +255,8 @@ def _utf_16(start):
 def _delimited_rows(path, stream, kind, header, quoting, delimiter):
     """Yield (line, dict or BadRow, None) of CSV and TSV."""
     separator, quoted = delimiter or DELIMITERS[kind], kind == "csv" if quoting is None else quoting
-    table = csv.reader(
-        stream, delimiter=separator, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE, strict=True
-    )
+    options = {"quoting": csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE, "strict": True}
+    table, lines_before = csv.reader(stream, delimiter=separator, **options), 0
     expected = "the task names" if header else "the header has"
     _check_names(f"{path}: the task names the column", header or [])
     line = 1
@@ -269,10 +268,10 @@ def _delimited_rows(path, stream, kind, header, quoting, delimiter):
             return
         except csv.Error as error:
             # A field that is too long within one line is a bad row; over many lines it is a quote that never closes.
-            if "field larger" not in str(error) or table.line_num > start:
+            if "field larger" not in str(error) or lines_before + table.line_num > start:
                 hint = "is a quote left open?" if quoted else "one field is far too long"
                 raise BadInput(f"{path}, from line {start}: {error} ({hint})", "Fix this row.") from None
-        line = table.line_num + 1
+        line = lines_before + table.line_num + 1
         if fields is None:
             problem = f"a field has more than {LONGEST_FIELD:,} characters"
             if header is None:
@@ -280,6 +279,9 @@ def _delimited_rows(path, stream, kind, header, quoting, delimiter):
             yield start, BadRow(path, start, problem, "Shorten it"), None
         elif not fields:  # an empty line
             pass
+        elif start == 1 and (mark := re.fullmatch("sep=(.)", separator.join(fields), re.DOTALL)):  # for Excel
+            separator, lines_before = mark[1], 1
+            table = csv.reader(stream, delimiter=separator, **options)
         elif header is None:
             header = fields
             _check_header(path, start, header, quoted, separator, is_given=bool(delimiter))
