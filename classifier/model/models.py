@@ -111,7 +111,8 @@ def _pretrained_model(name, head, task, refresh):
         note_loaded(name, options["revision"])
     new = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     _check_encoder(name, model, info)
-    if not new and task and not task.is_regression and list(labels_before.values()) != task.labels:
+    is_same = task and (list(labels_before.values()) == task.labels or are_positions(labels_before.values(), task))
+    if not new and task and not task.is_regression and not is_same:
         # A head of the right size, but for other labels: its classes would be mapped to ours by position.
         fresh = AutoModelForSequenceClassification.from_config(model.config, dtype=torch.float32)
         for child, module in fresh.named_children():
@@ -171,6 +172,8 @@ def with_head_labels(model, facts, task):
     head_is_regression = model.config.num_labels == 1 and not head_is_multi_label
     if facts["new"]:
         raise BadInput(f"{name}: has no trained head ({', '.join(facts['new'])})", f"First: train.py --model {name}")
+    if head_is_multi_label == task.is_multi_label and are_positions(names, task):
+        return task
     if (head_is_regression, head_is_multi_label) != (task.is_regression, task.is_multi_label) or not (
         task.is_regression or task.labels is None or sorted(task.labels) == sorted(names)
     ):
@@ -179,9 +182,23 @@ def with_head_labels(model, facts, task):
             f"{' (any number of them)' if head_is_multi_label else ''}; the labels of the task {task.name} are "
             f"{', '.join(task.labels) if isinstance(task.labels, list) else task.labels}"
             f"{' (any number of them)' if task.is_multi_label else ''}",
-            f"Use data with its labels, or fine-tune it first: train.py --model {name}",
+            f"Use data with its labels, or fine-tune it first: train.py --model {name}"
+            + " Or write the names of its labels into id2label of its config.json." * (names == _unnamed(len(names))),
         )
     return task if task.is_regression else replace(task, labels=names)
+
+
+def _unnamed(number):
+    return [f"LABEL_{position}" for position in range(number)]
+
+
+def are_positions(names, task):
+    """Return whether a head's labels are LABEL_0, LABEL_1, ... and the task's 0, 1, ...: the same. Logs it."""
+    labels = task.labels if isinstance(task.labels, list) else []
+    is_same = [*names] == _unnamed(len(labels)) and labels == [str(number) for number in range(len(labels))]
+    if is_same:
+        log.info(f"the head's labels {', '.join([*names][:10])} are taken for {', '.join(labels[:10])}")
+    return is_same
 
 
 def freeze(model, part):

@@ -129,6 +129,21 @@ def test_no_trained_code_of_a_model_folder_is_run(tmp_path, tiny_bert):
     assert not (tmp_path / "sprung").exists()
 
 
+def test_a_head_without_names_is_that_of_labels_that_are_positions(tmp_path, tiny_bert, log_lines):
+    before = save_classifier(tmp_path, tiny_bert, ["LABEL_0", "LABEL_1"])
+    numbered = Task(name="numbered", text=["text"], labels=["0", "1"])
+    model, _, facts = load_model(str(tmp_path), numbered)
+    assert facts["new"] == [] and torch.equal(model.classifier.weight, before.classifier.weight)
+    assert log_lines.count("the head's labels LABEL_0, LABEL_1 are taken for 0, 1") == 1
+    model, _, facts = load_model(str(tmp_path))
+    assert with_head_labels(model, facts, numbered) == numbered
+    for labels in (["0", "1", "2"], ["1", "2"], ["negative", "positive"]):
+        with pytest.raises(BadInput) as caught:
+            with_head_labels(model, facts, Task(name="other", text=["text"], labels=labels))
+        assert "id2label of its config.json" in caught.value.advice
+        assert load_model(str(tmp_path), Task(name="other", text=["text"], labels=labels))[2]["new"] != []
+
+
 def test_a_decoder_without_a_padding_token_pads_with_its_end(tmp_path, vocabulary):
     """And says so in its config: its head reads the last token that is none, here and in transformers' pipeline."""
     tokenizer = BertTokenizer(str(vocabulary), pad_token=None, eos_token="[SEP]")
