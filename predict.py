@@ -27,10 +27,10 @@ from classifier import processes
 from classifier.chunks import LogitChunks, split_into_chunks
 from classifier.data import writer
 from classifier.data.labels import prediction_columns, prediction_rows
-from classifier.data.reader import NoRows, check_file, count_rows, lines_of_text, read_header, read_rows, table_format
+from classifier.data.reader import check_file, count_rows, lines_of_text, read_header, read_rows, table_format
 from classifier.data.tasks import parse_delimiter
 from classifier.files import CannotWrite, digest, sha256, write_json
-from classifier.messages import BadInput, BadRow, format_duration, in_red, location, log, nearest
+from classifier.messages import BadInput, BadRow, NoRows, format_duration, in_red, location, log, nearest
 from classifier.predictor import load, onnx_file, start_exported
 
 SECONDS_BETWEEN_LINES = 10

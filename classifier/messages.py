@@ -23,6 +23,10 @@ class BadInput(Exception):
         super().__init__(f"{self.reason}\n{self.advice}")
 
 
+class NoRows(BadInput):
+    """A table without a row."""
+
+
 class BadRow(BadInput):
     """A mistake in a single row: the rest of the table can be used, with --on_bad_row skip.
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
-from classifier.messages import BadInput, BadRow, location, nearest
+from classifier.messages import BadInput, BadRow, NoRows, location, nearest
 
 # Characters in a field. Python's default limit of 131,072 is too low for documents; without a limit, one unclosed quote
 # turns the rest of the file into a single field.
@@ -27,10 +27,6 @@ csv.field_size_limit(LONGEST_FIELD)
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character, or a byte that could not be decoded
 BLANKS = " \t\r\n"  # the whitespace of JSON
-
-
-class NoRows(BadInput):
-    """A table without a row."""
 
 
 def table_format(path, has_lines=False):
@@ -335,17 +331,44 @@ def _check_names(subject, names):
 
 
 def _json_rows(path, stream, kind):
-    """Yield (line, dict or BadRow, its JSON) of JSON lines, or (record, ...) where a .json file holds one list."""
+    """Yield (line, dict or BadRow, its JSON) of JSON lines, or (record, ...) of a .json file's list or one object."""
     while (first := stream.read(1)) and first in BLANKS:
         pass
     is_list = kind == "json" and first == "["
     if not is_list:
+        stream.seek(0)
+        if kind == "json" and (records := _records_of_one_object(path, stream)):
+            yield from ((number, record, None) for number, record in enumerate(records, start=1))
+            return
         stream.seek(0)
     for number, value, text in _list_elements(path, stream) if is_list else _line_values(path, stream):
         if not isinstance(value, (dict, BadRow)):
             problem = _undecodable(text) or f"is not a JSON object but {text.strip()[:40]}"
             value = BadRow(path, number, problem, 'Write each row as {"text": "...", "label": "..."}')
         yield number, value, text
+
+
+def _records_of_one_object(path, stream):
+    """Return the rows under data, rows or examples of the one object of a .json file; None where it holds others."""
+    lines = filter(str.strip, stream)
+    first, second = next(lines, ""), next(lines, None)
+    try:
+        content = json.loads(first)
+        if second is not None:  # JSON lines
+            return None
+    except (ValueError, RecursionError):
+        try:
+            stream.seek(0)
+            content = json.loads(stream.read())
+        except (ValueError, RecursionError):
+            return None
+    if not isinstance(content, dict):
+        return None
+    if content.keys() >= {"columns", "data"} or (content and all(isinstance(each, dict) for each in content.values())):
+        reason = f"{path}: holds one object of columns, as pandas writes it, and no list of rows"
+        raise BadInput(reason, 'Write it again: df.to_json(FILE, orient="records").')
+    records = next((content[key] for key in ("data", "rows", "examples") if isinstance(content.get(key), list)), None)
+    return records if records and all(isinstance(record, dict) for record in records) else None
 
 
 def _line_values(path, stream):

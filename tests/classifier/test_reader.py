@@ -510,3 +510,28 @@ def test_excels_line_that_names_the_separator(tmp_path, suffix, separator, quote
     rows = list(read_rows(path, on_bad_row="yield"))
     assert rows[0] == (3, {"text": "a b", "label": "x"})
     assert rows[1][0] == rows[1][1].line == 4 and "3 fields" in rows[1][1].problem
+
+
+@pytest.mark.parametrize("key", ["data", "rows", "examples"])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_rows_under_a_key_of_one_object(tmp_path, key, indent):
+    rows = [{"text": "a", "label": "x"}, {"text": "b\nc", "label": "y"}]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"version": "1", key: rows}, indent=indent))
+    assert list(read_rows(path)) == [(1, rows[0]), (2, rows[1])]
+    path.write_text("\n".join(map(json.dumps, rows)))  # and still lines of objects, a single one too
+    assert values(path) == rows
+    path.write_text(json.dumps(rows[0]))
+    assert values(path) == rows[:1]
+
+
+@pytest.mark.parametrize("orient", ["columns", "index", "split"])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_other_forms_of_pandas_are_named(tmp_path, orient, indent):
+    columns = {"text": {str(n): f"a long text {n}" for n in range(99)}, "label": {str(n): "x" for n in range(99)}}
+    forms = {"columns": columns, "index": {str(n): {"text": "a", "label": "x"} for n in range(99)}}
+    forms["split"] = {"columns": ["text", "label"], "index": [0], "data": [["a", "x"]]}
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(forms[orient], indent=indent))
+    error = refusal(path)
+    assert "as pandas writes it" in error.reason and len(error.reason) < 200 and 'orient="records"' in error.advice
