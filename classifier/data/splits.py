@@ -390,6 +390,8 @@ def make_missing_splits(task, splits):
         if not len(rest) or not len(drawn) or number >= len(train):
             what = f"groups of {task.split['group']}" if "group" in task.split else "rows"
             reason = f"too few {what} (in {number_of_rows} rows) to make a {name} split"
+            if not len(drawn) and "group" not in task.split and number < len(train):
+                reason = f"each label has one row, which stays in train, so there is none for a {name} split"
             raise BadInput(reason, f"Give --{name}_file, or more rows.")
         splits[name], splits["train"] = train.select(drawn), train.select(rest)
     return splits

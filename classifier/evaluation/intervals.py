@@ -93,15 +93,16 @@ def _share(name, predictions, references):
     low, scale = (-1, 2) if name in CORRELATIONS else (0, 1)
     score = float(np.clip((FORMULAS[name](metrics.count_classes(predictions, references)) - low) / scale, 0, 1))
     wrong, right, times = _wrong_row(predictions, references)
+    rows = len(references)
     smoothed, influences = _influences(
         name,
-        np.concatenate([predictions, wrong, right]),
-        np.concatenate([references, right, right]),
-        times := np.concatenate([np.ones(len(references)), times, times]),
+        np.concatenate([predictions, wrong, references]),
+        np.concatenate([references, right, references]),
+        times := np.concatenate([np.ones(rows), times, np.full(rows, 1 / rows)]),
     )
     share, variance = (smoothed - low) / scale, np.average((influences / scale) ** 2, weights=times)
-    rows = len(references) * share * (1 - share) / variance  # variance: of one row
-    return [low + scale * bound for bound in binomial_interval(score * rows, rows)]
+    effective_rows = rows * share * (1 - share) / variance  # variance: of one row
+    return [low + scale * bound for bound in binomial_interval(score * effective_rows, effective_rows)]
 
 
 def binomial_interval(right, rows):
@@ -188,7 +189,10 @@ def _wrong_row(predictions, references):
     wrong, right = np.roll(predictions[order], len(order) // 2, axis=0), references[order]
     is_wrong = (wrong != right).reshape(len(right), -1).any(axis=1)
     if not is_wrong.any():  # all rows are alike
-        wrong, is_wrong = (1 - right if right.ndim == 2 else right + 1), np.ones(len(right), dtype=bool)
+        wrong, is_wrong = (
+            (1 - right if right.ndim == 2 else np.where(right > 0, right - 1, 1)),
+            np.ones(len(right), dtype=bool),
+        )
     return wrong[is_wrong], right[is_wrong], np.full(is_wrong.sum(), 1 / is_wrong.sum())
 
 

@@ -80,6 +80,25 @@ def test_six_of_six_right_and_rows_that_are_all_alike_have_intervals_with_a_widt
             assert 0 <= interval[0] < interval[1] <= 1
 
 
+@pytest.mark.filterwarnings("error")
+def test_every_interval_has_a_width_and_holds_its_score():
+    """Few rows, models that are always or never right, classes that are never predicted or not there."""
+    generator = np.random.default_rng(0)
+    for number in range(600):
+        rows, classes = generator.integers(2, 40), generator.integers(1, 4)
+        labels = generator.integers(0, classes, rows)
+        predictions = np.where(generator.random(rows) < generator.choice([0, 0.5, 0.9, 1]), labels, 0)
+        if number % 10 == 0 and classes == 2:
+            predictions = 1 - labels
+        names = CLASSES + (["f1"] if classes < 3 and predictions.max() < 2 else [])
+        scores = metrics.compute_metrics(names, predictions, labels, warns=False) if number % 10 == 0 else {}
+        for name, interval in intervals.score_intervals(names, predictions, labels).items():
+            if interval:
+                low, high = interval
+                assert low < high, (name, predictions, labels)
+                assert low <= scores.get(name, low) <= high, (name, predictions, labels)
+
+
 def score(name, predictions, labels):
     """Return a score by the formulas, which test_metrics.py holds against scikit-learn: compute_metrics is slow."""
     if name in metrics.REGRESSION:

@@ -423,7 +423,8 @@ def test_the_seed_of_the_task_draws_another_split(tmp_path):
 def test_too_few_rows_for_a_split(tmp_path, split):
     rows = AB if not split else AB * 20
     error = refusal(files_task(tmp_path, train=rows, task={"split": split}))
-    assert f"too few rows (in {len(rows)} rows)" in error.reason and "_file" in error.advice
+    expected = "too few rows (in 40 rows)" if split else "each label has one row"
+    assert expected in error.reason and "_file" in error.advice
 
 
 def test_a_made_split_in_regression(tmp_path):
@@ -829,3 +830,9 @@ def test_other_columns_of_a_known_commit_are_downloaded_again(hub):
     task = Task("hubby", text=["sentence"], label="idx", dataset={"path": "some/data", "name": "part"})
     assert load_splits(task)[0].labels == ["0", "1"]
     assert hub.asked == [("some/data", "part", COMMIT)]
+
+
+def test_labels_of_one_row_each_are_told_as_that(tmp_path):
+    error = refusal(files_task(tmp_path, train=[(f"text {number}", f"label {number}") for number in range(30)]))
+    assert error.reason == "each label has one row, which stays in train, so there is none for a validation split"
+    assert "--validation_file" in error.advice
