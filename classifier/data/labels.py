@@ -19,6 +19,30 @@ UNLABELLED = -1  # the label id of an example without a label (the Hub's GLUE te
 # ------------------------------------------------------------------------------------------- strings of a table -> ids
 
 
+def label_columns(task):
+    """Return the columns of the labels: one, or one of 0 and 1 for each label."""
+    return task.label if isinstance(task.label, list) else [task.label]
+
+
+def row_labels(task, row):
+    """Return the label of a row as a string, in multi-label as a list of strings; None where there is none.
+
+    Raises ValueError, whose message is the row's problem.
+    """
+    if isinstance(task.label, str):
+        try:
+            return label_strings(task, row.get(task.label))
+        except ValueError as error:
+            raise ValueError(f'column "{task.label}" {error}') from None
+    values = {column: row.get(column) for column in task.label}
+    if all(value in (None, "") or str(value) in UNLABELLED_SPELLINGS for value in values.values()):
+        return None
+    for column, value in values.items():
+        if str(value) not in MULTI_HOT:
+            raise ValueError(f'column "{column}" holds {"nothing" if value in (None, "") else repr(value)}, not 0 or 1')
+    return [name for name, value in zip(task.labels, values.values(), strict=True) if MULTI_HOT[str(value)]]
+
+
 def label_strings(task, label):
     """Return a label as a string, in multi-label as a list of strings; None where there is none.
 
@@ -131,6 +155,7 @@ def is_whole(text):
     return text.removeprefix("-").isdecimal()
 
 
+UNLABELLED_SPELLINGS = ("-1", "-1.0", "nan")
 MULTI_HOT = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1, "False": 0, "True": 1}
 
 
@@ -143,7 +168,8 @@ def is_multi_hot(task, sources):
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    if not task.is_multi_label or (task.labels and any(map(is_whole, task.labels))):
+    names_are_numbers = task.labels and any(map(is_whole, task.labels))
+    if not task.is_multi_label or isinstance(task.label, list) or names_are_numbers:
         return False
     columns = [source.rows.data.column("label").combine_chunks() for source in sources.values()]
     column = pa.concat_arrays(columns).drop_null()
@@ -220,7 +246,8 @@ def with_label_ids(task, split, source, multi_hot=False):
     first = np.flatnonzero(unknown)[:1] if unknown.any() else bad[:1]
     for position in (bad if skips else first).tolist():
         row = rows[position]
-        problem = f'column "{task.label}" holds ' + (f"{row['label']!r}, no label" if unknown[position] else "no label")
+        value = f"{row['label']!r}, no label" if unknown[position] else "no label"
+        problem = f'column "{label_columns(task)[0]}" holds {value}'
         if skips:
             source.bad_rows.append([row["row"], problem])
         elif source.is_file or unknown[position]:
@@ -311,7 +338,10 @@ def prediction_columns(task):
     """Return the names of the columns that predictions add to a table."""
     if task.is_regression:
         return ["predicted_value"]
-    return ["predicted_label", "probability", *(f"probability_{name}" for name in task.labels)]
+    columns = ["predicted_label", "probability", *(f"probability_{name}" for name in task.labels)]
+    if isinstance(task.label, list):  # as the labels were read: 0 or 1 for each
+        columns += [f"predicted_{name}" for name in task.labels]
+    return columns
 
 
 def prediction_rows(task, logits):
@@ -326,23 +356,8 @@ def prediction_rows(task, logits):
             probability = np.where(applies, row_probabilities, 1 - row_probabilities).prod()
         else:
             label, probability = task.labels[int(row_probabilities.argmax())], row_probabilities.max()
-        yield [label, float(probability), *map(float, row_probabilities)]
-
-
-def with_thresholds(task, logits, labels):
-    """Return a multi-label task with thresholds: for each label the probability above which its F1 is highest."""
-    from sklearn.metrics import precision_recall_curve
-
-    thresholds = []
-    for scores, applies in zip(probabilities(task, logits).T, labels.T, strict=True):
-        if not applies.any():  # F1 is undefined
-            thresholds.append(0.5)
-            continue
-        precision, recall, cuts = precision_recall_curve(applies, scores)  # scikit-learn: score >= cut
-        f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
-        best = int(f1[:-1].argmax())
-        thresholds.append(float((cuts[best] + (cuts[best - 1] if best else 0)) / 2))
-    return replace(task, thresholds=thresholds)
+        values = [label, float(probability), *map(float, row_probabilities)]
+        yield [*values, *map(int, applies)] if isinstance(task.label, list) else values
 
 
 def majority_prediction(task, labels):

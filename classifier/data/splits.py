@@ -8,7 +8,7 @@ from itertools import islice
 import numpy as np
 
 from classifier.data import cache
-from classifier.data.labels import is_multi_hot, label_strings, with_label_ids, with_label_names
+from classifier.data.labels import is_multi_hot, label_columns, row_labels, with_label_ids, with_label_names
 from classifier.data.reader import check_file, read_rows, table_format
 from classifier.data.tasks import SPLIT_NAMES, is_url
 from classifier.files import digest, sha256, write_json
@@ -142,9 +142,9 @@ def _file_rows(task, split, path):
 
 def _needed_columns(task, split):
     """Return the columns that a split's file must have."""
-    label = [] if split.startswith("test") else [task.label]  # unlabelled, it can still be predicted
+    labels = [] if split.startswith("test") else label_columns(task)  # unlabelled, it can still be predicted
     group = [task.split["group"]] if split == "train" and "group" in task.split else []
-    return [*task.text, *label, *group]
+    return [*task.text, *labels, *group]
 
 
 def _texts_and_label(task, row, needs_label):
@@ -153,25 +153,24 @@ def _texts_and_label(task, row, needs_label):
     for column, text in zip(task.text, texts, strict=True):
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f'column "{column}" {"is empty" if text in (None, "") else f"holds {text!r}, not text"}')
-    try:
-        label = label_strings(task, row.get(task.label))
-    except ValueError as error:
-        raise ValueError(f'column "{task.label}" {error}') from None
+    label = row_labels(task, row)
     if label is None and needs_label:
-        raise ValueError(f'column "{task.label}" holds no label')
+        raise ValueError(f'column "{label_columns(task)[0]}" holds no label')
     return texts, label
 
 
 def _missing_column(column, row, task):
     """Return (problem, advice) for a column that a row does not have."""
-    option = {task.label: "--label_column", task.split.get("group"): "--group_column"}.get(column, "--text_columns")
+    option = "--group_column" if column == task.split.get("group") else "--text_columns"
+    if column in label_columns(task):
+        option = "--label_column" if column == task.label else "--label_columns"
     advice = f"Columns: {', '.join(row)}. Name the right one with {option}."
     return f'no column "{column}"{nearest(column, row)}', advice
 
 
 def _only_text_column(row, task, origin):
     """Return `text`, or the only column besides the label and the group that holds text. Raises BadInput."""
-    others = (task.label, task.split.get("group"))
+    others = (*label_columns(task), task.split.get("group"))
     if "text" in row and "text" not in others:
         return "text"
     columns = [name for name, value in row.items() if name not in others and isinstance(value, str)]
@@ -219,7 +218,7 @@ def _hub_splits(task, refresh):
     content = json.loads(listing.read_text(encoding="utf-8"))
     task = _check_hub_columns(task, content["columns"])
     if task.labels is None:
-        task = replace(task, labels=content["names"].get(task.label))
+        task = replace(task, labels=content["names"].get(task.label))  # label columns bring their own names
     hub_names = content["splits"]
     chosen = task.splits or {split: split for split in hub_names if split.startswith(SPLIT_NAMES)}
     unused = [split for split in hub_names if split not in chosen.values()]
@@ -259,19 +258,21 @@ def _hub_rows(task, rows):
 
     Empty texts, an error in a user's own file, are only counted here: others have published scores on these very rows.
     """
-    path, names, empty = task.dataset["path"], _class_names(rows.features[task.label]), 0
+    path, empty = task.dataset["path"], 0
+    names = _class_names(rows.features[task.label]) if isinstance(task.label, str) else None
 
     def label_name(label):
         return None if label is None or label < 0 else names[label]
 
     for number, row in enumerate(rows):
-        label = row[task.label]
         if names:
+            label = row[task.label]
             label = [label_name(each) for each in label] if isinstance(label, list) else label_name(label)
+            row = {**row, task.label: label}
         try:
-            label = label_strings(task, label)
+            label = row_labels(task, row)
         except ValueError as error:
-            reason = f'{path}, row {number}: column "{task.label}" {error}'
+            reason = f"{path}, row {number}: {error}"
             raise BadInput(reason, "Choose another column of labels with --label_column.") from None
         texts = [row[column] or "" for column in task.text]
         empty += not all(text.strip() for text in texts)

@@ -26,7 +26,7 @@ class Task:
     dataset: dict | None = None  # {path, name, revision} on the Hub
     files: dict | None = None  # {train, validation, test}: paths, URLs, members of archives (a.zip::b.csv)
     text: str | list[str] | None = None  # a list once read: of one column, or of two for pairs; None: the only one
-    label: str = "label"
+    label: str | list[str] = "label"  # a list: one column of 0 and 1 for each label, whose names the labels have
     labels: str | list[str] | None = None  # "regression", or names in id order; None: taken from the train split
     problem: str | None = None  # "multi_label": any number of labels apply to a text
     separator: str = ","  # between the labels of a text, where a column holds them as one string
@@ -143,6 +143,8 @@ def task_from_mapping(content, path):
     labels = content.get("labels")
     if isinstance(labels, str) and labels != "regression":
         raise BadInput(f'{path}: "labels" is {labels!r}', "Write a list of names, or: labels: regression")
+    if isinstance(content.get("label"), list):
+        content |= _labels_of_columns(content["label"], labels, f"{path}: ")
     if labels == "regression" and "problem" in content:
         raise BadInput(f"{path}: is both multi_label and regression", "Drop `problem` or `labels`.")
     _check_split(content.get("split", {}), path)
@@ -163,6 +165,17 @@ def _label_names(labels, path):
     if len(names) < 2 or len(set(names)) < len(names):
         raise BadInput(f'{path}: "labels" is {names}', "Write two or more names, each of them once.")
     return names
+
+
+def _labels_of_columns(columns, labels, place):
+    """Return the task's keys for one column of 0 and 1 for each label. labels: their names if they have others."""
+    if len(columns) < 2 or len(set(columns)) < len(columns) or "" in columns:
+        raise BadInput(f"{place}label columns {','.join(columns)}", "Name two or more, each of them once.")
+    if labels == "regression" or (labels and len(labels) != len(columns)):
+        kind = "a number" if labels == "regression" else f"{len(labels)} labels"
+        reason = f"{place}{len(columns)} columns of labels ({', '.join(columns[:10])}), but the task has {kind}"
+        raise BadInput(reason, "Name one column for each label, in the same order.")
+    return {"label": columns, "labels": labels or columns, "problem": "multi_label"}
 
 
 def _check_key(key, value, path):
@@ -260,6 +273,10 @@ def task_from_args(args, default=None):
         **{name: getattr(args, name) for name in ("max_length", "encoding", "truncate", "on_bad_row")},
     }
     task = replace(task, **{key: value for key, value in flags.items() if value})
+    if args.label_columns:
+        if args.label_column:
+            raise BadInput("--label_column and --label_columns: the labels are named twice", "Give one of the two.")
+        task = replace(task, **_labels_of_columns(args.label_columns.split(","), task.labels, ""))
     if task.text and (len(task.text) > 2 or "" in task.text):
         raise BadInput(f"text columns {','.join(task.text)}: neither one nor two", "Give one, or two for pairs: A,B.")
     return task

@@ -6,7 +6,7 @@ import logging
 import datasets
 import numpy as np
 import pytest
-from data_help import AB, FORMATS, files_task, hub_table, hub_task, put_table, refusal, text_task
+from data_help import AB, FORMATS, FakeHub, files_task, hub_table, hub_task, put_table, refusal, text_task
 
 from classifier.data.cache import column_array
 from classifier.data.labels import is_number, is_whole, label_ids, label_strings
@@ -526,3 +526,55 @@ def test_label_ids_of_strings():
     assert ids.tolist() == [1, 0, -1, -1, -1] and known.tolist() == [True, True, True, True, False]
     numbers, known = label_ids(Task("t", **REGRESSION), ["1", "x", None])
     assert numbers[0] == 1 and np.isnan(numbers[1:]).all() and known.tolist() == [True, False, True]
+
+
+# ------------------------------------------------------------------------------------------- a column for each label
+
+COLUMNS = {"text": ["text"], "label": ["toxic", "obscene"], "labels": ["toxic", "obscene"], **MULTI}
+HEADER = ("text", "toxic", "obscene")
+
+
+def columns_task(folder, rows, suffix=".csv", **keys):
+    train = [(f"text {number}", *row) for number, row in enumerate(rows)]
+    return files_task(
+        folder, header=HEADER, suffix=suffix, task={**COLUMNS, "split": {"validation": [0, 1]}, **keys}, train=train
+    )
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("no, yes", [(0, 1), (0.0, 1.0), (False, True), ("0", "1"), ("0.0", "1.0"), ("False", "true")])
+def test_a_column_for_each_label_holds_0_and_1_however_they_are_written(tmp_path, suffix, no, yes):
+    task = columns_task(tmp_path, [(no, no), (yes, no), (no, no), (yes, yes), (no, yes)], suffix)
+    _, splits, _, _ = load_splits(task)
+    assert column_array(splits["train"], "label").tolist() == [[1, 0], [0, 0], [1, 1], [0, 1]]
+
+
+@pytest.mark.parametrize("value, found", [(0.6, "0.6"), (2, "2"), ("yes", "'yes'"), ("", "nothing")])
+def test_another_value_in_the_column_of_a_label_is_a_bad_row(tmp_path, value, found):
+    rows = [(0, 1), (1, 0), (1, value), (0, 0)]
+    error = refusal(columns_task(tmp_path, rows, ".jsonl"))
+    assert f'line 3: column "obscene" holds {found}, not 0 or 1' in error.reason
+    _, splits, _, bad_rows = load_splits(columns_task(tmp_path, rows, ".jsonl", on_bad_row="skip"))
+    assert len(splits["train"]) == 2 and [row["row"] for row in bad_rows] == [3]
+
+
+def test_rows_of_a_test_split_without_labels_can_be_predicted(tmp_path):
+    rows, unlabelled = [("a", 0, 1), ("b", 1, 0), ("c", 1, 1)], [("d", -1, -1), ("e", -1, -1)]
+    _, splits, _, _ = load_splits(files_task(tmp_path, HEADER, task=COLUMNS, train=rows, test=unlabelled))
+    assert column_array(splits["test"], "label").tolist() == [[-1, -1], [-1, -1]]
+    error = refusal(files_task(tmp_path, HEADER, task=COLUMNS, train=[*rows, *unlabelled]))
+    assert 'train.csv, line 5: column "toxic" holds no label' in error.reason
+
+
+def test_a_missing_column_of_a_label_is_named(tmp_path):
+    task = files_task(tmp_path, header=("text", "toxic", "obscen"), task=COLUMNS, train=[("a", 0, 1), ("b", 1, 0)])
+    error = refusal(task)
+    assert 'no column "obscene" (did you mean' in error.reason and "--label_columns" in error.advice
+
+
+def test_columns_of_labels_on_the_hub(empty_cache, monkeypatch):
+    hub = FakeHub(monkeypatch)
+    hub["train"] = hub_table([1, 0, 1, 0], second=[0, 0, 1, 1])
+    hub["validation"] = hub_table([1, 0], second=[0, 1])
+    _, splits, _, _ = load_splits(hub_task(["first", "other"], label=["label", "second"], **MULTI))
+    assert column_array(splits["train"], "label").tolist() == [[1, 0], [0, 0], [1, 1], [0, 1]]

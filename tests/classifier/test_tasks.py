@@ -547,3 +547,32 @@ def test_every_data_flag_has_help():
     flags = set(re.findall(r"--[a-z_]+", parser.format_help()))
     assert {"--task", "--dataset", "--train_file", "--text_columns", "--limit", "--refresh", "--on_bad_row"} <= flags
     assert all(action.help for action in parser._actions)
+
+
+def test_label_columns_are_labels_of_their_own(tmp_path):
+    task = tasks.read_task(describe(tmp_path, label=["toxic", "threat"]))
+    assert (task.label, task.labels, task.problem) == (["toxic", "threat"], ["toxic", "threat"], "multi_label")
+    task = tasks.read_task(describe(tmp_path, label=["a", "b"], labels=["toxic", "threat"]))
+    assert (task.label, task.labels) == (["a", "b"], ["toxic", "threat"])
+    flags = arguments("--train_file", "a.csv", "--label_columns", "toxic,threat")
+    task = tasks.task_from_args(flags)
+    assert (task.label, task.labels, task.problem) == (["toxic", "threat"], ["toxic", "threat"], "multi_label")
+    saved = Task("saved", label=["a", "b"], labels=["a", "b"], problem="multi_label")
+    task = tasks.task_from_args(arguments("--train_file", "a.csv", "--label_columns", "x,y"), saved)
+    assert (task.label, task.labels) == (["x", "y"], ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    "flags, reason",
+    [
+        (("--label_columns", "toxic"), "label columns toxic"),
+        (("--label_columns", "a,b,a"), "label columns a,b,a"),
+        (("--label_columns", "a,,b"), "label columns a,,b"),
+        (("--label_columns", "a,b", "--label_column", "c"), "--label_column and --label_columns"),
+        (("--task", "demo", "--label_columns", "a,b,c"), "3 columns of labels (a, b, c), but the task has 2 labels"),
+        (("--task", "stsb", "--label_columns", "a,b"), "2 columns of labels (a, b), but the task has a number"),
+    ],
+)
+def test_label_columns_that_do_not_fit(flags, reason):
+    files = () if "--task" in flags else ("--train_file", "a.csv")
+    assert reason in refusal(tasks.task_from_args, arguments(*files, *flags)).reason
