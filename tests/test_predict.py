@@ -1,6 +1,8 @@
 """predict.py: labels for new text, from anywhere to anywhere; the input unchanged beside them, whole or not at all."""
 
 import csv
+import datetime
+import decimal
 import errno
 import gzip
 import hashlib
@@ -17,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow
 import pytest
 import yaml
 from conftest import ACCELERATE, ROOT, TORCHRUN_2, bert_config, make_rows, run_script, write_table
@@ -37,8 +40,9 @@ AWKWARD = [
 ]
 
 
-def read_table(text):
-    return list(csv.DictReader(io.StringIO(text, newline="")))
+def read_table(text, delimiter=","):
+    quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
+    return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting))
 
 
 def stream(text):
@@ -272,6 +276,37 @@ def test_lines_of_text_and_json_and_parquet(predict, expected, tmp_path):
     parquet.write_table(table.select(["id", "text"]), tmp_path / "in.parquet")
     predict("--input", "in.parquet", "--output", "again.parquet")
     assert parquet.read_table(tmp_path / "again.parquet").select(table.column_names).equals(table)
+
+
+def test_typed_columns_of_parquet_in_every_format(predict, tmp_path):
+    day, price = datetime.date(2026, 1, 31), decimal.Decimal("19.90")
+    columns = {
+        "text": ["the room was good .", "the film was bad ."],
+        "day": [day, None],
+        "at": [datetime.datetime(2026, 1, 31, 9, 5, tzinfo=datetime.UTC)] * 2,
+        "price": [price, None],
+        "raw": [b"ab", b""],
+        "took": [datetime.timedelta(seconds=90)] * 2,
+        "tags": [["a", "b"], None],
+        "count": pyarrow.array([3, None], pyarrow.int32()),
+    }
+    parquet.write_table(pyarrow.table(columns), tmp_path / "in.parquet")
+    for name in ("out.jsonl", "out.csv", "out.tsv", "out.parquet"):
+        predict("--input", "in.parquet", "--output", name)
+    names = list(columns)[1:]
+    first, second = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert [first[name] for name in names] == [
+        *("2026-01-31", "2026-01-31T09:05:00+00:00", "19.90", "YWI=", "P0DT0H1M30S"),
+        *(["a", "b"], 3),
+    ]
+    assert [second[name] for name in names] == [None, first["at"], None, "", first["took"], None, None]
+    tables = read_table((tmp_path / "out.csv").read_text()), read_table((tmp_path / "out.tsv").read_text(), "\t")
+    for table in tables:
+        cells = [str(first[name]) for name in names[:5]] + ['["a", "b"]', "3"]
+        assert [table[0][name] for name in names] == cells
+        assert [table[1][name] for name in names] == ["", first["at"], "", "", first["took"], "", ""]
+    again = parquet.read_table(tmp_path / "out.parquet").select(["text", *names])
+    assert again.to_pylist() == pyarrow.table(columns).to_pylist()
 
 
 def test_another_encoding_and_another_delimiter(predict, expected, refused, tmp_path):

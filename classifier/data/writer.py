@@ -1,8 +1,16 @@
-"""Write tables atomically: CSV, TSV, JSON lines (optionally gzipped) and Parquet."""
+"""Write tables atomically: CSV, TSV, JSON lines (optionally gzipped) and Parquet.
 
+Parquet keeps the types of values. In the others dates, times and durations are ISO 8601, decimals are exact, bytes are
+base64; lists and structs are JSON in a cell; a missing value is an empty cell, in JSON lines null.
+"""
+
+import base64
 import csv
+import datetime
+import decimal
 import gzip
 import json
+import math
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -74,6 +82,37 @@ def write_empty(path, columns):
                 stream.write("\t".join(columns) + "\n")
 
 
+def to_json(value):
+    """Return a value as JSON has it; decimals and what JSON lacks as strings, NaN and infinity as None."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case datetime.date() | datetime.time():  # a datetime is a date, too
+            return value.isoformat()
+        case datetime.timedelta():
+            import pandas
+
+            return pandas.Timedelta(value).isoformat()
+        case decimal.Decimal():
+            return f"{value:f}"
+        case bytes():
+            return base64.b64encode(value).decode("ascii")
+        case dict():
+            return {str(key): to_json(each) for key, each in value.items()}
+        case list() | tuple():
+            return [to_json(each) for each in value]
+    return value
+
+
+def to_cell(value):
+    """Return a value as a cell of CSV and TSV holds it."""
+    if value is None:
+        return ""
+    if isinstance(value, (list, tuple, dict)):
+        return json.dumps(to_json(value), ensure_ascii=False)
+    return value if isinstance(value, (str, bool, int, float)) else to_json(value)
+
+
 def row_writer(stream, kind):
     """Return a function that writes a row (a dict) to a stream. kind: "csv" (quoted), "tsv" (unquoted) or "jsonl"."""
     header = None
@@ -82,7 +121,7 @@ def row_writer(stream, kind):
     def write(row):
         nonlocal header
         if kind == "jsonl":
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+            stream.write(json.dumps(to_json(row), ensure_ascii=False) + "\n")
             return
         rows = [row.values()]
         if header is None:
@@ -94,6 +133,7 @@ def row_writer(stream, kind):
                 raise BadInput(reason, "Name the output .jsonl.")
             rows = [[row[column] for column in header]]
         for fields in rows:
+            fields = [to_cell(field) for field in fields]
             if kind == "csv":
                 write_fields(fields)
                 continue

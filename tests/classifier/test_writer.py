@@ -1,6 +1,8 @@
 """The writer: tables of predictions in each format, complete or absent."""
 
 import csv
+import datetime
+import decimal
 import errno
 import gzip
 import json
@@ -41,6 +43,63 @@ def test_tsv_has_no_quotes_and_no_line_breaks(tmp_path):
         with pytest.raises(BadInput, match="tab or a line break"):
             write(tmp_path / "bad.tsv", [{"text": text}])
     assert not (tmp_path / "bad.tsv").exists()
+
+
+HOUR = datetime.timedelta(hours=1)
+TYPED = {  # name: (value, in JSON lines, in a cell)
+    "date": (datetime.date(2026, 1, 31), "2026-01-31", "2026-01-31"),
+    "local": (datetime.datetime(2026, 1, 31, 9, 5, 7), "2026-01-31T09:05:07", "2026-01-31T09:05:07"),
+    "zoned": (
+        datetime.datetime(2026, 1, 31, 9, 5, 7, 250_000, datetime.timezone(HOUR)),
+        "2026-01-31T09:05:07.250000+01:00",
+        "2026-01-31T09:05:07.250000+01:00",
+    ),
+    "time": (datetime.time(9, 5), "09:05:00", "09:05:00"),
+    "duration": (datetime.timedelta(days=1, hours=2, minutes=3, seconds=4.5), "P1DT2H3M4.5S", "P1DT2H3M4.5S"),
+    "days": (datetime.timedelta(days=3), "P3DT0H0M0S", "P3DT0H0M0S"),
+    "none": (datetime.timedelta(), "P0DT0H0M0S", "P0DT0H0M0S"),
+    "back": (-datetime.timedelta(seconds=90), "P-1DT23H58M30S", "P-1DT23H58M30S"),
+    "short": (datetime.timedelta(microseconds=1500), "P0DT0H0M0.0015S", "P0DT0H0M0.0015S"),
+    "price": (decimal.Decimal("1234567890123456789.10"), "1234567890123456789.10", "1234567890123456789.10"),
+    "tiny": (decimal.Decimal("1E-9"), "0.000000001", "0.000000001"),
+    "bytes": (b"\x00\xffab", "AP9hYg==", "AP9hYg=="),
+    "list": (["a", None, "é"], ["a", None, "é"], '["a", null, "é"]'),
+    "struct": (
+        {"day": datetime.date(2026, 1, 31), "raw": [b"ab"]},
+        {"day": "2026-01-31", "raw": ["YWI="]},
+        '{"day": "2026-01-31", "raw": ["YWI="]}',
+    ),
+    "empty": (None, None, ""),
+    "nan": (float("nan"), None, "nan"),
+    "infinite": (float("inf"), None, "inf"),
+    "number": (1.5, 1.5, "1.5"),
+    "whole": (3, 3, "3"),
+    "flag": (True, True, "True"),
+}
+
+
+@pytest.mark.parametrize("name", TYPED)
+def test_a_typed_value_is_written_as_text_that_others_read(tmp_path, name):
+    value, in_json, in_cell = TYPED[name]
+    rows = [{"id": 1, "value": value}, {"id": 2, "value": None}]
+    write(tmp_path / "out.jsonl", rows)
+    lines = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line, parse_constant=pytest.fail) for line in lines] == [
+        {"id": 1, "value": in_json},
+        {"id": 2, "value": None},
+    ]
+    write(tmp_path / "out.csv", rows)
+    with open(tmp_path / "out.csv", newline="", encoding="utf-8") as file:
+        assert list(csv.reader(file)) == [["id", "value"], ["1", in_cell], ["2", ""]]
+    write(tmp_path / "out.tsv", rows)
+    assert (tmp_path / "out.tsv").read_text(encoding="utf-8") == f"id\tvalue\n1\t{in_cell}\n2\t\n"
+
+
+def test_typed_values_stay_what_they_are_in_parquet(tmp_path):
+    names = [name for name in TYPED if name not in ("nan", "empty")]
+    rows = [{name: TYPED[name][0] for name in names}]
+    write(tmp_path / "out.parquet", rows)
+    assert parquet.read_table(tmp_path / "out.parquet").to_pylist() == rows
 
 
 @pytest.mark.parametrize("number", [1, 3, 4])  # of rows, three to a group
