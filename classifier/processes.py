@@ -32,6 +32,9 @@ def run(main):
     main returns its Accelerator, or None. Its processes end here, once no variable of main refers to the model.
     """
     script = Path(sys.argv[0]).name
+    if is_busy():
+        # Read when torch is imported. Spinning would keep a core from the thread that is waited for (RESULTS.md).
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     # Imports create millions of permanent objects; searching them for garbage again and again takes 0.6 s. load_model
     # turns the garbage collector on again, after the last import.
     gc.disable()
@@ -108,6 +111,8 @@ def start(args, stream=None, **accelerator_options):
     log_to(stream or sys.stdout, logging.INFO if accelerator.is_main_process else logging.ERROR)
     check_processes(accelerator.num_processes)
     number = _count(accelerator.num_processes, "process")
+    if environment.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE":
+        threads_text += ", which sleep while they wait (OMP_WAIT_POLICY)"
     log.info(f"{accelerator.device.type}, {number}, precision {precision_text}, {threads_text}")
     accumulation = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if accumulation != "1":
@@ -313,6 +318,22 @@ def available_cores(root="/"):
     cores = {_read(cpus / f"cpu{cpu}/topology/thread_siblings_list") or cpu for cpu in os.sched_getaffinity(0)}
     # Rounded up: with a quota of 1.5, two throttled threads get more done than one.
     return max(1, math.ceil(min(len(cores), _cgroup_quota(Path(root)))))
+
+
+def is_busy(environment=os.environ, root="/"):
+    """Return whether other processes compute on the cores that this one and its local siblings would use.
+
+    False where that is not known (outside Linux), and where a variable says how threads wait. root: for tests.
+    """
+    if any(name in environment for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")):
+        return False
+    running = []
+    for pause in (0, 0.005, 0.005):  # the least of three: a process that wakes up for a moment is no load
+        time.sleep(pause)
+        fields = _read(Path(root, "proc/loadavg")).split()  # "0.20 0.18 0.12 2/345 11206": 2 of 345 threads run
+        running.append(int(fields[3].partition("/")[0]) if len(fields) > 3 else 0)
+    others = min(running) - int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    return others > (os.cpu_count() or 1) - available_cores(root)
 
 
 def _cgroup_quota(root):

@@ -1,8 +1,11 @@
 """The table of precision and threads, for hardware that is not here: plain values in, a choice and its words out."""
 
 import os
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 
 from classifier import processes
 
@@ -193,6 +196,39 @@ def test_available_cores_without_affinity(monkeypatch):
     assert processes.available_cores() == 10
     monkeypatch.setattr(os, "cpu_count", lambda: None)
     assert processes.available_cores() == 1
+
+
+@pytest.mark.parametrize(
+    ("loadavg", "cores", "variables", "expected"),
+    [
+        ("0.00 0.00 0.00 1/98 4768", 4, {}, False),  # this process alone
+        ("3.53 2.83 1.56 2/98 4768", 4, {}, True),
+        ("9.00 9.00 9.00 1/98 4768", 4, {}, False),  # what was busy is over
+        ("0.00 0.00 0.00 4/98 4768", 4, {"LOCAL_WORLD_SIZE": "4"}, False),  # its siblings
+        ("0.00 0.00 0.00 5/98 4768", 4, {"LOCAL_WORLD_SIZE": "4"}, True),
+        ("0.00 0.00 0.00 3/98 4768", 2, {}, False),  # two others, on two cores that are left
+        ("0.00 0.00 0.00 4/98 4768", 2, {}, True),
+        ("0.00 0.00 0.00 9/98 4768", 4, {"OMP_WAIT_POLICY": "ACTIVE"}, False),
+        ("0.00 0.00 0.00 9/98 4768", 4, {"GOMP_SPINCOUNT": "1000"}, False),
+        (None, 4, {}, False),  # not Linux
+    ],
+)
+def test_a_busy_machine_is_noticed(tmp_path, monkeypatch, loadavg, cores, variables, expected):
+    if loadavg is not None:
+        (tmp_path / "proc").mkdir()
+        (tmp_path / "proc/loadavg").write_text(loadavg)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(processes, "available_cores", lambda root: cores)
+    assert processes.is_busy(variables, tmp_path) == expected
+
+
+def test_threads_sleep_beside_a_busy_process(tmp_path):
+    """As a user sees it: the log says so, and libgomp reads it when torch is imported."""
+    script = "import os, sys; from classifier import processes\n"
+    script += "processes.is_busy = lambda: True\n"
+    script += "processes.run(lambda: print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "PASSIVE False\n", done.stderr
 
 
 def test_a_script_without_an_accelerator_ends_at_once():
