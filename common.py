@@ -11,10 +11,10 @@ import numpy as np
 
 from classifier.data import tasks
 from classifier.data.cache import column_array, one_process_at_a_time
-from classifier.data.labels import UNLABELLED, predictions_from_logits, with_thresholds
+from classifier.data.labels import UNLABELLED, predictions_from_logits
 from classifier.data.splits import check_files, load_splits
 from classifier.data.tasks import CHOICES, SPLIT_NAMES
-from classifier.evaluation import metrics
+from classifier.evaluation import metrics, selection
 from classifier.messages import BadInput, log
 
 # ------------------------------------------------------------------------------------------------------------- flags
@@ -73,6 +73,7 @@ def add_data_arguments(parser):
         add(f"--{split}_file", metavar="FILE", help=f"{split} data: {formats}")
     add("--text_columns", metavar="A[,B]", help="one text column, or two for pairs (default: text)")
     add("--label_column", metavar="NAME", help="the label column (default: label)")
+    add("--label_columns", metavar="A,B[,C]", help="several labels for each text: a column of 0 and 1 for each label")
     add("--group_column", metavar="NAME", help="keep rows with equal values in one split, where splits are made")
     add("--encoding", metavar="NAME", help="of text files (default: utf-8)")
     add("--delimiter", metavar="MARK", help="between columns, such as ';' or tab (default: by the file's name)")
@@ -224,7 +225,7 @@ def score_splits(task, splits, compute_logits, majority):
 
 
 def fit_thresholds(task, evaluations, split, majority):
-    """Return (task, evaluations) with the thresholds of several labels that are best on a split."""
-    task = with_thresholds(task, evaluations[split]["logits"], evaluations[split]["labels"])
+    """Return (task, evaluations) with thresholds of several labels that are fitted to a split."""
+    task = selection.fit_thresholds(task, evaluations[split]["logits"], evaluations[split]["labels"])
     logits_and_labels = {name: (scored["logits"], scored["labels"]) for name, scored in evaluations.items()}
     return task, {name: score_logits(task, *pair, majority) for name, pair in logits_and_labels.items()}

@@ -220,6 +220,15 @@ def encoder_features(task, names, splits, fingerprints, encoder, accelerator, ba
 # ---------------------------------------------------------------------------------------------------- what it comes to
 
 
+def choice_in_training(trained, split, args):
+    """Return what the examples of a split chose in training, and the scores corrected for that; empty if nothing.
+
+    trained: of models.saved_metrics.
+    """
+    choice = None if args.file or args.limit else trained.get("choice", {}).get(split)
+    return {"choice": choice, "corrected_scores": trained["corrected_scores"][split]} if choice else {}
+
+
 def summarise(task, title, result, lengths, slices, baselines):
     """Return the scores of evaluation.json and what they are made of.
 
@@ -309,9 +318,9 @@ def main():
     folder = model_folder(args.model)
     task, fingerprints, split = choose_data(args, folder)
     check_output_folder(Path(args.output_dir or run_folder(folder)))
-    trained_precision, majority = saved_metrics(folder)
-    if args.mixed_precision == "auto" and trained_precision != "fp16":  # fp16 is not available everywhere
-        args.mixed_precision = trained_precision
+    trained = saved_metrics(folder)
+    if args.mixed_precision == "auto" and trained.get("mixed_precision") != "fp16":  # which not every device has
+        args.mixed_precision = trained.get("mixed_precision", "auto")
     accelerator = processes.start(args)
     model, tokenizer, facts = load_model(folder, refresh=args.refresh)
     task = with_head_labels(model, facts, task)
@@ -344,7 +353,7 @@ def main():
         logits = inference.compute_logits(model, examples[name], accelerator, batch_size, packer)
         labels, lengths = column_array(rows, "label"), column_array(examples[name], "length")
         # If the training's majority is unknown, that of these labels stands in: no constant scores higher.
-        baseline = majority_prediction(task, labels) if majority is None else majority
+        baseline = trained.get("majority", majority_prediction(task, labels))
         result = common.score_logits(task, logits, labels, baseline)
         if not accelerator.is_main_process:
             continue
@@ -357,6 +366,7 @@ def main():
             "fingerprint": current[name],
             "mixed_precision": accelerator.mixed_precision,
             **summarise(task, titles[name], result, lengths, slices[name], baselines.get(name, {})),
+            **choice_in_training(trained, name, args),
         }
         if args.compare:
             models = (args.model, args.compare)

@@ -191,7 +191,7 @@ def main():
 
     from classifier.evaluation import report
     from classifier.model import inference, models, packing, tokenization
-    from classifier.training import batching, checkpoint
+    from classifier.training import batching, checkpoint, run_folder
     from classifier.training.preemption import SignalWatch, save_interval
     from classifier.training.progress import Progress, log_dry_run, start_trackers, tracker_names
 
@@ -204,7 +204,7 @@ def main():
     if not args.dry_run:
         folder = Path(args.output_dir)
         finished = processes.on_main_process(
-            accelerator, checkpoint.finished_results, folder, settings, fingerprints, args.resume, args.overwrite
+            accelerator, run_folder.finished_results, folder, settings, fingerprints, args.resume, args.overwrite
         )
         if finished:
             report.log_finished(folder, finished, args.final_test)
@@ -212,7 +212,7 @@ def main():
 
     state = checkpoint.State()
     scratch = tempfile.TemporaryDirectory(prefix="dry-run-") if args.dry_run else nullcontext(args.output_dir)
-    with scratch as place, checkpoint.hold(Path(place), accelerator, state) as folder:
+    with scratch as place, run_folder.hold(Path(place), accelerator, state) as folder:
         # --- model and tokenised splits (the same seed gives every process the same new head)
         set_seed(args.seed)
         model, tokenizer, model_facts = models.load_model(args.model or task.model, task, args.refresh)
@@ -332,7 +332,7 @@ def main():
         if accelerator.is_main_process:
             report.write_report(folder, task, results, evaluations, splits, examples)
             card = report.model_card(task, results)
-            checkpoint.write_model(folder, plain_model, tokenizer, task, fingerprints, majority, results, card)
+            run_folder.write_model(folder, state, plain_model, tokenizer, task, fingerprints, majority, results, card)
         report.log_results(folder, task, results, evaluations, progress)
     return accelerator
 

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 from classifier.messages import BadInput
@@ -30,15 +31,27 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def code_digests():
+    """Return {file: digest} of the scripts and the package, and {library: version} of those that compute."""
+    package = Path(__file__).resolve().parent
+    files = sorted([*package.parent.glob("*.py"), *package.rglob("*.py")])
+    digests = {file.relative_to(package.parent).as_posix(): sha256(file)[:16] for file in files}
+    return digests | {name: version(name) for name in ("torch", "transformers", "accelerate")}
+
+
 # --------------------------------------------------------------------------------------------------------------- files
 
 
 def write_text(path, text):
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path, content):
     """Write a file atomically: it is complete or absent, even after a power cut."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -248,3 +248,37 @@ def hub(monkeypatch):
     from data_help import FakeHub
 
     return FakeHub(monkeypatch)
+
+
+@pytest.fixture
+def accelerator():
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    for state in (AcceleratorState, GradientState, PartialState):  # another test may have made one
+        state._reset_state()
+    return Accelerator(cpu=True)
+
+
+@pytest.fixture
+def told(caplog, monkeypatch):
+    """What the scripts log: a fixture like caplog, whatever another test has done to their logger."""
+    from classifier.messages import log
+
+    monkeypatch.setattr(log, "propagate", True)
+    caplog.set_level("INFO", logger=log.name)
+    return caplog
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """The folder of a finished run, without its model's files."""
+    from run_help import DATA, SETTINGS
+
+    from classifier.training import checkpoint, run_folder
+
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    checkpoint.begin_or_resume(tmp_path / "run", SETTINGS, DATA)
+    (tmp_path / "run" / "results.json").write_text('{"steps": 7}')
+    run_folder.write_state(tmp_path / "run", "done")
+    return tmp_path / "run"

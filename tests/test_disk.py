@@ -6,13 +6,14 @@ import subprocess
 
 import pytest
 from conftest import bert_config, write_review_task, write_reviews
-from test_checkpoint import DATA, SETTINGS, TASK, Training, accelerator, names, outcome  # noqa: F401 - a fixture
+from run_help import DATA, RESULTS, SETTINGS, TASK, names
+from test_checkpoint import Training, outcome
 from test_preemption import ended, start, start_2, state_of
 from transformers import BertTokenizer
 
 from classifier.messages import RunFailed
 from classifier.model.models import load_model
-from classifier.training import checkpoint
+from classifier.training import checkpoint, run_folder
 
 
 @pytest.fixture
@@ -152,7 +153,7 @@ def test_a_disk_for_no_checkpoint_at_all_is_said_in_the_end(review_task, disk, w
     assert outcome(folder / "run") == whole
 
 
-def test_a_disk_that_ends_anywhere_in_a_checkpoint_leaves_the_one_before(disk, accelerator, monkeypatch):  # noqa: F811
+def test_a_disk_that_ends_anywhere_in_a_checkpoint_leaves_the_one_before(disk, accelerator, monkeypatch):
     """The disk is as full as it takes to fail at each of the files in turn; nothing warns of it before."""
     folder = disk(4000)
     training = Training(folder / "run", accelerator, width=2000)
@@ -178,8 +179,6 @@ def test_a_disk_that_ends_anywhere_in_a_checkpoint_leaves_the_one_before(disk, a
 
 # --------------------------------------------------------------------------------------------------- the model folder
 
-RESULTS = {"scores": {}, "majority_baseline": {}, "best_step": 10, "mixed_precision": "no"}
-
 
 def written(folder, left, model, tokenizer):
     """Write a model folder on a disk with `left` KiB left; return the error that came, or None."""
@@ -191,7 +190,7 @@ def written(folder, left, model, tokenizer):
     fill(folder, left)
     error = None
     try:
-        checkpoint.write_model(run, model, tokenizer, TASK, DATA, 1, RESULTS, "a card")
+        run_folder.write_model(run, checkpoint.State(), model, tokenizer, TASK, DATA, 1, RESULTS, "a card")
     except Exception as raised:
         error = raised
     make_room(folder)
@@ -213,14 +212,14 @@ def test_a_disk_that_ends_anywhere_in_the_model_is_told_in_two_lines(disk, tiny_
 
 FILLS_LATE = """
 from pathlib import Path
-from classifier.training import checkpoint
+from classifier.training import run_folder
 sys.path[:0] = [{tests!r}, {tests!r} + "/classifier"]
 from test_disk import fill
-write = checkpoint.write_model
+write = run_folder.write_model
 def filled(folder, *arguments):
     fill(Path({disk!r}), {left})
     return write(folder, *arguments)
-checkpoint.write_model = filled
+run_folder.write_model = filled
 """
 
 

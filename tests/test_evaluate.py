@@ -106,6 +106,11 @@ def test_scores_are_those_that_training_printed(copy, evaluate):
     assert evaluation["loss"] == pytest.approx(line["loss"], rel=1e-6)
     assert f"validation: accuracy {line['scores']['accuracy']:.4f}, f1 {line['scores']['f1']:.4f}" in printed
     assert (evaluation["split"], evaluation["examples"]) == ("validation", 50)
+    # These rows chose the model, so the training corrected its scores on them.
+    choice, corrected = (results[key]["validation"] for key in ("choice", "corrected_scores"))
+    assert (evaluation["choice"], evaluation["corrected_scores"]) == (choice, corrected)
+    words = f"these examples chose {choice} in training; corrected for that: accuracy {corrected['accuracy']:.4f}"
+    assert choice.startswith("the best of ") and words in printed
     assert set(contents_of(copy)) - before == {
         f"run/evaluation-validation/{name}"
         for name in (
@@ -113,6 +118,12 @@ def test_scores_are_those_that_training_printed(copy, evaluate):
             *("plots/confusion-validation.png", "plots/calibration-validation.png"),
         )
     }
+
+
+@pytest.mark.parametrize("flags", [("--split", "test"), ("--file", "validation.csv"), ("--limit", "validation=40")])
+def test_other_rows_than_those_that_chose_need_no_correction(copy, evaluate, flags):
+    printed = evaluate("--model", "run", *flags, "--output_dir", "out", cwd=copy)
+    assert "chose" not in printed and "corrected_scores" not in read_json(copy / "out/evaluation.json")
 
 
 def test_the_model_folder_itself_may_be_named(copy, evaluate):

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import lines_of
-from test_checkpoint import accelerator  # noqa: F401 - a fixture
 from test_preemption import ended, start, start_2, state_of
 
 from classifier.messages import BadInput
@@ -37,7 +36,7 @@ class Model(torch.nn.Module):
 
 
 @pytest.fixture
-def probe(accelerator):  # noqa: F811
+def probe(accelerator):
     examples = datasets.Dataset.from_dict({"input_ids": [[1] * length for length in LENGTHS], "length": LENGTHS})
     seen = []
     packer = SimpleNamespace(

@@ -13,9 +13,6 @@ from sklearn.preprocessing import MultiLabelBinarizer
 from test_preemption import ended, start, start_2
 from transformers import pipeline
 
-from classifier.data.labels import with_thresholds
-from classifier.data.tasks import Task
-
 LABELS = ["bad", "good", "room", "very"]
 METRICS = ["f1_micro", "f1_macro", "accuracy"]
 SAME = ("--threads", 1)
@@ -144,22 +141,6 @@ def test_evaluation_equals_scikit_learn_on_its_predictions(folder, run):
     assert [float(row["probability"]) for row in rows] == pytest.approx(joint.tolist())
 
 
-def test_thresholds_are_those_of_the_highest_f1():
-    task = Task("t", text=["text"], labels=["x", "y", "z"], problem="multi_label")
-    generator = np.random.default_rng(0)
-    labels = (generator.random((300, 3)) < [0.5, 0.1, 0.0]).astype(int)
-    probabilities = np.clip(0.3 * labels + generator.uniform(0, 0.6, labels.shape).round(2), 0.01, 0.99)
-    logits = np.log(probabilities / (1 - probabilities))
-    thresholds = with_thresholds(task, logits, labels).thresholds
-    assert thresholds[2] == 0.5  # a label that no example has
-    for column in (0, 1):
-        score = f1_score(labels[:, column], probabilities[:, column] > thresholds[column])
-        cuts = [-1, *np.unique(probabilities[:, column])]
-        assert 0 < thresholds[column] < 1
-        best = max(f1_score(labels[:, column], probabilities[:, column] > cut) for cut in cuts)
-        assert score == pytest.approx(best)
-
-
 def test_prediction_equals_a_pipeline_of_transformers(folder, run):
     classify = pipeline("text-classification", model=str(folder / "run" / "model"), top_k=None)
     texts = [text for text, _ in make_rows(20, 9)]
@@ -210,3 +191,39 @@ def test_the_usual_metrics_are_two_f1(folder, run):
     (folder / "usual.yaml").write_text(yaml.safe_dump(content))
     run("train.py", "--task", "usual.yaml", "--max_steps", 1, "--output_dir", "usual")
     assert list(read_json(folder / "usual/results.json")["scores"]["validation"]) == ["f1_micro", "f1_macro"]
+
+
+def test_a_column_for_each_label_is_the_same_task(folder, run):
+    for name in ("train", "validation", "test"):
+        rows = read_table(folder / f"{name}.csv")
+        lines = [
+            (row["text"], *applies) for row, applies in zip(rows, matrix_of([row["tags"] for row in rows]), strict=True)
+        ]
+        write_table(folder / f"columns_{name}.csv", lines, header=("text", *LABELS))
+    content = yaml.safe_load((folder / "tags.yaml").read_text())
+    content = {key: value for key, value in content.items() if key not in ("label", "problem", "separator")}
+    content["files"] = {name: f"columns_{name}.csv" for name in ("train", "validation", "test")}
+    (folder / "columns.yaml").write_text(yaml.safe_dump({**content, "label": LABELS}))
+    (folder / "no_label.yaml").write_text(yaml.safe_dump(content))
+    flags = ["--log_every", 1, "--max_steps", 30, "--output_dir"]
+    run("train.py", "--task", "tags.yaml", *flags, "one_column")
+    run("train.py", "--task", "columns.yaml", *flags, "columns")
+    run("train.py", "--task", "no_label.yaml", "--label_columns", ",".join(LABELS), *flags, "columns_by_flag")
+    losses = [line["loss"] for line in lines_of(folder / "one_column") if line["type"] == "train"]
+    for name in ("columns", "columns_by_flag"):
+        assert [line["loss"] for line in lines_of(folder / name) if line["type"] == "train"] == losses
+    run("evaluate.py", "--model", "columns", "--split", "test")
+    run("evaluate.py", "--model", "columns", "--file", "columns_test.csv", "--output_dir", "on_file")
+    scores = [
+        read_json(file / "evaluation.json")["scores"]
+        for file in (folder / "columns/evaluation-test", folder / "on_file")
+    ]
+    assert scores[0] == scores[1]
+    run("predict.py", "--model", "columns", "--input", "columns_test.csv", "--output", "columns_out.csv")
+    rows = read_table(folder / "columns_out.csv")
+    added = [*NEW, *(f"predicted_{name}" for name in LABELS)]
+    assert list(rows[0]) == ["text", *LABELS, *added]
+    assert len({row["predicted_label"] for row in rows}) > 1
+    for row in rows:
+        applies = [name for name in LABELS if row[f"predicted_{name}"] == "1"]
+        assert row["predicted_label"] == ",".join(applies)

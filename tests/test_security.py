@@ -11,7 +11,8 @@ import pytest
 import torch
 import yaml
 from conftest import make_rows, write_table
-from test_checkpoint import FILES, names, outcome, stopped  # noqa: F401 - a fixture
+from run_help import names
+from test_checkpoint import FILES, outcome, stopped  # noqa: F401 - a fixture
 from test_preemption import ended, start
 
 from classifier.data import tasks

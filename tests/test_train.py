@@ -50,6 +50,7 @@ RUN_FILES = {
     "metrics.jsonl",
     "results.json",
     "state.json",
+    "validation_predictions.safetensors",
     "report.html",
     "plots",
     *(f"model/{name}" for name in MODEL_FILES),
@@ -271,17 +272,23 @@ def test_the_model_folder_describes_itself(launched):
     task = json.loads((folder / "task.json").read_text())
     assert (task["text"], task["labels"], task["max_length"]) == (["text"], ["negative", "positive"], 32)
     assert task["metrics"] == ["accuracy", "f1"] and set(task["fingerprints"]) == {"train", "validation", "test"}
-    assert json.loads((folder / "metrics.json").read_text())["scores"] == results["scores"]
+    saved = json.loads((folder / "metrics.json").read_text())
+    assert all(saved[key] == results[key] for key in ("scores", "choice", "corrected_scores"))
     card = (folder / "README.md").read_text()
     for split, scores in results["scores"].items():
-        assert f"| {split} | accuracy | {scores['accuracy']:.4f} | " in card
+        shown = results["corrected_scores"].get(split, scores)["accuracy"]
+        assert f"| {split}, {results['examples'][split]} examples | accuracy | {shown:.4f} | " in card
 
 
 def test_printed_scores_are_those_of_the_results(launched):
     _, done = launched
     results = read_results(run_of(launched))
     for split, scores in results["scores"].items():
-        assert f"{split}: accuracy {scores['accuracy']:.4f}, f1 {scores['f1']:.4f}" in done.stdout
+        shown = results["corrected_scores"].get(split, scores)
+        line = f"{split}, {results['examples'][split]} examples: accuracy {shown['accuracy']:.4f}, f1 {shown['f1']:.4f}"
+        assert line in done.stdout
+    scores = results["scores"]["validation"]
+    assert f"on the examples that chose: accuracy {scores['accuracy']:.4f}" in done.stdout
     assert "step 6 | train loss" in done.stdout and " | majority: accuracy 0." in done.stdout
 
 
@@ -530,8 +537,10 @@ def test_a_finished_run_typed_again_prints_its_scores_and_trains_nothing(finishe
     code, printed, errors = run_inside("train.py", *TYPED, *ONE_THREAD, cwd=folder)
     assert (code, errors) == (0, "")
     assert "already complete" in printed
-    scores = read_results(run)["scores"]["validation"]
-    assert f"validation: accuracy {scores['accuracy']:.4f}, f1 {scores['f1']:.4f}" in printed
+    results = read_results(run)
+    scores, corrected = results["scores"]["validation"], results["corrected_scores"]["validation"]
+    assert f"validation, 50 examples: accuracy {corrected['accuracy']:.4f}, f1 {corrected['f1']:.4f}" in printed
+    assert f"that chose: accuracy {scores['accuracy']:.4f}, f1 {scores['f1']:.4f}" in printed
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
@@ -1136,9 +1145,10 @@ def test_the_first_validation_split_chooses_and_all_are_scored(review_task, trai
     assert list(results["scores"]) == list(results["majority_baseline"]) == both
     scores = {line["step"]: line["scores"]["accuracy"] for line in lines if line["split"] == both[0]}
     assert results["best_step"] == max(scores, key=scores.get)
-    assert f"{both[0]}: accuracy" in printed and f"{both[1]}: accuracy" in printed
+    assert all(f"{name}, {results['examples'][name]} examples: accuracy" in printed for name in both)
+    assert results["choice"] == {both[0]: "the best of 3 evaluations"}
     card = (review_task.parent / "run" / "model" / "README.md").read_text()
-    assert all(f"| {name} | accuracy | " in card for name in both)
+    assert all(f"| {name}, {results['examples'][name]} examples | accuracy | " in card for name in both)
 
 
 # ---------------------------------------------------------------------------------------------------------- dry runs

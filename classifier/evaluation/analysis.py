@@ -271,8 +271,12 @@ def format_evaluation(content):
         f"{content['split']}: {format_scores(scores)}, loss {content['loss']:.4f}, {number} "
         f"(majority: {format_scores(majority)})",
         f"95 % intervals: {intervals.format_intervals(content['intervals'], content['no_interval'])}",
+        intervals.MEANING,
         *(f"{name}: {format_scores(scores)}" for name, scores in content["baselines"].items()),
     ]
+    if "choice" in content:
+        corrected = format_scores(content["corrected_scores"])
+        lines.insert(1, f"these examples chose {content['choice']} in training; corrected for that: {corrected}")
     if "classes" in content:
         lines += _format_classes(content["classes"])
         if content["never_predicted"]:

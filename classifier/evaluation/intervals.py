@@ -13,6 +13,7 @@ from classifier.evaluation import metrics
 from classifier.evaluation.metrics import DIRECTION, FORMULAS, REGRESSION, Counts, why_undefined
 
 LEVEL, POWER = 0.95, 0.8
+MEANING = "(intervals: of other texts like these, not of other seeds)"
 NUMBERS_AT_A_TIME = 10**7  # drawn for a randomisation test: 80 MB
 # Of each class. With fewer, no interval that was tried holds a true score of classes in 95 % of samples.
 MIN_ROWS = {"f1": 5, "f1_macro": 5, "f1_micro": 5, "matthews_correlation": 5, "precision_weighted": 20}
@@ -22,18 +23,20 @@ CORRELATIONS = "pearson spearmanr matthews_correlation".split()  # from -1 to 1
 # ---------------------------------------------------------------------------------------------------------- intervals
 
 
-def score_intervals(names, predictions, references):
+def score_intervals(names, predictions, references, scores=None, variances=None):
     """Return {name: [low, high]}, 95 % intervals; None where why_no_interval has a reason.
 
-    predictions, references: (rows,), or (rows, labels) of 0 and 1, as in metrics.compute_metrics.
+    predictions, references: (rows,), or (rows, labels) of 0 and 1, as in metrics.compute_metrics. scores, variances:
+    by name, corrected scores (selection.py) in place of those of the rows, and what their variances have besides.
     """
     predictions, references = np.asarray(predictions), np.asarray(references)
-    return {
-        name: None
-        if why_no_interval(name, predictions, references)
-        else (_correlation_or_error if name in REGRESSION else _share)(name, predictions, references)
-        for name in names
-    }
+    scores, variances, result = scores or {}, variances or {}, {}
+    for name in names:
+        is_missing = why_no_interval(name, predictions, references) or (name in scores and scores[name] is None)
+        interval = _correlation_or_error if name in REGRESSION else _share
+        more = scores.get(name), variances.get(name, 0.0)
+        result[name] = None if is_missing else interval(name, predictions, references, *more)
+    return result
 
 
 def missing_intervals(names, predictions, references):
@@ -83,7 +86,7 @@ def format_intervals(values, reasons=None):
     )
 
 
-def _share(name, predictions, references):
+def _share(name, predictions, references, corrected=None, more_variance=0.0):
     """Return the interval of a score from 0 to 1, or from -1 to 1, of classes.
 
     The exact binomial interval for the number of rows that a share of the same variance would have, as for the
@@ -91,7 +94,8 @@ def _share(name, predictions, references):
     The variance is taken with two more rows, a right and a wrong one, since without errors there would be none.
     """
     low, scale = (-1, 2) if name in CORRELATIONS else (0, 1)
-    score = float(np.clip((FORMULAS[name](metrics.count_classes(predictions, references)) - low) / scale, 0, 1))
+    score = FORMULAS[name](metrics.count_classes(predictions, references)) if corrected is None else corrected
+    score = float(np.clip((score - low) / scale, 0, 1))
     wrong, right, times = _wrong_row(predictions, references)
     rows = len(references)
     smoothed, influences = _influences(
@@ -100,8 +104,8 @@ def _share(name, predictions, references):
         np.concatenate([references, right, references]),
         times := np.concatenate([np.ones(rows), times, np.full(rows, 1 / rows)]),
     )
-    share, variance = (smoothed - low) / scale, np.average((influences / scale) ** 2, weights=times)
-    effective_rows = rows * share * (1 - share) / variance  # variance: of one row
+    share, variance = (smoothed - low) / scale, np.average((influences / scale) ** 2, weights=times) / rows
+    effective_rows = share * (1 - share) / (variance + more_variance / scale**2)
     return [low + scale * bound for bound in binomial_interval(score * effective_rows, effective_rows)]
 
 
@@ -115,14 +119,16 @@ def binomial_interval(right, rows):
     return [float(low), float(high)]
 
 
-def _correlation_or_error(name, predictions, references):
+def _correlation_or_error(name, predictions, references, corrected=None, more_variance=0.0):
     """Return the interval of a score of regression, by the jackknife (Tukey 1958) and Student's t.
 
     A correlation on the scale of Fisher's z, an error on that of its logarithm: there they are about normal.
     """
     change, back = (np.log, np.exp) if name == "mse" else (np.arctanh, np.tanh)
     score, without = _leave_one_out(name, predictions, references)
-    margin = _t_quantile(len(without)) * np.sqrt(_jackknife_variance(change(without)))
+    slope = 1 / score if name == "mse" else 1 / (1 - score**2)  # of the scale
+    variance = _jackknife_variance(change(without)) + more_variance * slope**2
+    margin, score = _t_quantile(len(without)) * np.sqrt(variance), score if corrected is None else corrected
     return [float(back(change(score) - margin)), float(back(change(score) + margin))]
 
 

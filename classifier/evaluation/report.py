@@ -7,7 +7,7 @@ from importlib.metadata import version
 import torch
 
 from classifier.data.cache import column_array
-from classifier.evaluation import analysis, intervals, metrics
+from classifier.evaluation import analysis, intervals, metrics, selection
 from classifier.messages import RunFailed, format_duration, format_score, format_scores, in_red, log
 
 # ------------------------------------------------------------------------------------------------------ results.json
@@ -22,6 +22,7 @@ def collect_results(args, task, model_facts, progress, evaluations, data_facts, 
         "seed": args.seed,
         **progress.totals(),
         "best_step": progress.state.best["step"],
+        "examples": {name: len(evaluation["labels"]) for name, evaluation in evaluations.items()},
         "scores": {name: evaluation["scores"] for name, evaluation in evaluations.items()},
         "intervals": {
             name: intervals.score_intervals(task.metrics, evaluation["predictions"], evaluation["labels"])
@@ -31,10 +32,32 @@ def collect_results(args, task, model_facts, progress, evaluations, data_facts, 
             name: intervals.missing_intervals(task.metrics, evaluation["predictions"], evaluation["labels"])
             for name, evaluation in evaluations.items()
         },
+        **correct_scores(task, progress.state, evaluations),
         "majority_baseline": {name: evaluation["majority"] for name, evaluation in evaluations.items()},
         "data": data_facts,
         "settings": vars(args),
         **environment(accelerator),
+    }
+
+
+def correct_scores(task, state, evaluations):
+    """Return what results.json says of the first split, whose rows chose: `choice`, corrected scores and intervals.
+
+    `choice`: what was chosen by these rows, as text, empty if nothing was; the corrected scores are then the scores.
+    """
+    split, evaluation = next(iter(evaluations.items()))
+    steps = sorted(state.candidates)
+    if state.best["step"] not in steps:  # the run began before predictions were kept
+        return {"choice": {}, "corrected_scores": {}, "corrected_intervals": {}}
+    number = f"the best of {len(steps)} evaluations" if len(steps) > 1 else ""
+    thresholds = "the labels' thresholds" if task.is_multi_label else ""
+    scores, bounds = selection.corrected_scores(
+        task, [state.candidates[step] for step in steps], evaluation["labels"], steps.index(state.best["step"])
+    )
+    return {
+        "choice": {split: " and ".join(filter(None, [number, thresholds]))},
+        "corrected_scores": {split: scores},
+        "corrected_intervals": {split: bounds},
     }
 
 
@@ -89,14 +112,32 @@ def log_finished(folder, results, final_test):
 
 
 def format_results(results):
-    """Return the scores of a finished run as lines: each split's, the majority's, and 95 % intervals."""
+    """Return the scores of a finished run as lines: each split's, the majority's, and 95 % intervals.
+
+    Of the split that chose something, the scores corrected for the choice come first.
+    """
     lines = [f"{_format_speed(results)}; best at step {results['best_step']}"]
     for split, scores in results["scores"].items():
+        rows = f"{split}, {results['examples'][split]:,} examples" if "examples" in results else split
         majority = format_scores(results["majority_baseline"][split])
-        found, missing = (results.get(key, {}).get(split, {}) for key in ("intervals", "no_interval"))
-        bounds = intervals.format_intervals(found, missing)
-        lines += [f"{split}: {format_scores(scores)} (majority: {majority})", f"{split}, 95 % intervals: {bounds}"]
-    return "\n".join(lines)
+        choice, corrected, bounds = corrected_or_plain(results, split)
+        if choice:
+            lines += [
+                f"{rows}: {format_scores(corrected)}, corrected for having chosen {choice} by these examples",
+                f"{split}, on the examples that chose: {format_scores(scores)} (majority: {majority})",
+            ]
+        else:
+            lines.append(f"{rows}: {format_scores(scores)} (majority: {majority})")
+        bounds = intervals.format_intervals(bounds, results.get("no_interval", {}).get(split, {}))
+        lines.append(f"{split}, 95 % intervals: {bounds}")
+    return "\n".join([*lines, intervals.MEANING])
+
+
+def corrected_or_plain(results, split):
+    """Return (what the split's rows chose or "", scores, intervals): corrected for the choice where there was one."""
+    if choice := results.get("choice", {}).get(split):
+        return choice, results["corrected_scores"][split], results["corrected_intervals"][split]
+    return "", results["scores"][split], results.get("intervals", {}).get(split, {})
 
 
 def _format_speed(results):
@@ -174,8 +215,8 @@ def write_report(folder, task, results, evaluations, splits, examples):
                 "split": split,
                 "examples": len(evaluation["labels"]),
                 "scores": evaluation["scores"],
+                **dict(zip(("choice", "shown_scores", "intervals"), corrected_or_plain(results, split), strict=True)),
                 "majority_baseline": evaluation["majority"],
-                "intervals": results["intervals"][split],
                 "no_interval": results["no_interval"][split],
                 "warning": collapse_warning(task, split, evaluation),
                 **analysis.analyse(task, evaluation, column_array(examples[split], "length"), {}),
@@ -233,9 +274,12 @@ A text classifier, {format_origin(results)}.
 
 ## Scores
 
-| split | metric | score | 95 % interval | majority class |
-|---|---|---|---|---|
+| split | metric | score | 95 % interval | on the examples that chose | majority class |
+|---|---|---|---|---|---|
 {_format_score_rows(results)}
+
+{_format_choice(results)}The intervals show how much a score would vary with other texts like these, not with another
+seed.
 
 ## Limits
 
@@ -265,8 +309,8 @@ def _card_metadata(task, results):
             metric_type=metric,
             metric_value=score,
         )
-        for split, scores in results["scores"].items()
-        for metric, score in scores.items()
+        for split in results["scores"]
+        for metric, score in corrected_or_plain(results, split)[1].items()
         if task.dataset and score is not None
     ]
     return ModelCardData(
@@ -289,12 +333,19 @@ def _format_output(task):
 def _format_score_rows(results):
     rows = []
     for split, scores in results["scores"].items():
+        choice, corrected, found = corrected_or_plain(results, split)
         for name, score in scores.items():
-            majority = results["majority_baseline"][split][name]
-            found, missing = results["intervals"][split], results["no_interval"][split]
-            interval = intervals.format_intervals({name: found[name]}, missing).removeprefix(f"{name} ")
-            rows.append(f"| {split} | {name} | {format_score(score)} | {interval} | {format_score(majority)} |")
+            interval = intervals.format_intervals({name: found[name]}, results["no_interval"][split])
+            numbers = format_score(corrected[name]), interval.removeprefix(f"{name} ")
+            numbers += format_score(score) if choice else "", format_score(results["majority_baseline"][split][name])
+            rows.append(f"| {split}, {results['examples'][split]:,} examples | {name} | {' | '.join(numbers)} |")
     return "\n".join(rows)
+
+
+def _format_choice(results):
+    """Return a sentence on what was chosen by which split; empty if nothing was."""
+    chosen = [f"The examples of {split} chose {choice}" for split, choice in results["choice"].items() if choice]
+    return "".join(f"{words}: scores on them are corrected for that. " for words in chosen)
 
 
 def _format_limits(task, data):

@@ -224,12 +224,12 @@ def freeze(model, part):
 
 
 def saved_metrics(folder):
-    """Return (mixed precision of a saved model's scores, prediction of its majority baseline), or ("auto", None)."""
+    """Return what metrics.json of a saved model says of its training: scores, precision; empty if there is none."""
     path = Path(folder) / "metrics.json"
     if not path.is_file():
-        return "auto", None
+        return {}
     with read_json(path) as content:
-        return content.get("mixed_precision", "auto"), content.get("majority")
+        return {"mixed_precision": content.get("mixed_precision", "auto"), **content}
 
 
 def base_model(folder, task):

@@ -1,33 +1,28 @@
-"""A run on disk: its state, its checkpoints, its model folder. All files and folders are written atomically.
+"""The state of a training, and its checkpoints, which are written atomically.
 
 A checkpoint is a folder checkpoints/step-N/ of model.safetensors; optimizer.safetensors, keyed by parameter name;
-generators.safetensors, the states of torch's random generators in every process; progress.json; and manifest.json,
-written last, with the size and SHA-256 of the others. All is tensors and JSON, so loading one runs no code.
+generators.safetensors, the states of torch's random generators in every process; validation_predictions.safetensors,
+those of every evaluation so far; progress.json; and manifest.json, written last, with the size and SHA-256 of the
+others. All is tensors and JSON, so loading one runs no code.
 """
 
 import errno
-import hashlib
 import json
 import shutil
-from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from accelerate.utils.memory import should_reduce_batch_size
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 
-from classifier.data.tasks import save_task
-from classifier.files import check_output_folder, recover_folder, replace_folder, sha256, sync, write_json, write_text
-from classifier.messages import BadInput, Preempted, RunFailed, log
-from classifier.processes import on_main_process
-from classifier.training.lock import locked
+from classifier.files import code_digests, recover_folder, replace_folder, sha256, sync, write_json
+from classifier.messages import BadInput, RunFailed, log
+from classifier.training.run_folder import PREDICTIONS, describe_changes, log_changed_code, read_state, write_state
 
 # What --overwrite removes from a run's folder. model/ is replaced at the end, when there is a new one.
-RUN_FILES = ("checkpoints", "tensorboard", "metrics.jsonl", "results.json", "bad_rows.csv", "state.json")
+RUN_FILES = ("checkpoints", "tensorboard", "metrics.jsonl", "results.json", "bad_rows.csv", "state.json", PREDICTIONS)
 CHECKPOINT_FILES = {"model.safetensors", "optimizer.safetensors", "generators.safetensors", "progress.json"}
 
 
@@ -53,89 +48,12 @@ class State:
     evaluation_seconds: float = 0.0
     save_seconds: float = 0.0
 
-
-# -------------------------------------------------------------------------------------------------- the run's folder
-
-
-def finished_results(folder, settings, fingerprints, resume="auto", overwrite=False):
-    """Return the results of the finished run in this folder; None if a run may start or resume there.
-
-    Raises BadInput if the folder holds a run with other settings or other data (it names them), or files of no run.
-    """
-    check_output_folder(folder)
-    if is_empty(folder):
-        return None
-    try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        changes = describe_changes(state, settings, fingerprints)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no such file, or another program's
-        raise BadInput(f"{folder}: is not empty, but contains no run", "Choose another --output_dir.") from None
-    if overwrite:
-        return None
-    if resume == "never":
-        raise BadInput(f"{folder}: holds a run", "--resume never needs an empty folder: choose another --output_dir.")
-    if changes:
-        reason = f"{folder}: holds a run with other settings ({changes})"
-        raise BadInput(reason, "Choose another --output_dir, or --overwrite.")
-    if state["status"] != "done":
-        return None
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # if it was killed while it removed them
-    if not (folder / "model").is_dir() or not (folder / "results.json").is_file():
-        raise BadInput(f"{folder}: the model or results of its finished run are gone", "Train again: --overwrite.")
-    log_changed_code(state)
-    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    def __post_init__(self):
+        # {step: predictions on the split that chooses, in multi-label logits}; arrays, so saved in a file of their own
+        self.candidates = {}
 
 
-def describe_changes(before, settings, fingerprints):
-    """Return how settings and data differ from a run's, as text; empty if they do not. before: its state.json."""
-    before = {**before["settings"], "data": before["data"]}
-    now = {**settings, "data": fingerprints}
-    return "; ".join(
-        "data: other rows" if name == "data" else f"{name}: {before.get(name)} before, {now.get(name)} now"
-        for name in sorted({*before, *now})
-        if before.get(name) != now.get(name)
-    )
-
-
-def is_empty(folder):
-    """Return whether a folder is absent, or holds at most a lock."""
-    return not folder.exists() or all(path.name.startswith("lock.json") for path in folder.iterdir())
-
-
-@contextmanager
-def hold(folder, accelerator, state):
-    """Lock a run's folder and yield it; record in state.json why the run ended, whichever process failed.
-
-    Raises BadInput on all processes if another run holds the folder, or it is not writable. Errors are raised again,
-    out of memory and a full disk as RunFailed. After out of memory, the same command halves the micro-batch.
-    """
-    with ExitStack() as stack:
-        on_main_process(accelerator, stack.enter_context, locked(folder))
-        try:
-            yield folder
-        except Preempted as error:
-            if accelerator.is_main_process:
-                with suppress(OSError):
-                    record_end(folder, "preempted", f"{error}")
-            raise
-        except BaseException as error:
-            size, half = state.micro_batch_size, -(-state.micro_batch_size // 2)
-            is_out_of_memory = size and (isinstance(error, MemoryError) or should_reduce_batch_size(error))
-            is_disk_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-            message = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{error}" or type(error).__name__
-            if is_out_of_memory:
-                advice = f"The same command resumes with micro-batches of {half}, which give the same numbers."
-                if size == 1:
-                    advice = "Try --gradient_checkpointing, a smaller --max_length or model."
-                message = f"out of memory with {size} examples at a time\n{advice}"
-            if is_disk_full:
-                message = f"{error.filename or folder}: {error.strerror}\nMake room; the same command resumes."
-            changes = {"micro_batch_size": half} if is_out_of_memory else {}
-            with suppress(OSError):  # a full disk may refuse even this
-                record_end(folder, "failed", message.partition("\n")[0], **changes)
-            if is_out_of_memory or is_disk_full:
-                raise RunFailed(message) from None
-            raise
+# ------------------------------------------------------------------------------------------------------- checkpoints
 
 
 def begin_or_resume(folder, settings, fingerprints, resume="auto", overwrite=False):
@@ -164,49 +82,11 @@ def begin_or_resume(folder, settings, fingerprints, resume="auto", overwrite=Fal
     return path, before.get("micro_batch_size")
 
 
-def log_changed_code(state):
-    """Log what code has changed since a run began. state: its state.json."""
-    changed = [name for name, value in code_digests().items() if state.get("code", {}).get(name) != value]
-    if changed:
-        log.info(f"code changed since this run began: {', '.join(changed[:5])}{' and more' * (len(changed) > 5)}")
-
-
-def code_digests():
-    """Return {file: digest} of the scripts and the package, and {library: version} of those that compute."""
-    package = Path(__file__).resolve().parents[1]
-    files = sorted([*package.parent.glob("*.py"), *package.rglob("*.py")])
-    digests = {
-        file.relative_to(package.parent).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-        for file in files
-    }
-    return digests | {name: version(name) for name in ("torch", "transformers", "accelerate")}
-
-
-def read_state(folder):
-    """Return the content of state.json, or an empty dict if there is none."""
-    path = folder / "state.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def write_state(folder, status, reason="", **more):
-    """Update state.json: {"status": "running|done|preempted|failed", "reason", "settings", "data", "code", ...}."""
-    write_json(folder / "state.json", {**read_state(folder), "status": status, "reason": reason, **more})
-
-
-def record_end(folder, status, reason, **more):
-    """Record in state.json why a run ended, unless it had not begun, or another process failed first.
-
-    The errors of the other processes ("connection closed by peer") explain nothing.
-    """
-    if read_state(folder).get("status") == "running":
-        write_state(folder, status, reason, **more)
-
-
-# ------------------------------------------------------------------------------------------------------- checkpoints
-
-
 def record_evaluation(state, score, evaluations, is_best):
     """Record that this step was evaluated, and whether its model is the best so far."""
+    first = next(iter(evaluations.values()))
+    candidate = first["logits"] if first["predictions"].ndim == 2 else first["predictions"]
+    state.candidates[state.step] = candidate.astype("float32" if candidate.dtype.kind == "f" else "int16")
     state.evaluated_step = state.step
     state.evaluations_since_best = 0 if is_best else state.evaluations_since_best + 1
     if is_best:
@@ -235,6 +115,9 @@ def save(folder, accelerator, state, model, optimizer, scheduler, keep):
                 f"{rank}.{name}": value for rank, states in enumerate(everywhere) for name, value in states.items()
             },
         }
+        if state.candidates:
+            candidates = {str(step): torch.from_numpy(candidate) for step, candidate in state.candidates.items()}
+            tensors["validation_predictions"] = candidates
         scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
         run = read_state(folder)
         run = {"settings": run["settings"], "data": run["data"]}
@@ -393,6 +276,8 @@ def load(path, accelerator, state, model, optimizer, scheduler):
     for name, value in load_file(path / "optimizer.safetensors").items():
         parameter, _, key = name.rpartition(".")
         optimizer.state[parameters[parameter]][key] = value.to(parameters[parameter].device)
+    if (path / PREDICTIONS).is_file():  # not before the first evaluation
+        state.candidates = {int(step): value.numpy() for step, value in load_file(path / PREDICTIONS).items()}
     scheduler.load_state_dict(progress["schedule"])
     for group, learning_rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
         group["lr"] = learning_rate
@@ -418,32 +303,3 @@ def load_best(folder, best, model):
             "no model could be saved, see the warnings above\nMake room on the disk, then run the same command again."
         )
     load_model(model, checkpoint_path(folder, best["step"]) / "model.safetensors")
-
-
-# ---------------------------------------------------------------------------------------------------------- the model
-
-
-def write_model(folder, model, tokenizer, task, fingerprints, majority, results, card):
-    """Write results.json and the model folder at the end of a run, then remove its checkpoints. Raises RunFailed.
-
-    The model folder has all that evaluate.py, predict.py and transformers need. majority: the prediction of the
-    majority baseline; card: the text of README.md.
-    """
-    temporary = folder / "model.tmp"
-    try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        save_task(task, fingerprints, temporary / "task.json")
-        scores = {name: results[name] for name in ("scores", "majority_baseline", "best_step", "mixed_precision")}
-        write_json(temporary / "metrics.json", {**scores, "majority": majority})
-        write_text(temporary / "README.md", card)
-        write_json(folder / "results.json", results)
-        replace_folder(temporary, folder / "model")
-        write_state(folder, "done")
-        sync(folder)
-    except Exception as error:  # all that tokenizers raises on a full disk
-        message = f"{folder}/model could not be written: {error}\nFix this, then run the same command again."
-        raise RunFailed(message) from error
-    finally:
-        recover_folder(folder / "model")
-    shutil.rmtree(folder / "checkpoints")

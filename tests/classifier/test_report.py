@@ -104,7 +104,11 @@ RESULTS = {
         "freeze": "none",
         "class_weights": "none",
     },
+    "examples": {"validation": 1200},
     "scores": {"validation": {"f1": 0.81234, "accuracy": None}},
+    "choice": {"validation": ""},
+    "corrected_scores": {"validation": {"f1": 0.81234, "accuracy": None}},
+    "corrected_intervals": {"validation": {"f1": [0.7, 0.9], "accuracy": None}},
     "intervals": {"validation": {"f1": [0.7, 0.9], "accuracy": None}},
     "no_interval": {"validation": {"accuracy": "one row"}},
     "majority_baseline": {"validation": {"f1": None, "accuracy": 0.5}},
@@ -124,10 +128,42 @@ RESULTS = {
 def test_scores_baselines_data_and_recipe():
     card = report.model_card(REVIEWS, RESULTS)
     assert "org/encoder at commit abc" in card
-    assert "| validation | f1 | 0.8123 | 0.7000 to 0.9000 | undefined |" in card
-    assert "| validation | accuracy | undefined | none (one row) | 0.5000 |" in card
+    assert "| validation, 1,200 examples | f1 | 0.8123 | 0.7000 to 0.9000 |  | undefined |" in card
+    assert "| validation, 1,200 examples | accuracy | undefined | none (one row) |  | 0.5000 |" in card
+    assert "not with another\nseed" in card and "chose" not in card.partition("## Scores")[2].partition("|---|")[2]
     assert "one of negative, positive" in card and "https://example.org (CC0)" in card
     assert "learning_rate 5e-05" in card and "12,300 examples" in card and "10 steps, fp32." in card
+
+
+def test_a_corrected_score_comes_first_in_card_log_and_head():
+    results = copy.deepcopy(RESULTS) | {
+        "choice": {"validation": "the best of 3 evaluations"},
+        "corrected_scores": {"validation": {"f1": 0.79, "accuracy": None}},
+        "corrected_intervals": {"validation": {"f1": [0.68, 0.89], "accuracy": None}},
+        "train_seconds": 9.0,
+        "train_examples_per_second": 100.0,
+        "best_step": 20,
+    }
+    results["scores"]["test"] = {"f1": 0.7, "accuracy": 0.6}
+    results["examples"]["test"] = 50
+    results["intervals"]["test"] = {"f1": [0.6, 0.8], "accuracy": [0.5, 0.7]}
+    results["no_interval"]["test"], results["majority_baseline"]["test"] = {}, {"f1": None, "accuracy": 0.5}
+    card = report.model_card(REVIEWS, results)
+    assert "| validation, 1,200 examples | f1 | 0.7900 | 0.6800 to 0.8900 | 0.8123 | undefined |" in card
+    assert "| test, 50 examples | f1 | 0.7000 | 0.6000 to 0.8000 |  | undefined |" in card
+    assert "The examples of validation chose the best of 3 evaluations: scores on them are corrected for that." in card
+    (index,) = yaml.safe_load(card.split("---\n", 2)[1])["model-index"]
+    assert [metric["value"] for each in index["results"] for metric in each["metrics"]] == [0.79, 0.7, 0.6]
+    assert report.format_results(results).splitlines()[1:] == [
+        "validation, 1,200 examples: f1 0.7900, accuracy undefined, corrected for having chosen the best of 3 "
+        "evaluations by these examples",
+        "validation, on the examples that chose: f1 0.8123, accuracy undefined (majority: f1 undefined, accuracy "
+        "0.5000)",
+        "validation, 95 % intervals: f1 0.6800 to 0.8900, accuracy none (one row)",
+        "test, 50 examples: f1 0.7000, accuracy 0.6000 (majority: f1 undefined, accuracy 0.5000)",
+        "test, 95 % intervals: f1 0.6000 to 0.8000, accuracy 0.5000 to 0.7000",
+        "(intervals: of other texts like these, not of other seeds)",
+    ]
 
 
 def test_the_hub_can_read_its_head():

@@ -1,0 +1,247 @@
+"""A run's folder: whose it is, what state.json says of it, the model folder at the end."""
+
+import os
+import shutil
+import stat
+from pathlib import Path
+
+import pytest
+from run_help import DATA, RESULTS, SETTINGS, TASK, fill, names, record
+from test_preemption import state_of
+from transformers import BertTokenizer
+
+from classifier.files import code_digests
+from classifier.messages import BadInput, Preempted, RunFailed
+from classifier.model.models import load_model, model_folder, saved_metrics
+from classifier.training import checkpoint, run_folder
+
+
+def test_a_new_or_empty_folder_may_be_used(tmp_path):
+    assert run_folder.finished_results(tmp_path / "new", SETTINGS, DATA) is None
+    assert run_folder.finished_results(tmp_path, SETTINGS, DATA) is None
+    (tmp_path / "lock.json").touch()  # of a run that did not come to writing more
+    assert run_folder.finished_results(tmp_path, SETTINGS, DATA, resume="never") is None
+
+
+def test_a_finished_run_gives_its_results_and_overwrite_starts_again(finished):
+    assert run_folder.finished_results(finished, SETTINGS, DATA) == {"steps": 7}
+    assert run_folder.finished_results(finished, SETTINGS, DATA, overwrite=True) is None
+
+
+def test_a_finished_run_says_what_code_has_changed_since(finished, told, monkeypatch):
+    run_folder.finished_results(finished, SETTINGS, DATA)
+    assert "code changed" not in told.text
+    digests = code_digests()
+    monkeypatch.setattr(run_folder, "code_digests", lambda: {**digests, "common.py": "edited"})
+    assert run_folder.finished_results(finished, SETTINGS, DATA) == {"steps": 7}
+    assert "code changed since this run began: common.py" in told.text
+
+
+def test_a_finished_run_has_no_use_for_checkpoints(finished):
+    (finished / "checkpoints" / "step-00000003").mkdir(parents=True)  # it was killed while it removed them
+    assert run_folder.finished_results(finished, SETTINGS, DATA) == {"steps": 7}
+    assert not (finished / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("gone", ["model", "results.json"])
+def test_a_finished_run_without_its_model_or_results_is_refused(finished, gone):
+    shutil.rmtree(finished / gone) if gone == "model" else (finished / gone).unlink()
+    with pytest.raises(BadInput, match="are gone"):
+        run_folder.finished_results(finished, SETTINGS, DATA)
+
+
+def test_other_settings_or_data_are_refused_with_the_differences(finished):
+    with pytest.raises(BadInput, match=r"learning_rate: 0\.1 before, 0\.2 now"):
+        run_folder.finished_results(finished, {**SETTINGS, "learning_rate": 0.2}, DATA)
+    with pytest.raises(BadInput, match="data: other rows"):
+        run_folder.finished_results(finished, SETTINGS, {"train": "abd"})
+    with pytest.raises(BadInput, match="new: None before, 3 now; seed: 1 before, None now"):
+        run_folder.finished_results(finished, {"learning_rate": 0.1, "new": 3}, DATA)
+    assert run_folder.finished_results(finished, {**SETTINGS, "learning_rate": 0.2}, DATA, overwrite=True) is None
+
+
+@pytest.mark.parametrize("status", ["running", "failed", "preempted"])
+def test_an_unfinished_run_may_go_on(finished, status):
+    run_folder.write_state(finished, status, "the power went")
+    assert run_folder.finished_results(finished, SETTINGS, DATA) is None
+    with pytest.raises(BadInput, match="learning_rate"):
+        run_folder.finished_results(finished, {**SETTINGS, "learning_rate": 0.2}, DATA)
+
+
+@pytest.mark.parametrize("status", ["running", "done"])
+def test_resume_never_wants_an_empty_folder(finished, status):
+    run_folder.write_state(finished, status)
+    with pytest.raises(BadInput, match="holds a run"):
+        run_folder.finished_results(finished, SETTINGS, DATA, resume="never")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("thesis.txt", "years of work"),
+        ("state.json", "{}"),
+        ("state.json", "[1]"),
+        ("state.json", '{"settings": 3, "data": 4}'),
+        ("state.json", "no JSON"),
+        ("state.json", ""),
+    ],
+)
+def test_files_that_are_no_run_are_never_touched(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    for overwrite in (False, True):
+        with pytest.raises(BadInput, match="contains no run"):
+            run_folder.finished_results(tmp_path, SETTINGS, DATA, overwrite=overwrite)
+    assert (tmp_path / name).read_text() == content
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(BadInput, match="is a file, not a folder"):
+            run_folder.finished_results(path, SETTINGS, DATA)
+    with pytest.raises(BadInput, match="cannot be a folder"):
+        run_folder.finished_results(tmp_path / ("x" * 300), SETTINGS, DATA)
+
+
+def test_overwrite_removes_what_a_run_left_and_nothing_else(finished):
+    (finished / "notes.txt").write_text("mine")
+    for name in ("bad_rows.csv", "metrics.jsonl"):
+        (finished / name).write_text("old")
+    for name in ("tensorboard", "checkpoints/step-00000003"):
+        (finished / name).mkdir(parents=True)
+    assert checkpoint.begin_or_resume(finished, SETTINGS, DATA, overwrite=True) == (None, None)
+    # The old model stays until there is a new one.
+    assert names(finished) == ["model", "notes.txt", "state.json"]
+    assert state_of(finished)["status"] == "running"
+
+
+def test_what_a_killed_run_left_half_is_removed(finished):
+    (finished / "state.json.123.tmp").write_text("{")
+    (finished / "results.json.123.tmp").write_text("{")
+    (finished / "checkpoints" / "step-00000003.tmp").mkdir(parents=True)
+    (finished / "checkpoints" / "step-00000003.tmp" / "model.safetensors").touch()
+    (finished / "model.tmp").mkdir()
+    checkpoint.begin_or_resume(finished, SETTINGS, DATA)
+    assert names(finished) == ["checkpoints", "model", "results.json", "state.json"]
+    assert names(finished / "checkpoints") == []
+
+
+def test_other_code_is_said_and_goes_on(finished, told, monkeypatch):
+    checkpoint.begin_or_resume(finished, SETTINGS, DATA)
+    assert "other code" not in told.text
+    code = state_of(finished)["code"]
+    assert {"train.py", "classifier/training/checkpoint.py", "torch"} <= code.keys()
+    run_folder.write_state(finished, "failed", code={**code, "train.py": "0123", "torch": "1.0"})
+    checkpoint.begin_or_resume(finished, SETTINGS, DATA)
+    assert "code changed since this run began: train.py, torch" in told.text
+    assert state_of(finished)["code"] == code
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "reason"),
+    [
+        (KeyboardInterrupt(), "failed", "interrupted"),
+        (ValueError("no\nmore"), "failed", "no"),
+        (OSError(), "failed", "OSError"),
+        (SystemExit(1), "failed", "1"),
+        (Preempted("SIGTERM: gone"), "preempted", "SIGTERM: gone"),
+    ],
+)
+def test_a_failure_is_noted_and_goes_on(finished, accelerator, error, status, reason):
+    with pytest.raises(type(error)), run_folder.hold(finished, accelerator, checkpoint.State()):
+        checkpoint.begin_or_resume(finished, SETTINGS, DATA)
+        raise error
+    state = state_of(finished)
+    assert (state["status"], state["reason"], state["settings"]) == (status, reason, SETTINGS)
+    assert not (finished / "lock.json").exists()
+
+
+def test_what_fails_before_the_run_began_changes_nothing(finished, accelerator):
+    for error in (BadInput("wrong", "mend it"), Preempted("SIGINT")):
+        with pytest.raises(type(error)), run_folder.hold(finished, accelerator, checkpoint.State()):
+            raise error
+    assert state_of(finished)["status"] == "done"
+    with pytest.raises(BadInput), run_folder.hold(finished.parent / "new", accelerator, checkpoint.State()):
+        raise BadInput("wrong", "mend it")
+    assert not (finished.parent / "new").exists()
+
+
+def test_the_first_process_that_fails_is_believed(finished):
+    checkpoint.begin_or_resume(finished, SETTINGS, DATA)
+    run_folder.record_end(finished, "failed", "the disk is on fire")
+    run_folder.record_end(finished, "failed", "connection closed by peer")
+    assert state_of(finished)["reason"] == "the disk is on fire"
+
+
+@pytest.mark.parametrize(
+    ("size", "words", "half"), [(8, "resumes with micro-batches of 4", 4), (5, "of 3", 3), (1, "--gradient_ch", 1)]
+)
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate")])
+def test_out_of_memory_notes_half_the_micro_batch(finished, accelerator, size, words, half, error):
+    state = checkpoint.State()
+    with pytest.raises(RunFailed, match=words), run_folder.hold(finished, accelerator, state) as folder:
+        assert folder == finished
+        checkpoint.begin_or_resume(finished, SETTINGS, DATA)
+        state.micro_batch_size = size
+        raise error
+    assert state_of(finished)["micro_batch_size"] == half
+    assert state_of(finished)["reason"] == f"out of memory with {size} examples at a time"
+    assert checkpoint.begin_or_resume(finished, SETTINGS, DATA) == (None, half)
+    assert checkpoint.begin_or_resume(finished, SETTINGS, DATA, overwrite=True) == (None, None)
+
+
+def test_the_model_folder_is_whole_readable_and_the_last_thing_written(tmp_path, tiny_bert, vocabulary, monkeypatch):
+    model = load_model(str(tiny_bert), TASK)[0]
+    checkpoint.begin_or_resume(tmp_path, SETTINGS, DATA)
+    (tmp_path / "checkpoints").mkdir()
+    events = record(monkeypatch)
+    mask = os.umask(0o027)
+    try:
+        run_folder.write_model(
+            tmp_path, checkpoint.State(), model, BertTokenizer(str(vocabulary)), TASK, DATA, 1, RESULTS, "a card"
+        )
+    finally:
+        os.umask(mask)
+    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "model").iterdir()}
+    assert modes.keys() == {
+        *("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"),
+        *("task.json", "metrics.json", "README.md"),
+    }
+    assert set(modes.values()) == {0o640}
+    assert names(tmp_path) == ["model", "results.json", "state.json"]
+    assert state_of(tmp_path)["status"] == "done"
+    assert saved_metrics(tmp_path / "model") == {**RESULTS, "majority": 1}
+    assert saved_metrics(tmp_path) == {}
+    renamed = [Path(event[2]).name for event in events if event[0] == "rename"]
+    assert renamed[-2:] == ["model", "state.json"]  # "done" is said once all is there
+    synced = {event[1] for event in events if event[0] == "sync"}
+    assert {f"{tmp_path}/model.tmp/{name}" for name in modes} <= synced
+
+
+def test_a_model_that_cannot_be_written_leaves_the_old_one(finished, tiny_bert, vocabulary, monkeypatch):
+    model = load_model(str(tiny_bert), TASK)[0]
+    (finished / "model" / "old").touch()
+    checkpoint.begin_or_resume(finished, SETTINGS, DATA)
+    fill(finished / "checkpoints", "kept")
+
+    def full(*given):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_folder, "write_text", full)
+    with pytest.raises(RunFailed, match=r"model could not be written: .*No space.*\n.*the same command"):
+        run_folder.write_model(
+            finished, checkpoint.State(), model, BertTokenizer(str(vocabulary)), TASK, DATA, 1, RESULTS, "a card"
+        )
+    assert names(finished) == ["checkpoints", "model", "results.json", "state.json"]
+    assert names(finished / "model") == ["old"] and names(finished / "checkpoints") == ["file"]
+    assert state_of(finished)["status"] == "running"
+
+
+def test_a_model_is_found_in_its_run(tmp_path, tiny_bert):
+    assert model_folder(tiny_bert) == str(tiny_bert)
+    assert model_folder("org/name") == "org/name"
+    (tmp_path / "model").mkdir()
+    with pytest.raises(BadInput, match="holds no model"):
+        model_folder(tmp_path)
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert model_folder(tmp_path) == str(tmp_path / "model")
