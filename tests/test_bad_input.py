@@ -763,7 +763,11 @@ def without_files(*patterns):
 
 
 MODELS = {
-    "too few embeddings": (fewer_words, (f"token id {WORDS.index('was') + 5}", "ends at 9"), "model folder"),
+    "too few embeddings": (
+        fewer_words,
+        (f"token ids up to {len(WORDS) + 4}, but the model has embeddings for 10 only", "ids 0 to 9"),
+        f"resize_token_embeddings({len(WORDS) + 5})",
+    ),
     "NaN": (
         a_nan,
         "= model: the weights bert.encoder.layer.1.output.dense.weight contain NaN or infinite values",

@@ -8,6 +8,7 @@ from pathlib import Path
 from classifier.data.cache import hub_commit, note_loaded, unreachable_hub, was_loaded
 from classifier.files import read_json
 from classifier.messages import BadInput, log, nearest
+from classifier.model.tokenization import embedding_rows, largest_id
 
 
 def load_model(name, task=None, refresh=False):
@@ -37,10 +38,7 @@ def load_model(name, task=None, refresh=False):
     if facts["new"] and task:  # without a task nothing is trained, and with_head_labels refuses the model
         modules = sorted({key.rsplit(".", 1)[0] for key in facts["new"]})
         log.info(f"newly initialised: {', '.join(modules)} (not in the checkpoint)")
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes an empty one where it finds no files
-        source = name["vocab"] if isinstance(name, dict) else name
-        advice = "Copy the tokenizer's files (tokenizer.json, ...) into the folder."
-        raise BadInput(f"{source}: has no vocabulary", advice)
+    _check_tokenizer(name, model, tokenizer, facts)
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:  # decoders, such as GPT-2 and Llama
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:  # the heads of decoders look for the last token that is none
@@ -120,6 +118,31 @@ def _pretrained_model(name, head, task, refresh):
                 setattr(model, child, module)
                 new |= {f"{child}.{key}" for key in module.state_dict()}
     return model, tokenizer, {"model": name, "commit": options["revision"], "new": sorted(new)}
+
+
+def _check_tokenizer(name, model, tokenizer, facts):
+    """Raise BadInput for a tokenizer without a vocabulary, a padding token or with ids that the model lacks."""
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes an empty one where it finds no files
+        source = name["vocab"] if isinstance(name, dict) else name
+        advice = "Copy the tokenizer's files (tokenizer.json, ...) into the folder."
+        raise BadInput(f"{source}: has no vocabulary", advice)
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        advice = 'Name one of its tokens in tokenizer_config.json, such as "pad_token": "<unk>"; padding is masked.'
+        raise BadInput(f"{name}: its tokenizer has no padding token, and no end token to take its place", advice)
+    rows = embedding_rows(model)
+    # Not len(tokenizer): ids may have gaps. This takes 0.02 s for 30,000 tokens, 0.2 s for 250,000.
+    if rows is None or (largest := largest_id(tokenizer.get_vocab(), tokenizer.mask_token)) < rows:
+        return
+    if isinstance(name, dict):
+        reason = f"{name['vocab']}: has token ids up to {largest}, but vocab_size of `model` is {rows}"
+        raise BadInput(reason, "Drop vocab_size from the task's `model`: it is then that of the vocabulary.")
+    classes = "AutoModel" if facts["new"] else "AutoModelForSequenceClassification"  # the latter keeps a trained head
+    raise BadInput(
+        f"{name}: its tokenizer has token ids up to {largest}, but the model has embeddings for {rows} only "
+        f"(the ids 0 to {rows - 1})",
+        "Use the tokenizer that the model was trained with. If tokens were added to it, save a larger model beside it: "
+        f'm = {classes}.from_pretrained("{name}"); m.resize_token_embeddings({largest + 1}); m.save_pretrained("new").',
+    )
 
 
 def _check_hub_name(name):

@@ -6,12 +6,13 @@ import pytest
 import torch
 from conftest import WORDS, bert_config
 from safetensors.torch import load_file, save_file
-from transformers import BertTokenizer, GPT2Config, GPT2Model
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertTokenizer, GPT2Config, GPT2Model
 
-from classifier.data.tasks import Task
+from classifier.data.tasks import Task, save_task
 from classifier.messages import BadInput
 from classifier.model.models import load_model, with_head_labels
 from classifier.model.packing import prepare_model
+from classifier.predictor import load
 
 TWO = Task(name="two", text=["text"], labels=["negative", "positive"], metrics=["accuracy", "f1"])
 NUMBER = Task(name="number", text=["text"], labels="regression", metrics=["pearson"])
@@ -142,6 +143,77 @@ def test_a_head_without_names_is_that_of_labels_that_are_positions(tmp_path, tin
             with_head_labels(model, facts, Task(name="other", text=["text"], labels=labels))
         assert "id2label of its config.json" in caught.value.advice
         assert load_model(str(tmp_path), Task(name="other", text=["text"], labels=labels))[2]["new"] != []
+
+
+def add_words(folder, *words, **special_tokens):
+    """Add tokens to the tokenizer of a folder, and no embeddings for them; return the number of its tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(list(words))
+    tokenizer.add_special_tokens(special_tokens)
+    tokenizer.save_pretrained(folder)
+    return len(tokenizer)
+
+
+@pytest.mark.parametrize("task", [TWO, None], ids=["to train", "to use"])
+def test_tokens_without_embeddings_are_noticed_when_the_model_is_loaded(tmp_path, tiny_bert, task):
+    before = save_classifier(tmp_path, tiny_bert, TWO.labels)
+    rows = before.config.vocab_size
+    assert add_words(tmp_path, "<user>", "<url>") == rows + 2
+    with pytest.raises(BadInput) as caught:
+        load_model(str(tmp_path), task)
+    assert f"token ids up to {rows + 1}," in caught.value.reason and f"for {rows} only" in caught.value.reason
+    commands = caught.value.advice.partition("beside it: ")[2].rstrip(".").replace('"new"', f'"{tmp_path}"')
+    exec(commands, {"AutoModelForSequenceClassification": AutoModelForSequenceClassification})  # the advice works
+    model, tokenizer, facts = load_model(str(tmp_path), task)
+    assert model.get_input_embeddings().num_embeddings == len(tokenizer) == rows + 2
+    assert facts["new"] == [] and torch.equal(model.classifier.weight, before.classifier.weight)
+
+
+def test_an_id_beyond_the_embeddings_is_noticed_though_others_are_free(tmp_path, tiny_bert):
+    """29 tokens, with ids up to 200."""
+    save_classifier(tmp_path, tiny_bert, TWO.labels)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["model"]["vocab"]["good"] = 200
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(BadInput, match="token ids up to 200, but the model has embeddings for"):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("rows", [0, 64])
+def test_a_table_may_be_larger_and_a_mask_token_needs_no_embedding(tmp_path, tiny_bert, rows):
+    """facebook/bart-large-cnn has none for <mask>. Where a text holds it, that is said."""
+    model = save_classifier(tmp_path, tiny_bert, TWO.labels)
+    if rows:
+        model.resize_token_embeddings(rows)
+        model.save_pretrained(tmp_path)
+    largest = add_words(tmp_path, mask_token="<mask>") - 1
+    model, _, _ = load_model(str(tmp_path), TWO)
+    assert model.get_input_embeddings().num_embeddings == (rows or largest)
+    save_task(TWO, {}, tmp_path / "task.json")
+    predictor = load(tmp_path)
+    assert predictor.logits([["the room was good ."]]).shape == (1, 2)
+    if rows:
+        assert predictor.logits([["the <mask> was good ."]]).shape == (1, 2)
+    else:
+        with pytest.raises(BadInput, match=f"a text holds the token id {largest}, but .* ids 0 to {largest - 1} only"):
+            predictor.logits([["the <mask> was good ."]])
+
+
+def test_a_vocabulary_larger_than_vocab_size_is_bad_input(vocabulary):
+    with pytest.raises(BadInput, match=r"token ids up to \d\d, but vocab_size of `model` is 20") as caught:
+        load_model(bert_config(vocabulary, vocab_size=20), TWO)
+    assert "Drop vocab_size" in caught.value.advice
+
+
+def test_a_tokenizer_that_cannot_pad_is_bad_input(tmp_path, tiny_bert, vocabulary):
+    save_classifier(tmp_path, tiny_bert, TWO.labels)
+    BertTokenizer(str(vocabulary), pad_token=None).save_pretrained(tmp_path)
+    with pytest.raises(BadInput, match="no padding token") as caught:
+        load_model(str(tmp_path), TWO)
+    assert '"pad_token": "<unk>"' in caught.value.advice
+    names = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**names, "pad_token": "[UNK]"}))
+    assert load_model(str(tmp_path), TWO)[1].pad_token == "[UNK]"
 
 
 def test_a_decoder_without_a_padding_token_pads_with_its_end(tmp_path, vocabulary):
