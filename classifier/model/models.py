@@ -8,6 +8,7 @@ from pathlib import Path
 from classifier.data.cache import hub_commit, note_loaded, unreachable_hub, was_loaded
 from classifier.files import read_json
 from classifier.messages import BadInput, log, nearest
+from classifier.model.load_errors import find_foreign_layout, format_error, list_files, load_error, tokenizer_advice
 from classifier.model.tokenization import embedding_rows, largest_id
 
 
@@ -67,7 +68,7 @@ def _new_model(mapping, head, prefix):
         model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
     except Exception as error:  # the libraries raise almost anything for a wrong value
         raise BadInput(
-            f"{prefix}`model` cannot be built ({_format_error(error)})",
+            f"{prefix}`model` cannot be built ({format_error(error)})",
             "Fix its keys: model_type, vocab, and values of that model's config.json.",
         ) from None
     # transformers accepts any key, and ignores one that it does not know.
@@ -101,10 +102,7 @@ def _pretrained_model(name, head, task, refresh):
     except Exception as error:  # the libraries raise almost anything for a damaged file
         if _is_unreachable(error):
             raise unreachable_hub(name, error) from None
-        raise BadInput(
-            f"{name}: cannot be loaded as a text classifier ({_format_error(error)})",
-            "Check --model: it needs config.json, the tokenizer and complete weights. Copy or download them again.",
-        ) from None
+        raise load_error(name, error, options["revision"]) from None
     if is_of_hub:
         note_loaded(name, options["revision"])
     new = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
@@ -123,9 +121,9 @@ def _pretrained_model(name, head, task, refresh):
 def _check_tokenizer(name, model, tokenizer, facts):
     """Raise BadInput for a tokenizer without a vocabulary, a padding token or with ids that the model lacks."""
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes an empty one where it finds no files
-        source = name["vocab"] if isinstance(name, dict) else name
-        advice = "Copy the tokenizer's files (tokenizer.json, ...) into the folder."
-        raise BadInput(f"{source}: has no vocabulary", advice)
+        if isinstance(name, dict):
+            raise BadInput(f"{name['vocab']}: has no vocabulary", "It must hold one token on each line.")
+        raise BadInput(f"{name}: has no vocabulary", tokenizer_advice(name))
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         advice = 'Name one of its tokens in tokenizer_config.json, such as "pad_token": "<unk>"; padding is masked.'
         raise BadInput(f"{name}: its tokenizer has no padding token, and no end token to take its place", advice)
@@ -153,11 +151,6 @@ def _check_hub_name(name):
     if name.startswith((".", "/", "~")):
         siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
         raise BadInput(f"{name}: no such folder{nearest(path.name, siblings)}", "Check --model.")
-
-
-def _format_error(error):
-    """Return a library's exception as one short line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300].rstrip(": ")
 
 
 def _is_unreachable(error):
@@ -272,5 +265,8 @@ def model_folder(path):
     if (Path(path) / "model.onnx").is_file():
         raise BadInput(f"{path}: is an exported model", "Only predict.py takes it. Use the model it was exported from.")
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise BadInput(f"{path}: holds no model", "Give a model folder, or the folder of a finished run.")
+        reason, advice = f"{path}: holds no model", "Give a model folder, or the folder of a finished run."
+        if cause := find_foreign_layout(path, Path(path), list_files(path)):
+            reason, advice = f"{reason}: {cause[0]}", cause[1]
+        raise BadInput(reason, advice)
     return str(path)
