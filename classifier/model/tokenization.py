@@ -59,13 +59,13 @@ def _kept_positions(is_special, max_length, truncate):
     return sorted(kept)
 
 
-def padded(examples, pad_token_id, side="right"):
-    """Return ragged columns of tokens, and their attention_mask, as int64 arrays (examples, longest).
+def padded(examples, pad_token_id, side="right", min_width=1):
+    """Return ragged columns of tokens, and their attention_mask, as int64 arrays (examples, longest or min_width).
 
     side: where padding goes, "right" or "left".
     """
     lengths = np.array([len(ids) for ids in examples["input_ids"]])
-    mask = np.arange(lengths.max()) < lengths[:, None]
+    mask = np.arange(max(lengths.max(), min_width)) < lengths[:, None]
     if side == "left":
         mask = mask[:, ::-1]
     inputs = {"attention_mask": mask.astype(np.int64)}
