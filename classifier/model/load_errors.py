@@ -8,12 +8,12 @@ from classifier.messages import BadInput, nearest
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # and each of them with .index.json, for weights in several files
 OTHER_FRAMEWORKS = {  # the ends of their files
-    "tf_model.h5": ("TensorFlow", "from_tf=True"),
-    ".ckpt.index": ("TensorFlow 1", None),
-    "flax_model.msgpack": ("Flax", "from_flax=True"),
-    ".onnx": ("ONNX", None),
-    ".gguf": ("llama.cpp", None),
-    "rust_model.ot": ("Rust", None),
+    "tf_model.h5": "TensorFlow",
+    ".ckpt.index": "TensorFlow 1",
+    "flax_model.msgpack": "Flax",
+    ".onnx": "ONNX",
+    ".gguf": "llama.cpp",
+    "rust_model.ot": "Rust",
 }
 NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "adapter_model")  # the starts of such names
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", ".model", "vocab.txt", "vocab.json")  # their ends
@@ -33,7 +33,7 @@ def load_error(name, error, revision=None):
         find_foreign_layout(name, folder, files)
         or _find_config_problem(folder, files)
         or _find_code(error)
-        or _find_missing_weights(name, folder, files)
+        or _find_missing_weights(folder, files)
         or _find_damage(name, folder, error)
         or _find_tokenizer_problem(name, folder, files)
     )
@@ -85,7 +85,7 @@ def find_foreign_layout(name, folder, files):
         if not Path(name).is_dir():
             advice = f"Download it (hf download {name} --local-dir FOLDER), then give --model FOLDER/{subfolder}"
         return f"its config.json is in the subfolder {subfolder},{kind}".rstrip(","), advice
-    return _find_missing_weights(name, folder, files) if _foreign_weights(files) else None
+    return _find_missing_weights(folder, files) if _foreign_weights(files) else None
 
 
 def _adapter(name, folder):
@@ -150,15 +150,12 @@ def _weights(files):
 
 
 def _foreign_weights(files):
-    """Return (file, framework, option of transformers 4) for weights of another framework, or None."""
-    for end, (framework, option) in OTHER_FRAMEWORKS.items():
-        for file in files:
-            if file.endswith(end):
-                return file, framework, option
-    return None
+    """Return (file, framework) for weights of another framework, or None."""
+    pairs = ((file, framework) for end, framework in OTHER_FRAMEWORKS.items() for file in files if file.endswith(end))
+    return next(pairs, None)
 
 
-def _find_missing_weights(name, folder, files):
+def _find_missing_weights(folder, files):
     """Return (reason, advice) for a model without weights for torch, or without some of its weight files, or None."""
     if weights := _weights(files):
         if not all(file.endswith(".index.json") for file in weights):
@@ -168,14 +165,10 @@ def _find_missing_weights(name, folder, files):
             return f"{len(missing)} of its {len(parts)} weight files are missing: {missing[0]}", AGAIN.format("them")
         return None
     if found := _foreign_weights(files):
-        file, framework, option = found
-        advice = "Choose a copy of it with model.safetensors"
-        if option:  # transformers 5 reads the weights of torch alone
-            has_head = "ForSequenceClassification" in str(_read_json(folder / "config.json").get("architectures"))
-            auto_class = "AutoModelForSequenceClassification" if has_head else "AutoModel"
-            advice += f', or convert it in an environment with "transformers<5" and {framework}: '
-            advice += f'{auto_class}.from_pretrained("{name}", {option}).save_pretrained(FOLDER)'
-        return f"its weights are for {framework} only ({file})", f"{advice}."
+        # No command to convert them: transformers 5 has no from_tf, and that of transformers 4.57 fails.
+        file, framework = found
+        advice = "Choose a copy of it with model.safetensors: weights of another framework than torch are not read."
+        return f"its weights are for {framework} only ({file})", advice
     others = [file for file in files if file.endswith((".safetensors", ".bin", ".pt", ".pth", ".ckpt"))]
     others = [file for file in others if not file.startswith(NO_WEIGHTS)]
     reason = f"there are no weights: no {' and no '.join(WEIGHTS)}"

@@ -138,8 +138,9 @@ def _check_tokenizer(name, model, tokenizer, facts):
     raise BadInput(
         f"{name}: its tokenizer has token ids up to {largest}, but the model has embeddings for {rows} only "
         f"(the ids 0 to {rows - 1})",
-        "Use the tokenizer that the model was trained with. If tokens were added to it, save a larger model beside it: "
-        f'm = {classes}.from_pretrained("{name}"); m.resize_token_embeddings({largest + 1}); m.save_pretrained("new").',
+        "Use the tokenizer that the model was trained with. If tokens were added to it, give --model new: "
+        f'm = {classes}.from_pretrained("{name}"); m.resize_token_embeddings({largest + 1}); m.save_pretrained("new"); '
+        f'AutoTokenizer.from_pretrained("{name}").save_pretrained("new").',
     )
 
 

@@ -7,6 +7,7 @@ from functools import partial
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from conftest import WORDS, bert_config
 from data_help import COMMIT
 from safetensors.torch import load_file, save_file
@@ -167,9 +168,9 @@ def test_tokens_without_embeddings_are_noticed_when_the_model_is_loaded(tmp_path
     with pytest.raises(BadInput) as caught:
         load_model(str(tmp_path), task)
     assert f"token ids up to {rows + 1}," in caught.value.reason and f"for {rows} only" in caught.value.reason
-    commands = caught.value.advice.partition("beside it: ")[2].rstrip(".").replace('"new"', f'"{tmp_path}"')
-    exec(commands, {"AutoModelForSequenceClassification": AutoModelForSequenceClassification})  # the advice works
-    model, tokenizer, facts = load_model(str(tmp_path), task)
+    commands = caught.value.advice.partition("--model new: ")[2].rstrip(".").replace('"new"', f'"{tmp_path / "new"}"')
+    exec(commands, vars(transformers))  # the advice works
+    model, tokenizer, facts = load_model(str(tmp_path / "new"), task)
     assert model.get_input_embeddings().num_embeddings == len(tokenizer) == rows + 2
     assert facts["new"] == [] and torch.equal(model.classifier.weight, before.classifier.weight)
 
@@ -338,9 +339,9 @@ CAUSES = {  # what is done to a folder; parts of the reason and of the advice
     "TensorFlow": (
         with_weights_as("tf_model.h5"),
         "its weights are for TensorFlow only (tf_model.h5)",
-        'AutoModelForSequenceClassification.from_pretrained("FOLDER", from_tf=True)',
+        "a copy of it with model.safetensors: weights of another framework than torch are not read",
     ),
-    "Flax": (with_weights_as("flax_model.msgpack"), "for Flax only (flax_model.msgpack)", "from_flax=True"),
+    "Flax": (with_weights_as("flax_model.msgpack"), "for Flax only (flax_model.msgpack)", "with model.safetensors"),
     "ONNX": (with_weights_as("model.onnx"), "for ONNX only (model.onnx)", "a copy of it with model.safetensors"),
     **{name: (of_type(name), NO_HEAD.format(name), "bert") for name in ("vit", "whisper", "sam", "clip_text_model")},
     "an unknown type": (of_type("robreta"), 'the model_type "robreta" of config.json (did you mean "rob', "Upgrade"),
