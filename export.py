@@ -84,7 +84,7 @@ def export_model(folder, temporary, args, threads):
 
     Raises RunFailed where torch cannot export the model, or the certificate is not good enough.
     """
-    from classifier.model.packing import choose_padding_side
+    from classifier.model.padding import choose_padding_side
 
     model, tokenizer, task, splits = load_saved(folder, args)
     columns = token_columns(tokenizer)
@@ -194,7 +194,7 @@ def torch_forward(model, pad_token_id, padding_side):
     """Return a Predictor's forward function that computes as transformers does: padded, in float32."""
     import torch
 
-    from classifier.model.packing import pad
+    from classifier.model.padding import pad
 
     def forward(batch):
         with torch.inference_mode():

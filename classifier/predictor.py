@@ -24,7 +24,7 @@ from classifier.data import tasks
 from classifier.data.labels import prediction_columns, prediction_rows
 from classifier.files import digest, sha256
 from classifier.messages import BadInput, log
-from classifier.model.tokenization import encode, longest_input, padded
+from classifier.model.tokenization import check_ids, embedding_rows, encode, largest_id, longest_input, padded
 
 ROWS_AT_A_TIME = 4096  # enough to batch texts of similar length
 
@@ -38,6 +38,7 @@ class Predictor:
     forward: Callable  # from a batch, {column: ragged ids}, to its logits, float32 (examples, outputs)
     batch_size: int
     sources: list  # the model's files, or the id and commit of a Hub model
+    rows: int | None = None  # of the model's token embeddings
 
     @cached_property
     def digest(self):
@@ -47,6 +48,7 @@ class Predictor:
     def logits(self, texts):
         """Return the logits of texts, float32 (texts, outputs). texts: one list for each of the task's text columns."""
         encoded, _ = encode(self.task, self.tokenizer, texts, self.task.max_length)
+        check_ids(max(map(max, filter(None, encoded["input_ids"])), default=0), self.rows)
         order = np.argsort([-len(ids) for ids in encoded["input_ids"]], kind="stable")  # similar lengths together
         logits = np.empty((len(order), 1 if self.task.is_regression else len(self.task.labels)), dtype=np.float32)
         for start in range(0, len(order), self.batch_size):
@@ -119,7 +121,7 @@ def load(path, accelerator=None, batch_size=64, threads=None):
 
     files = sorted(file for file in Path(folder).glob("*") if file.is_file() and file.suffix != ".md")
     sources = [path, facts["commit"]] if facts["commit"] else files
-    return Predictor(task, tokenizer, forward, batch_size, sources)
+    return Predictor(task, tokenizer, forward, batch_size, sources, embedding_rows(model))
 
 
 class _Tokenizer:
@@ -158,16 +160,22 @@ def _load_exported(file, batch_size, threads):
         tokenizer = _Tokenizer(folder / "tokenizer.json", columns)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         pad_token_id, padding_side = config.get("pad_token_id") or 0, config.get("padding_side", "right")
+        names = folder / "tokenizer_config.json"
+        mask_token = json.loads(names.read_text(encoding="utf-8")).get("mask_token") if names.is_file() else None
+        rows, largest = config.get("vocab_size"), largest_id(tokenizer.backend.get_vocab(), mask_token)
     except Exception as error:  # onnxruntime and tokenizers raise types of their own
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise BadInput(f"{file}: cannot be loaded ({reason})", "Export again, or copy the folder again.") from None
+    if rows and largest >= rows:
+        reason = f"{file}: tokenizer.json has token ids up to {largest}, but config.json a vocabulary of {rows}"
+        raise BadInput(reason, "Keep all files that export.py wrote together, or export again.")
     gc.enable()  # see processes.run
 
     def forward(batch):
         return session.run(["logits"], padded(batch, pad_token_id, padding_side))[0]
 
     sources = [*sorted(folder.glob(f"{file.name}*")), folder / "tokenizer.json", folder / "task.json"]
-    return Predictor(task, tokenizer, forward, batch_size, sources)
+    return Predictor(task, tokenizer, forward, batch_size, sources, rows)
 
 
 def start_exported(args, stream=None):

@@ -572,7 +572,7 @@ YAML = [
         "an empty vocabulary",
         TASK | {"model": {"model_type": "bert", "vocab": "train.csv.empty"}},
         "= HERE/train.csv.empty: has no vocabulary",
-        "tokenizer",
+        "one token on each line",
     ),
 ]
 
@@ -763,17 +763,21 @@ def without_files(*patterns):
 
 
 MODELS = {
-    "too few embeddings": (fewer_words, (f"token id {WORDS.index('was') + 5}", "ends at 9"), "model folder"),
+    "too few embeddings": (
+        fewer_words,
+        (f"token ids up to {len(WORDS) + 4}, but the model has embeddings for 10 only", "ids 0 to 9"),
+        f"resize_token_embeddings({len(WORDS) + 5})",
+    ),
     "NaN": (
         a_nan,
         "= model: the weights bert.encoder.layer.1.output.dense.weight contain NaN or infinite values",
         "checkpoint",
     ),
-    "half a model.safetensors": (half_the_weights, "model: cannot be loaded", "again"),
-    "half a pytorch_model.bin": (bin_of(1 / 2), "model: cannot be loaded", "again"),
-    "the start of a pytorch_model.bin": (bin_of(1 / 100), "model: cannot be loaded", "again"),
-    "an empty pytorch_model.bin": (bin_of(0), "model: cannot be loaded", "again"),
-    "a pointer of git-lfs": (a_pointer, "model: cannot be loaded", "again"),
+    "half a model.safetensors": (half_the_weights, "classifier: model.safetensors is damaged (", "again"),
+    "half a pytorch_model.bin": (bin_of(1 / 2), ": pytorch_model.bin is damaged", "again"),
+    "the start of a pytorch_model.bin": (bin_of(1 / 100), ": pytorch_model.bin is damaged", "again"),
+    "an empty pytorch_model.bin": (bin_of(0), ": pytorch_model.bin is damaged", "again"),
+    "a pointer of git-lfs": (a_pointer, ": pytorch_model.bin is a pointer of git-lfs", "git lfs pull"),
     "no weights": (without_files("model.safetensors"), ("model: cannot be loaded", "model.safetensors"), "weights"),
     "an empty folder": (without_files("*"), "model: cannot be loaded", "config.json"),
     "no config.json": (without_files("config.json"), ("model: cannot be loaded", "config.json"), "--model"),
@@ -795,7 +799,7 @@ MODELS = {
         "config.json",
     ),
     "a type that is unknown": (lambda folder: change(folder, model_type="brt"), ("model: cannot be", "brt"), "config"),
-    "an image model": (lambda folder: change(folder, model_type="vit"), ("model: cannot be", "ViTConfig"), "--model"),
+    "an image model": (lambda folder: change(folder, model_type="vit"), ("model: cannot be", "vit"), "--model"),
     "sizes of another model": (
         lambda folder: change(folder, hidden_size=64),
         ("model: ", "another shape", "bert.embeddings.LayerNorm.bias"),

@@ -424,3 +424,12 @@ def test_weights_too_large_for_one_file_lie_beside_it(copy, monkeypatch):
     found = json.loads((folder / "certificate.json").read_text())["fp32"]
     assert set(found["sha256"]) == {"model.onnx", "model.onnx.data"}
     assert predictor.load(folder).digest != predictor.load(folder / "model_int8.onnx").digest
+
+
+def test_a_tokenizer_of_another_model_is_noticed_when_an_export_is_loaded(copy):
+    file = copy / "model" / "onnx" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["vocab"]["good"] = 500
+    file.write_text(json.dumps(content))
+    with pytest.raises(BadInput, match=r"tokenizer\.json has token ids up to 500, but config\.json a vocabulary of"):
+        predictor.load(copy / "model" / "onnx")

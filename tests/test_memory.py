@@ -11,7 +11,7 @@ from conftest import lines_of
 from test_preemption import ended, start, start_2, state_of
 
 from classifier.messages import BadInput
-from classifier.model import inference, packing
+from classifier.model import inference, padding
 
 LENGTHS = [3, 9, 4, 8, 5, 7, 6, 2, 9, 1]
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 14.75 GiB"
@@ -40,7 +40,7 @@ def probe(accelerator):
     examples = datasets.Dataset.from_dict({"input_ids": [[1] * length for length in LENGTHS], "length": LENGTHS})
     seen = []
     packer = SimpleNamespace(
-        collate=lambda rows: packing.pad(rows, 0),
+        collate=lambda rows: padding.pad(rows, 0),
         set_batch=lambda step, ids, lengths, device: seen.append((ids.tolist(), lengths.tolist())),
     )
     return lambda model, size: inference.largest_micro_batch(accelerator, model, packer, examples, size), seen

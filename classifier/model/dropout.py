@@ -151,6 +151,14 @@ def install(model, seed):
     return masks
 
 
+def uninstall(model):
+    """Give a model torch's own dropout again."""
+    for name, module in list(model.named_modules()):
+        if type(module) is Dropout:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, nn.Dropout(module.p).train(module.training))
+
+
 @torch.no_grad()
 def draws_from_torch(model, masks, example):
     """Return whether a training pass still draws from torch's generator: some dropout is in the model's own code.
@@ -160,10 +168,12 @@ def draws_from_torch(model, masks, example):
     logits, was_training = [], model.training
     ids = torch.tensor([example, example])
     model.train()
-    with torch.random.fork_rng(devices=[]):
-        for seed in (0, 1):
-            torch.manual_seed(seed)
-            masks.set_batch(0, [0, 1], "cpu")
-            logits.append(model(input_ids=ids).logits)
-    model.train(was_training)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            for seed in (0, 1):
+                torch.manual_seed(seed)
+                masks.set_batch(0, [0, 1], "cpu")
+                logits.append(model(input_ids=ids).logits)
+    finally:
+        model.train(was_training)
     return not torch.equal(*logits)

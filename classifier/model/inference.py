@@ -164,7 +164,7 @@ def probe_head(model, packer, examples, accelerator):
         FeaturePacker(packer.masks).set_batch(0, ids, lengths[ids], accelerator.device)
         same = torch.allclose(model(inputs_embeds=features.unsqueeze(1)).logits, logits, rtol=1e-4, atol=1e-5)
         return features if same else None
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):  # a head that cannot take one vector
+    except Exception:  # a head that cannot take one vector; its code may raise anything
         return None
     finally:
         vars(encoder).pop("forward", None)

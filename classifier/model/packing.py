@@ -16,8 +16,8 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from classifier.messages import log
-from classifier.model.dropout import draws_from_torch, install, scale
-from classifier.model.tokenization import padded
+from classifier.model.dropout import draws_from_torch, install, scale, uninstall
+from classifier.model.padding import cannot_compute, eval_logits, pad, probe_examples, probe_padding
 
 GROUP_LIMIT = 2**19  # attention weights in a group of more than one example: they fit into a core's cache
 LONG = 96  # tokens from which torch's own attention is faster on a CPU, without dropout
@@ -270,6 +270,7 @@ class Packer:
         if model.config.model_type == "mpnet":
             patch_mpnet(model, masks)
         self.heads = getattr(model.config, "num_attention_heads", 1)
+        self.min_width = getattr(model.config, "downsampling_rate", 1)  # CANINE fails with fewer characters
         model.set_attn_implementation("counted_dropout")
         tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
         padding = getattr(tables[0], "padding_idx", None) if tables else None
@@ -286,7 +287,7 @@ class Packer:
         """Return the model's inputs, tensors on the CPU, for examples as a dict of columns."""
         if self.is_packed:
             return pack(examples, self.first_position)
-        return pad(examples, self.pad_token_id, self.padding_side)
+        return pad(examples, self.pad_token_id, self.padding_side, self.min_width)
 
     def set_batch(self, step, ids, lengths, device):
         """Set the examples of the next forward pass, in the order of the micro-batch."""
@@ -342,45 +343,6 @@ def _positions(ids, first_position):
     return np.cumsum(counts) * counts + first_position - 1
 
 
-def pad(examples, pad_token_id, side="right"):
-    """Pad the columns of examples to the longest: a dict of tensors (examples, longest), with attention_mask."""
-    return {name: torch.from_numpy(values) for name, values in padded(examples, pad_token_id, side).items()}
-
-
-def probe_examples(tokenizer):
-    """Return two examples of different lengths as columns, the longest first."""
-    encoded = tokenizer(["one two three, four; five. Six?", "seven"])
-    return {name: encoded[name] for name in ("input_ids", "token_type_ids") if name in encoded}
-
-
-@torch.no_grad()
-def choose_padding_side(model, tokenizer):
-    """Return the side on which padding changes no answer: the tokenizer's, or the other one where only that does.
-
-    XLNet's head reads the last token, and GPT-2 counts positions from the left. Where padding matters on both sides
-    (FNet has no mask), the tokenizer's is returned with a warning. The model is as transformers made it.
-    """
-    examples, side = probe_examples(tokenizer), tokenizer.padding_side
-    was_training = model.training
-    model.eval()
-    try:
-        single = [{name: [column[number]] for name, column in examples.items()} for number in range(2)]
-        alone = torch.cat([model(**pad(example, tokenizer.pad_token_id)).logits for example in single])
-        for candidate in (side, "left" if side == "right" else "right"):
-            logits = model(**pad(examples, tokenizer.pad_token_id, candidate)).logits
-            if torch.allclose(logits, alone, rtol=1e-4, atol=1e-5):
-                return candidate
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):  # reported where the model is used
-        return side
-    finally:
-        model.train(was_training)
-    log.warning(
-        "WARNING: this model's answer to a text depends on the padding, and so on the other texts of its batch; "
-        "it is the same each time with --eval_batch_size 1"
-    )
-    return side
-
-
 @torch.no_grad()
 def matches_padded(model, packer, examples):
     """Return whether a model gives the same logits for packed examples as for padded ones. examples: longest first.
@@ -397,7 +359,7 @@ def matches_padded(model, packer, examples):
             logits.append(model(**packer.collate(examples)).logits)
         same = logits[0].shape == logits[1].shape and torch.allclose(*logits, rtol=1e-4, atol=1e-5)
         return same and packer.masks.packed.calls == model.config.num_hidden_layers
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):  # a model that cannot take packed inputs
+    except Exception:  # a model that cannot take packed inputs; its code may raise anything
         return False
     finally:
         packer.is_packed, packer.masks.packed = False, None
@@ -407,17 +369,33 @@ def matches_padded(model, packer, examples):
 def prepare_model(model, tokenizer, seed=0):
     """Change a model in place for packed batches and counter-based dropout; return its Packer.
 
-    Two examples are computed packed and padded. A model that answers differently runs padded, which is logged.
+    Two examples are computed packed and padded. A model that answers differently runs padded, which is logged. One
+    whose code does not take our attention and dropout keeps transformers' own. Raises BadInput for one that fails.
     """
-    padding_side = choose_padding_side(model, tokenizer)
+    examples = probe_examples(model, tokenizer)
+    padding_side, expected = probe_padding(model, tokenizer, examples)
+    own_attention = model.config._attn_implementation
     masks = install(model, seed)
     packer = Packer(model, masks, tokenizer.pad_token_id, padding_side)
-    examples = probe_examples(tokenizer)
-    if draws_from_torch(model, masks, examples["input_ids"][0]):
+    for is_ours in (True, False):
+        if not is_ours:
+            uninstall(model)
+            model.set_attn_implementation(own_attention)
+        try:
+            masks.set_batch(0, range(2), "cpu")
+            same = torch.allclose(eval_logits(model, packer.collate(examples)), expected, rtol=1e-4, atol=1e-5)
+            if is_ours and not same:
+                continue
+            draws = draws_from_torch(model, masks, examples["input_ids"][0])
+            break
+        except Exception as error:  # a model's code may raise anything
+            if not is_ours:
+                raise cannot_compute(model, error, "a text in training") from None
+    if draws:
         log.warning(
             "WARNING: some of this model's dropout is torch's own: its masks change with the number of processes"
         )
-    packer.is_packed = matches_padded(model, packer, examples)
+    packer.is_packed = is_ours and matches_padded(model, packer, examples)
     if not packer.is_packed:
         log.info("this model needs padding: examples of similar length are padded together")
     return packer

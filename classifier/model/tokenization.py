@@ -59,13 +59,13 @@ def _kept_positions(is_special, max_length, truncate):
     return sorted(kept)
 
 
-def padded(examples, pad_token_id, side="right"):
-    """Return ragged columns of tokens, and their attention_mask, as int64 arrays (examples, longest).
+def padded(examples, pad_token_id, side="right", min_width=1):
+    """Return ragged columns of tokens, and their attention_mask, as int64 arrays (examples, longest or min_width).
 
     side: where padding goes, "right" or "left".
     """
     lengths = np.array([len(ids) for ids in examples["input_ids"]])
-    mask = np.arange(lengths.max()) < lengths[:, None]
+    mask = np.arange(max(lengths.max(), min_width)) < lengths[:, None]
     if side == "left":
         mask = mask[:, ::-1]
     inputs = {"attention_mask": mask.astype(np.int64)}
@@ -74,6 +74,31 @@ def padded(examples, pad_token_id, side="right"):
             inputs[name] = np.full(mask.shape, padding, dtype=np.int64)
             inputs[name][mask] = np.concatenate(examples[name])
     return inputs
+
+
+def embedding_rows(model):
+    """Return the number of token ids that a model has embeddings for, or None where it has no table of them."""
+    try:
+        return model.get_input_embeddings().num_embeddings
+    except (NotImplementedError, AttributeError):  # CANINE hashes characters
+        return None
+
+
+def largest_id(vocabulary, mask_token):
+    """Return the largest id of a vocabulary, {token: id}, that texts are expected to hold.
+
+    The mask token is none of them: facebook/bart-large-cnn, for one, was published without an embedding for it.
+    """
+    return max(number for token, number in vocabulary.items() if token != mask_token)
+
+
+def check_ids(largest, rows):
+    """Raise BadInput for texts that hold a mask token without an embedding. rows: see embedding_rows."""
+    if rows is not None and largest >= rows:
+        raise BadInput(
+            f"a text holds the token id {largest}, but the model has embeddings for the ids 0 to {rows - 1} only",
+            "Remove the tokenizer's mask token from the texts: this model was published without an embedding for it.",
+        )
 
 
 def longest_input(model, tokenizer):
@@ -93,7 +118,7 @@ def tokenize(task, rows, fingerprint, model, tokenizer):
     """Return (examples, is_new): a Dataset with the columns and facts of `encode`, `length` and `label`.
 
     It is cached, keyed by the content of the rows, the tokenizer and the settings. Raises BadInput for a max_length
-    that does not fit, and for a tokenizer of another model.
+    that does not fit, and for a token without an embedding.
     """
     import pyarrow as pa
 
@@ -127,12 +152,7 @@ def tokenize(task, rows, fingerprint, model, tokenizer):
     key = digest("tokens", fingerprint, type(tokenizer).__name__, vocabulary, settings)
     examples, is_new = cached_table(key, pa.schema([*schema, ("label", label_type)]), tokens())
     largest = max((int(chunk.values.to_numpy().max()) for chunk in examples.data.column("input_ids").chunks), default=0)
-    vocabulary_size = model.get_input_embeddings().num_embeddings
-    if largest >= vocabulary_size:
-        raise BadInput(
-            f"the tokenizer returns the token id {largest}, the model's vocabulary ends at {vocabulary_size - 1}",
-            "The tokenizer is of another model: check the model folder.",
-        )
+    check_ids(largest, embedding_rows(model))
     return examples, is_new
 
 

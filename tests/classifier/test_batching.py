@@ -14,7 +14,7 @@ from datasets import Dataset
 from classifier.data import cache
 from classifier.data.tasks import Task
 from classifier.messages import BadInput, Preempted, RunFailed
-from classifier.model import inference, packing, tokenization
+from classifier.model import inference, packing, padding, tokenization
 from classifier.model.models import load_model
 from classifier.model.packing import prepare_model
 from classifier.training import batching
@@ -204,7 +204,7 @@ def test_pad_is_what_the_tokenizer_would_make(model_and_tokenizer):
     first, second = ["the room was good .", "film", "very very dull ."], ["bad", "the train was late and awful .", "a"]
     expected = tokenizer(first, second, padding=True, return_tensors="pt")
     ragged = tokenizer(first, second)
-    padded = packing.pad({name: ragged[name] for name in ("input_ids", "token_type_ids")}, tokenizer.pad_token_id)
+    padded = padding.pad({name: ragged[name] for name in ("input_ids", "token_type_ids")}, tokenizer.pad_token_id)
     assert padded.keys() == expected.keys()
     for name, tensor in padded.items():
         assert torch.equal(tensor, expected[name]), name
@@ -336,7 +336,7 @@ def test_max_length_beyond_the_positions_and_ids_beyond_the_vocabulary_are_refus
     with pytest.raises(BadInput, match=r"33 .* 32 positions"):
         tokenization.tokenize(too_long, rows, "long", model, tokenizer)
     model.set_input_embeddings(torch.nn.Embedding(8, 32))
-    with pytest.raises(BadInput, match="vocabulary ends at 7"):
+    with pytest.raises(BadInput, match="embeddings for the ids 0 to 7 only"):
         tokenization.tokenize(TASK, rows, "ids", model, tokenizer)
 
 

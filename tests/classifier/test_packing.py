@@ -12,8 +12,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForSequenceClassification, BertTokenizer
 
-from classifier.messages import log
-from classifier.model import inference, packing
+from classifier.messages import BadInput, log
+from classifier.model import inference, packing, padding
 from classifier.model.models import freeze
 from classifier.model.packing import prepare_model
 
@@ -389,6 +389,82 @@ def test_a_layer_that_does_not_attend_once_is_refused(change, log_text):
     assert_equal(packed, results(plain, padded(examples)))
 
 
+def model_that_fails(error, fails):
+    """A BERT whose forward raises an error where fails(model, input_ids)."""
+    model = plain_model("bert", SMALL)
+    forward = model.forward
+
+    def fail(input_ids=None, **options):
+        if fails(model, input_ids):
+            raise error
+        return forward(input_ids=input_ids, **options)
+
+    model.forward = fail
+    return model
+
+
+def has_our_dropout(model, *given):
+    return not isinstance(model.dropout, torch.nn.Dropout)
+
+
+def has_our_attention(model, *given):
+    return model.config._attn_implementation == "counted_dropout"
+
+
+ERRORS = [KeyError("key"), AssertionError("no"), NotImplementedError("not"), ZeroDivisionError("by zero"), OSError("x")]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("part", [has_our_dropout, has_our_attention])
+def test_a_model_that_fails_with_our_parts_keeps_those_of_transformers(part, error, log_lines):
+    model = model_that_fails(error, part)
+    plain = copy.deepcopy(plain_model("bert", SMALL))
+    packer = prepare_model(model, tokenizer)
+    assert not has_our_dropout(model) and model.config._attn_implementation == "eager"
+    assert_runs_padded(plain, model, packer, "\n".join(log_lines))
+    assert sum("dropout is torch's own" in line for line in log_lines) == 1
+    assert not model.training
+
+
+def test_a_model_that_answers_otherwise_with_our_parts_keeps_those_of_transformers(log_lines):
+    model = plain_model("bert", SMALL)
+    model.classifier.register_forward_hook(lambda module, given, output: output + has_our_attention(model))
+    packer = prepare_model(model, tokenizer)
+    assert_runs_padded(plain_model("bert", SMALL), model, packer, "\n".join(log_lines))
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize(
+    ("fails", "what"),
+    [
+        (lambda model, ids: True, "a text"),
+        (lambda model, ids: len(ids) > 1, "texts of different lengths together"),
+        (lambda model, ids: model.training, "a text in training"),
+    ],
+)
+def test_a_model_that_fails_is_refused(error, fails, what):
+    model = model_that_fails(error, fails)
+    with pytest.raises(BadInput) as caught:
+        prepare_model(model, tokenizer)
+    assert f": cannot compute {what} ({type(error).__name__}: " in caught.value.reason
+    assert "Do they belong together?" in caught.value.advice
+    assert not model.training
+
+
+def test_a_model_that_pads_on_one_side_only_pads_there():
+    model = model_that_fails(ValueError("left"), lambda model, ids: ids[-1, -1] == PADDING)
+    packer = prepare_model(model, tokenizer)
+    assert packer.padding_side == "left"
+
+
+def test_a_model_of_few_positions_is_tried_with_shorter_texts(vocabulary):
+    tokenizer = BertTokenizer(str(vocabulary))
+    sizes = {**SMALL, "max_position_embeddings": 8, "num_attention_heads": 2, "vocab_size": len(tokenizer)}
+    model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("bert", **sizes))
+    assert prepare_model(model, tokenizer).is_packed
+
+
 def test_a_layer_that_reads_its_neighbours_is_found_out(log_text):
     plain = plain_model("bert", SMALL)
     plain.bert.encoder.layer[1].intermediate.register_forward_hook(mix_neighbours)
@@ -453,6 +529,9 @@ SIDES = {  # and where padding changes no answer
     "llama": ("either", DECODER),
     "mistral": ("either", DECODER),
     "qwen2": ("either", DECODER),
+    # Their attention is not only that of queries and keys, and stays transformers' own: a soft cap, sinks.
+    "gemma2": ("either", DECODER),
+    "gpt_oss": ("either", {**DECODER, "num_local_experts": 2, "num_experts_per_tok": 1}),
     # Encoder-decoders: their heads read the last end of a text.
     "bart": ("right", {"d_model": 32, **BOTH, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "eos_token_id": 3}),
     "t5": ("right", {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, **T5_TOKENS}),
@@ -494,5 +573,5 @@ def test_a_texts_answer_is_that_of_transformers_for_it_alone(family, side, vocab
 
 def test_a_model_whose_answers_depend_on_its_batch_is_warned_of(vocabulary, log_lines):
     model, tokenizer = make_classifier("fnet", {**SMALL, "type_vocab_size": 2}, vocabulary, "right")
-    assert packing.choose_padding_side(model, tokenizer) == "right"
+    assert padding.choose_padding_side(model, tokenizer) == "right"
     assert any("depends on the padding" in line and "--eval_batch_size 1" in line for line in log_lines)
