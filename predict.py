@@ -30,7 +30,18 @@ from classifier.data.labels import prediction_columns, prediction_rows
 from classifier.data.reader import check_file, count_rows, lines_of_text, read_header, read_rows, table_format
 from classifier.data.tasks import parse_delimiter
 from classifier.files import CannotWrite, digest, sha256, write_json
-from classifier.messages import BadInput, BadRow, NoRows, format_duration, in_red, location, log, nearest
+from classifier.messages import (
+    MOST_NAMES,
+    BadInput,
+    BadRow,
+    NoRows,
+    escape,
+    format_duration,
+    in_red,
+    location,
+    log,
+    nearest,
+)
 from classifier.predictor import load, onnx_file, start_exported
 
 SECONDS_BETWEEN_LINES = 10
@@ -147,8 +158,10 @@ def print_prediction(task, logits, top_k):
     if task.is_regression:
         print(f"{values[0]:.4f}")
         return
-    for label, probability in likeliest(task, values, top_k):
-        print(f"{probability:.4f}  {label}")
+    for label, probability in likeliest(task, values, top_k or MOST_NAMES):
+        print(f"{probability:.4f}  {escape(label)}")
+    if not top_k and len(task.labels) > MOST_NAMES:
+        log.info(f"and {len(task.labels) - MOST_NAMES:,} more: --top_k {len(task.labels)}")
 
 
 def predict_stream(predictor, args, columns):

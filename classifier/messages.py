@@ -1,9 +1,11 @@
 """The log, errors of two lines, and numbers formatted as text."""
 
 import logging
+import unicodedata
 from difflib import get_close_matches
 
 log = logging.getLogger("classifier")
+MOST_NAMES, LONGEST_NAME = 10, 40  # in a line; characters
 
 
 class Preempted(KeyboardInterrupt):
@@ -50,6 +52,30 @@ def nearest(name, names):
     """Return ` (did you mean "x"?)` for the closest match among `names`, or an empty string."""
     matches = get_close_matches(str(name), [str(known) for known in names], n=1)
     return f' (did you mean "{matches[0]}"?)' if matches else ""
+
+
+def escape(name):
+    """Return a name with its line breaks and other control characters as escapes, so that it stays on its line."""
+    is_control = {character: unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in set(name)}
+    return "".join(repr(character)[1:-1] if is_control[character] else character for character in name)
+
+
+def format_name(name):
+    """Return the name of a class or a column as messages show it: on one line, and shortened."""
+    name = escape(str(name))
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 3]}..."
+
+
+def join_some(words):
+    """Return words as `a, b, c`; of more than ten, the first ten and how many more there are."""
+    words = list(words)
+    more = f" and {len(words) - MOST_NAMES:,} more" if len(words) > MOST_NAMES else ""
+    return ", ".join(words[:MOST_NAMES]) + more
+
+
+def list_names(names):
+    """Return names of classes or columns as a part of a line: join_some of format_name."""
+    return join_some(map(format_name, names))
 
 
 def location(path, number):

@@ -1010,8 +1010,38 @@ def test_variants_of_a_label_and_rare_classes_are_warned_of(reviews, review_task
     write_table(reviews / "train.csv", rows)
     change_task(review_task, labels=None, metrics=None, files={"train": "train.csv", "validation": "validation.csv"})
     printed = train(review_task, "--max_steps", 1, output="run")
-    assert "labels that differ only in case or whitespace: 'Positive', 'positive'; each is its own class" in printed
+    assert "labels that differ only in case or whitespace: 'Positive' and 'positive'; each is its own class" in printed
     assert "classes with fewer than 16 rows in train: Positive (2)" in printed
+
+
+def test_hundreds_of_classes_with_odd_names_break_no_line(tmp_path, tiny_bert, run_inside):
+    names = ["a line\nbreak", "a pipe|", "tab\t", "x" * 300, "房間 👍", *(f"class {number}" for number in range(295))]
+    rows = [(text, names[number % 300]) for number, (text, _) in enumerate(make_rows(900))]
+    write_table(tmp_path / "many.csv", rows)
+    write_table(tmp_path / "new.csv", [("the room was good .",)], header=("text",))
+    flags = ("--mixed_precision", "no", "--threads", 1)
+    printed = []
+    for script, *arguments in (
+        ("train.py", "--train_file", "many.csv", "--model", tiny_bert, "--max_steps", 2, "--output_dir", "run"),
+        ("evaluate.py", "--model", "run"),
+        ("predict.py", "--model", "run", "--text", "the room was good ."),
+        ("predict.py", "--model", "run", "--input", "new.csv", "--output", "out.csv"),
+        ("evaluate.py", "--model", "run", "--file", "new.csv", "--text_columns", "none"),
+    ):
+        code, out, errors = run_inside(script, *arguments, *flags, cwd=tmp_path)
+        assert code == (2 if "none" in arguments else 0), errors
+        printed.append(out + errors)
+    lines = "".join(printed).splitlines()
+    assert max(map(len, lines)) < 1000 and not any(line.startswith("break") for line in lines)
+    assert "and 280 more with fewer examples, in evaluation.json" in printed[1]
+    assert len(printed[2].splitlines()) == 10 + 2 and "and 290 more: --top_k 300" in printed[2]
+    card = (tmp_path / "run/model/README.md").read_text(encoding="utf-8")
+    body = card.split("---\n", 2)[2]
+    table = [line for line in body.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + 2 and {line.replace("\\|", "").count("|") for line in table} == {7}
+    assert max(map(len, body.splitlines())) < 1000 and "line\\nbreak" in body and " and 290 more" in body
+    with open(tmp_path / "out.csv", encoding="utf-8", newline="") as file:
+        assert list(csv.DictReader(file).fieldnames)[3:] == [f"probability_{name}" for name in sorted(names)]
 
 
 def test_a_warm_up_longer_than_the_run_is_a_warning(review_task, train):

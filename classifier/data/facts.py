@@ -3,7 +3,7 @@
 import numpy as np
 
 from classifier.data.cache import arrow_column, column_array
-from classifier.messages import log
+from classifier.messages import MOST_NAMES, escape, format_name, join_some, log
 
 FEW_ROWS = 16  # rows of a class; below this, few-shot methods are likely better than fine-tuning
 
@@ -112,7 +112,9 @@ def _format_split(task, facts):
     if task.is_regression:
         text = ", ".join(f"{name} {value:.2f}" for name, value in labels)
     else:
-        text = ", ".join(f"{label} {number:,} ({number / rows:.1%})" for label, number in labels[:10])
+        if len(labels) > MOST_NAMES:
+            labels.sort(key=lambda label: -label[1])
+        text = join_some(f"{format_name(label)} {number:,} ({number / rows:.1%})" for label, number in labels)
     return (
         f"{rows:,} rows | labels: {text} | tokens: median {tokens['median']:.0f}, 95 % up to {tokens['p95']:.0f}, "
         f"longest {tokens['longest']}; {facts['truncated']:.1%} of texts truncated, {facts['unknown']:.2%} of tokens "
@@ -134,8 +136,9 @@ def _data_warnings(task, splits, facts):
         yield f"THE TOKENIZER DOES NOT KNOW THIS LANGUAGE: {unknown}. The model cannot read them; try --model {better}"
     elif train_facts["unknown"] > 0.01:
         yield f"{train_facts['unknown']:.1%} of the tokens are unknown to the tokenizer: is this the right model?"
-    for variants in facts["label_variants"]:
-        yield f"labels that differ only in case or whitespace: {', '.join(map(repr, variants))}; each is its own class"
+    if all_variants := facts["label_variants"]:
+        names = join_some(" and ".join(repr(escape(name)) for name in variants) for variants in all_variants)
+        yield f"labels that differ only in case or whitespace: {names}; each is its own class"
     for name, split_facts in facts["splits"].items():
         conflicting = split_facts["conflicts"]
         if conflicting["texts"]:
@@ -151,9 +154,10 @@ def _data_warnings(task, splits, facts):
 
 def small_classes_warning(task, counts):
     """Return a warning about classes with few rows in train, or None. counts: those of label_counts."""
-    small = [] if task.is_regression else [f"{name} ({rows})" for name, rows in counts.items() if rows < FEW_ROWS]
+    counts = {} if task.is_regression else counts
+    small = [f"{format_name(name)} ({rows})" for name, rows in counts.items() if rows < FEW_ROWS]
     if small:
         return (
-            f"classes with fewer than {FEW_ROWS} rows in train: {', '.join(small[:10])}; "
+            f"classes with fewer than {FEW_ROWS} rows in train: {join_some(small)}; "
             "few-shot methods, such as SetFit, are likely better at them"
         )

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from classifier.messages import BadInput, log, nearest
+from classifier.messages import BadInput, join_some, list_names, log, nearest
 
 UNLABELLED = -1  # the label id of an example without a label (the Hub's GLUE test sets); NaN in regression
 
@@ -136,7 +136,7 @@ def with_label_names(task, sources):
         )
     if len(names) < 2:
         raise BadInput(
-            f'{source.origin}: the label column "{task.label}" has {len(names)} value(s): {", ".join(names)}',
+            f'{source.origin}: the label column "{task.label}" has {len(names)} value(s): {list_names(names)}',
             "A classifier needs two or more; is it the right column (--label_column)?",
         )
     return replace(task, labels=sorted(numbers, key=lambda name: (int(name), name)) + sorted(others))
@@ -180,7 +180,7 @@ def is_multi_hot(task, sources):
     # As ids each label is named once: two are alike in any row of three or more.
     may_be_ids = set(values) <= {"0", "1"} and not (lengths[0] > 2 or (rows[:, 0] == rows[:, 1]).any())
     origin = next(iter(sources.values())).origin
-    example = f'{origin}: the column "{task.label}" holds lists such as [{", ".join(column[0].as_py())}]'
+    example = f'{origin}: the column "{task.label}" holds lists such as [{join_some(column[0].as_py())}]'
     if task.labels is None:
         if may_be_ids:
             return False
@@ -191,7 +191,7 @@ def is_multi_hot(task, sources):
     if lengths[0] != len(task.labels):
         if may_be_ids:
             return False
-        reason = f"{example}, and the task has {len(task.labels)} labels: {', '.join(task.labels[:10])}"
+        reason = f"{example}, and the task has {len(task.labels)} labels: {list_names(task.labels)}"
         raise BadInput(reason, "Write as many 0 and 1 as there are labels, or the names of those that apply.")
     if may_be_ids:
         raise BadInput(
@@ -251,7 +251,7 @@ def with_label_ids(task, split, source, multi_hot=False):
         if skips:
             source.bad_rows.append([row["row"], problem])
         elif source.is_file or unknown[position]:
-            allowed = "a number" if task.is_regression else f"one of: {', '.join(task.labels[:20])}"
+            allowed = "a number" if task.is_regression else f"one of: {list_names(task.labels)}"
             hint = "" if task.is_regression or task.is_multi_label else nearest(row["label"], task.labels)
             raise BadInput(
                 f"{split} split, {source.location(row['row'])}: {problem}{hint} ({len(bad)} such rows)",

@@ -11,7 +11,7 @@ from typing import get_args
 import yaml
 
 from classifier.files import read_json, write_json
-from classifier.messages import BadInput, nearest
+from classifier.messages import BadInput, list_names, nearest
 
 DATA_FOLDER = Path(__file__).resolve().parents[2] / "data"
 SPLIT_NAMES = ("train", "validation", "test")
@@ -173,7 +173,7 @@ def _labels_of_columns(columns, labels, place):
         raise BadInput(f"{place}label columns {','.join(columns)}", "Name two or more, each of them once.")
     if labels == "regression" or (labels and len(labels) != len(columns)):
         kind = "a number" if labels == "regression" else f"{len(labels)} labels"
-        reason = f"{place}{len(columns)} columns of labels ({', '.join(columns[:10])}), but the task has {kind}"
+        reason = f"{place}{len(columns)} columns of labels ({list_names(columns)}), but the task has {kind}"
         raise BadInput(reason, "Name one column for each label, in the same order.")
     return {"label": columns, "labels": labels or columns, "problem": "multi_label"}
 

@@ -10,11 +10,11 @@ import numpy as np
 from classifier.data.labels import probabilities
 from classifier.data.reader import read_rows
 from classifier.evaluation import intervals, metrics
-from classifier.messages import BadInput, format_score, format_scores, nearest
+from classifier.messages import BadInput, format_name, format_score, format_scores, list_names, nearest
 
 CALIBRATION_BINS = 15
 BATCH_OF_SCORES = 32  # examples per bar of the plot of scores by batch
-MOST_LISTED = 20  # classes, and slices of a column
+MOST_LISTED, MOST_CONFUSED = 20, 10  # classes, and slices of a column; pairs of classes
 
 # -------------------------------------------------------------------------------------------------------- one model
 
@@ -53,6 +53,22 @@ def class_scores(task, predictions, labels):
         rates = {rate: part / whole if whole else None for rate, (part, whole) in rates.items()}
         rows.append({"label": name, **rates, "support": support, "predicted": predicted})
     return rows
+
+
+def largest_classes(classes):
+    """Return the rows of class_scores, of more than 20 those of the 20 classes with most examples."""
+    if len(classes) <= MOST_LISTED:
+        return classes
+    return sorted(classes, key=lambda row: -row["support"])[:MOST_LISTED]
+
+
+def most_confused(matrix, names):
+    """Return the ten commonest confusions as (label, predicted label, examples). matrix: of confusion_counts."""
+    counts = np.array(matrix)
+    np.fill_diagonal(counts, 0)
+    cells = np.argsort(-counts, axis=None, kind="stable")[:MOST_CONFUSED]
+    pairs = ((*divmod(int(cell), len(names)), int(counts.flat[cell])) for cell in cells)
+    return [(names[label], names[predicted], number) for label, predicted, number in pairs if number]
 
 
 def confusion_counts(classes, predictions, labels):
@@ -184,7 +200,7 @@ def _parse_prediction(task, text, path, line):
             return np.isin(np.arange(len(task.labels)), ids).astype(int)
         return task.labels.index(text)
     except ValueError:
-        allowed = "a number" if task.is_regression else ", ".join(task.labels)
+        allowed = "a number" if task.is_regression else list_names(task.labels)
         reason = f"{path}, line {line}: {text!r} is not a prediction of this task"
         raise BadInput(reason, f"Allowed: {allowed}.") from None
 
@@ -280,10 +296,10 @@ def format_evaluation(content):
     if "classes" in content:
         lines += _format_classes(content["classes"])
         if content["never_predicted"]:
-            lines.append(f"never predicted: {', '.join(content['never_predicted'][:MOST_LISTED])}")
+            lines.append(f"never predicted: {list_names(content['never_predicted'])}")
         lines.append(f"calibration: {format_calibration(content['calibration'])}")
     for column, slices in content["slices"].items():
-        lines += [f"by {column}", *(f"  {row['slice']}: {_format_slice(row)}" for row in slices)]
+        lines += [f"by {column}", *(f"  {format_name(row['slice'])}: {_format_slice(row)}" for row in slices)]
     if "comparison" in content:
         lines.append(content["comparison"]["conclusion"])
         if mcnemar := content["comparison"].get("mcnemar"):
@@ -304,17 +320,17 @@ def format_calibration(calibration):
 
 
 def _format_classes(classes):
-    """Return the rows of class_scores as the lines of a table."""
-    listed = classes[:MOST_LISTED]
-    width = max(len(row["label"]) for row in listed)
+    """Return the rows of class_scores as the lines of a table; of many classes, the largest."""
+    listed = largest_classes(classes)
+    width = max(len(format_name(row["label"])) for row in listed)
     lines = [f"{'':{width}}  precision  recall      f1  examples"]
     for row in listed:
         precision, recall, f1 = (
             "none" if row[rate] is None else f"{row[rate]:.4f}" for rate in ("precision", "recall", "f1")
         )
-        lines.append(f"{row['label']:{width}}{precision:>11}{recall:>8}{f1:>8}{row['support']:10}")
-    if len(classes) > MOST_LISTED:
-        lines.append(f"... {len(classes) - MOST_LISTED} more classes in evaluation.json")
+        lines.append(f"{format_name(row['label']):{width}}{precision:>11}{recall:>8}{f1:>8}{row['support']:10}")
+    if len(classes) > len(listed):
+        lines.append(f"and {len(classes) - len(listed):,} more with fewer examples, in evaluation.json")
     return lines
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from classifier.data.labels import format_label, prediction_rows
+from classifier.evaluation.analysis import largest_classes, most_confused
 from classifier.files import write_text
-from classifier.messages import format_score
+from classifier.messages import escape, format_name, format_score, list_names
 
 # ---------------------------------------------------------------------------------------------------------- the page
 
@@ -45,11 +46,18 @@ def write_page(folder, task, headline, evaluations, lines=(), tables=None):
         content["pictures"] = {name: save(f"{name}-{content['split']}", figure) for name, figure in figures.items()}
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"score": format_score, "value": _format_value}
+    environment.filters |= {"score": format_score, "value": _format_value, "name": format_name, "names": list_names}
+    environment.filters |= {"largest": largest_classes, "most_confused": most_confused}
     template = environment.get_template("report_template.html")
     epochs = [line for line in lines if line["type"] == "eval"]
     page = template.render(
-        task=task, evaluations=evaluations, curves=curves, epochs=epochs, tables=tables or {}, **headline
+        task=task,
+        evaluations=evaluations,
+        curves=curves,
+        epochs=epochs,
+        tables=tables or {},
+        most_names=MOST_NAMES,
+        **headline,
     )
     write_text(Path(folder) / "report.html", page)
 
@@ -147,9 +155,10 @@ def draw_confusion(matrix, names):
         axes.set(xlabel="predicted", ylabel="label")
         axes.spines[:].set_visible(False)
         if size <= MOST_NAMES:
-            short = [name if len(name) <= 20 else f"{name[:19]}…" for name in names]
-            axes.set_xticks(range(size), short, rotation=45 if size > 3 else 0, ha="right" if size > 3 else "center")
-            axes.set_yticks(range(size), short)
+            short = [name if len(name) <= 20 else f"{name[:19]}…" for name in map(escape, names)]
+            rotation, place = (45, "right") if size > 3 else (0, "center")
+            axes.set_xticks(range(size), short, rotation=rotation, ha=place, parse_math=False)  # "$5" is no formula
+            axes.set_yticks(range(size), short, parse_math=False)
         if size <= MOST_NUMBERS:
             for (row, column), fraction in np.ndenumerate(fractions):
                 colour = "#ffffff" if fraction > 0.5 else "#111111"  # not the page's: the cell is the background

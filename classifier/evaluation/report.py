@@ -8,7 +8,17 @@ import torch
 
 from classifier.data.cache import column_array
 from classifier.evaluation import analysis, intervals, metrics, selection
-from classifier.messages import RunFailed, format_duration, format_score, format_scores, in_red, log
+from classifier.messages import (
+    RunFailed,
+    format_duration,
+    format_name,
+    format_score,
+    format_scores,
+    in_red,
+    join_some,
+    list_names,
+    log,
+)
 
 # ------------------------------------------------------------------------------------------------------ results.json
 
@@ -327,7 +337,7 @@ def _card_metadata(task, results):
 def _format_output(task):
     if task.is_regression:
         return "a number"
-    return ("any number of " if task.is_multi_label else "one of ") + ", ".join(task.labels)
+    return ("any number of " if task.is_multi_label else "one of ") + list_names(task.labels)
 
 
 def _format_score_rows(results):
@@ -354,7 +364,7 @@ def _format_limits(task, data):
     if task.is_regression:
         lines.append("It predicts a number for any text, also for texts unlike its training data.")
     else:
-        counts = ", ".join(f"{label} {number:,}" for label, number in train["labels"].items())
+        counts = join_some(f"{format_name(label)} {number:,}" for label, number in train["labels"].items())
         lines.append(
             "It chooses among these labels for any text, also for texts unlike its training data. "
             f"Training examples per label: {counts}."
@@ -367,9 +377,8 @@ def _format_limits(task, data):
     if train["unknown"] >= 0.001:
         lines.append(f"{train['unknown']:.1%} of its training tokens are not in its vocabulary.")
     if task.is_multi_label:
-        thresholds = ", ".join(
-            f"{label} {value:.2f}" for label, value in zip(task.labels, task.thresholds, strict=True)
-        )
+        pairs = zip(task.labels, task.thresholds, strict=True)
+        thresholds = join_some(f"{format_name(label)} {value:.2f}" for label, value in pairs)
         lines.append(f"Each label has its own decision threshold, which transformers' pipeline ignores: {thresholds}.")
     lines.append("The scores apply to texts like those of the splits above; the intervals show how precise they are.")
     return "\n".join(f"- {line}" for line in lines)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from classifier.data.cache import hub_commit, note_loaded, unreachable_hub, was_loaded
 from classifier.files import read_json
-from classifier.messages import BadInput, log, nearest
+from classifier.messages import BadInput, list_names, log, nearest
 from classifier.model.load_errors import find_foreign_layout, format_error, list_files, load_error, tokenizer_advice
 from classifier.model.tokenization import embedding_rows, largest_id
 
@@ -195,9 +195,9 @@ def with_head_labels(model, facts, task):
         task.is_regression or task.labels is None or sorted(task.labels) == sorted(names)
     ):
         raise BadInput(
-            f"{name}: its head is for {'a number' if head_is_regression else ', '.join(names)}"
+            f"{name}: its head is for {'a number' if head_is_regression else list_names(names)}"
             f"{' (any number of them)' if head_is_multi_label else ''}; the labels of the task {task.name} are "
-            f"{', '.join(task.labels) if isinstance(task.labels, list) else task.labels}"
+            f"{list_names(task.labels) if isinstance(task.labels, list) else task.labels}"
             f"{' (any number of them)' if task.is_multi_label else ''}",
             f"Use data with its labels, or fine-tune it first: train.py --model {name}"
             + " Or write the names of its labels into id2label of its config.json." * (names == _unnamed(len(names))),
@@ -214,7 +214,7 @@ def are_positions(names, task):
     labels = task.labels if isinstance(task.labels, list) else []
     is_same = [*names] == _unnamed(len(labels)) and labels == [str(number) for number in range(len(labels))]
     if is_same:
-        log.info(f"the head's labels {', '.join([*names][:10])} are taken for {', '.join(labels[:10])}")
+        log.info(f"the head's labels {list_names(names)} are taken for {list_names(labels)}")
     return is_same
 
 

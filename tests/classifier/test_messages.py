@@ -13,6 +13,7 @@ from classifier.messages import (
     format_score,
     format_scores,
     in_red,
+    list_names,
     location,
     log,
     nearest,
@@ -77,3 +78,12 @@ def test_time_is_h_mm_ss(seconds, expected):
 def test_scores_have_four_decimals():
     assert format_score(None) == "undefined" and format_score(2 / 3) == "0.6667"
     assert format_scores({"f1": 0.81234, "accuracy": None}) == "f1 0.8123, accuracy undefined"
+
+
+def test_names_are_listed_on_one_line_and_not_all_of_them():
+    names = [f"class {number}" for number in range(300)]
+    assert list_names(names[:10]) == ", ".join(names[:10])
+    assert list_names(names) == ", ".join(names[:10]) + " and 290 more"
+    assert list_names(iter(["one"])) == "one" and list_names([]) == ""
+    odd = ["a\nb", "c\td\x1b[31m", "e\u2028f", "x" * 300, "房間 👍🏽 é|<b>", 7]
+    assert list_names(odd) == ("a\\nb, c\\td\\x1b[31m, e\\u2028f, " + "x" * 37 + "..., 房間 👍🏽 é|<b>, 7")

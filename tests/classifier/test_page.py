@@ -76,6 +76,29 @@ def test_pictures_and_numbers(tmp_path):
     assert f"95 % interval: {low:.4f} to {high:.4f}" in html and f"<b>{content['scores']['accuracy']:.4f}</b>" in html
 
 
+def test_hundreds_of_classes_stay_readable(tmp_path):
+    names = ["line\nbreak", "pipe|", "$5 and $6", "x" * 300, "<b>", *(f"class {number}" for number in range(295))]
+    many = Task("many", text=["text"], labels=names, metrics=["accuracy"])
+    labels = [*([5] * 30), *([299] * 20), *range(300)]
+    html, content = write_page(tmp_path, ["a text"] * 350, labels, many)
+    table = html.partition("Scores by class")[2].partition("</table>")[0]
+    assert table.count("<tr>") == 1 + 20 and "and 280 more with fewer examples" in html
+    assert table.index("class 0<") < table.index("class 294<") < table.index("line\\nbreak<") < table.index("$5 and $6")
+    assert "x" * 38 not in table and "<b>" not in table
+    confused = html.partition("Most confused")[2].partition("</table>")[0]
+    assert confused.count("<tr>") == 1 + 10
+    never = html.partition("Never predicted: ")[2].partition("</p>")[0]
+    assert never.endswith(f" and {len(content['never_predicted']) - 10} more")
+    printed = analysis.format_evaluation({**content, "bad_rows": 0, "loss": 1.0, "baselines": {}})
+    assert all(len(line) < 500 for line in printed.splitlines())
+    assert "and 280 more with fewer examples, in evaluation.json" in printed
+
+
+def test_the_commonest_confusions_come_first():
+    matrix = [[9, 2, 0], [5, 9, 0], [0, 0, 9]]
+    assert analysis.most_confused(matrix, ["a", "b", "c"]) == [("b", "a", 5), ("a", "b", 2)]
+
+
 def test_all_kinds_of_tasks_have_a_page(tmp_path):
     generator = np.random.default_rng(0)
     texts = [f"text {number}" for number in range(60)]
