@@ -90,9 +90,11 @@ def export_model(folder, temporary, args, threads):
     columns = token_columns(tokenizer)
     files = {"fp32": temporary / "model.onnx"} | ({"int8": temporary / "model_int8.onnx"} if args.quantize else {})
     temporary.mkdir()
-    write_onnx(model, columns, files["fp32"])
+    with explained(f"torch cannot export this model, of type {model.config.model_type}"):
+        write_onnx(model, columns, files["fp32"])
     if args.quantize:
-        write_int8(*files.values())
+        with explained("ONNX Runtime cannot quantize this model", " Export without --quantize."):
+            write_int8(*files.values())
     tokenizer.save_pretrained(temporary)
     tasks.save_task(task, tasks.read_saved_task(folder)[1], temporary / "task.json")
     padding_side = choose_padding_side(model, tokenizer)
@@ -100,7 +102,8 @@ def export_model(folder, temporary, args, threads):
     write_json(temporary / "config.json", config)  # predict.py reads how to pad from it
     forward = torch_forward(model, model.config.pad_token_id or 0, padding_side)
     predictors = {"torch": Predictor(task, tokenizer, forward, args.eval_batch_size, [])}
-    predictors |= {name: load(file, None, args.eval_batch_size, threads) for name, file in files.items()}
+    with explained("ONNX Runtime cannot load what torch exported"):
+        predictors |= {name: load(file, None, args.eval_batch_size, threads) for name, file in files.items()}
     logits = {}
     for name, predictor in predictors.items():
         started = time.perf_counter()
@@ -137,6 +140,26 @@ def quiet():
         logging.disable(logging.NOTSET)
 
 
+@contextmanager
+def explained(failure, advice=""):
+    """Raise what a library raises under `with` as RunFailed: a line of reason with the innermost cause, one of advice.
+
+    Exporters raise anything, wrap it several times, and add advice of their own, in colours.
+    """
+    try:
+        yield
+    except (BadInput, RunFailed, OSError, MemoryError):
+        raise
+    except Exception as error:
+        cause = error
+        while cause.__cause__ or cause.__context__:
+            cause = cause.__cause__ or cause.__context__
+        text = re.sub(r"\x1b\[[0-9;]*m", "", str(cause)).strip().partition("\n")[0]
+        reason = f"{failure} ({type(cause).__name__}: {text[:200]})"
+        advice = advice or " predict.py and evaluate.py take it as it is."
+        raise RunFailed(f"{reason}\nNothing was written.{advice}") from error
+
+
 def write_onnx(model, columns, file):
     """Write a transformers model as an .onnx file. columns: its inputs apart from attention_mask."""
     import torch
@@ -163,9 +186,6 @@ def write_onnx(model, columns, file):
                 external_data=weight_bytes > MAX_BYTES_IN_ONE_FILE,
                 verbose=False,
             )
-    except torch.onnx.errors.OnnxExporterError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise RunFailed(f"torch cannot export a {model.config.model_type} model ({reason})") from error
     finally:
         model.set_attn_implementation(attention)
 
@@ -220,7 +240,10 @@ def certify(task, logits, splits):
         for split, values in split_logits.items():
             labels, torch_values = column_array(splits[split], "label"), logits["torch"][split]
             if not np.isfinite(values).all():
-                raise RunFailed(f"{name}: some logits of {split} are not finite")
+                raise RunFailed(
+                    f"{name}: some logits of {split} are not finite\n"
+                    "Nothing was written. Is the model damaged? evaluate.py tells."
+                )
             predictions = predictions_from_logits(task, values)
             torch_predictions = predictions_from_logits(task, torch_values)
             score = metrics.compute_metrics([metric], predictions, labels, warns=False)[metric]

@@ -324,6 +324,51 @@ def test_logits_that_are_no_numbers_are_refused():
         export.certify(task, logits, rows_of_labels([0, 1]))
 
 
+def test_a_model_that_torch_cannot_export_is_said_in_two_plain_lines(tmp_path):
+    from transformers import LongformerConfig, LongformerForSequenceClassification
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = LongformerConfig(vocab_size=50, attention_window=[4], max_position_embeddings=40, **sizes)
+    model = LongformerForSequenceClassification(config).eval()
+    with pytest.raises(RunFailed) as refused, export.explained("torch cannot export this model, of type longformer"):
+        export.write_onnx(model, ["input_ids"], tmp_path / "model.onnx")
+    reason, advice = str(refused.value).splitlines()
+    assert reason.startswith("torch cannot export this model, of type longformer (") and len(reason) < 300
+    assert "\x1b" not in reason and "torch.onnx" not in reason
+    assert advice == "Nothing was written. predict.py and evaluate.py take it as it is."
+
+
+@pytest.mark.parametrize(
+    ("function", "reason", "advice"),
+    [
+        (
+            "write_onnx",
+            "torch cannot export this model, of type bert (ValueError: red)",
+            "predict.py and evaluate.py take it as it is.",
+        ),
+        ("write_int8", "ONNX Runtime cannot quantize this model (ValueError: red)", "Export without --quantize."),
+        (
+            "load",
+            "ONNX Runtime cannot load what torch exported (ValueError: red)",
+            "predict.py and evaluate.py take it as it is.",
+        ),
+    ],
+)
+def test_whatever_a_library_raises_is_said_in_two_lines_and_leaves_nothing(copy, monkeypatch, function, reason, advice):
+    def broken(*arguments):
+        try:
+            raise ValueError("\x1b[31mred\x1b[0m\nand more")
+        except ValueError as error:
+            raise RuntimeError("\x1b[96mThe exporter gave up.\nPlease report this bug\x1b[0m") from error
+
+    monkeypatch.setattr(export, function, broken)
+    before = contents_of(copy)
+    with pytest.raises(RunFailed) as refused:
+        run_main(monkeypatch, "--model", str(copy), "--quantize", "int8")
+    assert str(refused.value).splitlines() == [reason, f"Nothing was written. {advice}"]
+    assert contents_of(copy) == before and not (copy / "model/onnx.tmp").exists()
+
+
 @pytest.fixture
 def refused(run_inside, copy):
     """Exit code 2, a line of reason and one of advice at the end, nothing changed; returns the two lines."""
