@@ -31,7 +31,7 @@ from classifier.data.reader import check_file
 from classifier.data.splits import read_column
 from classifier.data.writer import write_bad_rows, write_csv
 from classifier.evaluation import analysis, intervals, metrics, page
-from classifier.files import CannotWrite, check_output_folder, write_json
+from classifier.files import CannotWrite, check_output_folder, safe_name, write_json
 from classifier.messages import BadInput, in_red, log
 from classifier.model.tokenization import tokenize_splits
 
@@ -78,11 +78,11 @@ def output_folder(args, folder, title, splits):
     Raises BadInput for a file in its place.
     """
     if args.output_dir:
-        output = Path(args.output_dir) if splits == 1 else Path(args.output_dir, title)
+        output = Path(args.output_dir) if splits == 1 else Path(args.output_dir, safe_name(title))
     else:
         # A run has one model, other folders may have several: a trainer's checkpoints, or this folder all of the Hub's.
         model = "" if Path(folder).is_dir() and Path(folder).name == "model" else f"{model_name(folder)}-"
-        output = run_folder(folder) / f"evaluation-{model}{title}"
+        output = run_folder(folder) / safe_name(f"evaluation-{model}{title}", limit=100)
     check_output_folder(output)
     return output
 

@@ -23,7 +23,7 @@ from classifier.data.facts import log_data_facts
 from classifier.data.labels import majority_prediction
 from classifier.data.writer import write_bad_rows
 from classifier.evaluation.metrics import is_better
-from classifier.files import digest, sha256
+from classifier.files import safe_name, sha256
 from classifier.messages import BadInput, log
 from common import fraction, non_negative_float, non_negative_int, positive_int, positive_int_or_auto
 
@@ -132,8 +132,7 @@ def run_name(task_name, changed):
         if key not in ("dataset", "train_file", "validation_file", "test_file"):
             value = "+".join(map(str, value)) if isinstance(value, list) else str(value).replace(",", "+")
             parts.append(f"{key}={Path(value).name}")  # the last part of a model's name
-    name = ",".join(parts)
-    return name if len(name) <= 150 else f"{name[:140]},{digest(name)[:8]}"  # file systems allow 255 bytes
+    return safe_name(",".join(parts))
 
 
 def build_optimizer(model, args):
@@ -323,7 +322,7 @@ def main():
             return accelerator
 
         # --- the best model: scored once more for the report, then written
-        checkpoint.load_best(folder, state.best, plain_model)
+        checkpoint.load_best(folder, accelerator, state, plain_model, tokenizer, task, fingerprints)
         evaluated |= {name: rows for name, rows in examples.items() if name.startswith("test")}
         evaluations = common.score_splits(task, evaluated, compute_logits, majority)
         if task.is_multi_label:

@@ -5,14 +5,13 @@ depend on. Once all chunks exist, the output is written from them in one pass, a
 """
 
 import json
-import os
 import shutil
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from classifier.files import CannotWrite, write_json
+from classifier.files import CannotWrite, temporary_file, write_json
 from classifier.messages import RunFailed
 from classifier.predictor import ROWS_AT_A_TIME
 
@@ -26,7 +25,9 @@ class LogitChunks:
         self.folder = Path(f"{output}.parts")
         self.accelerator = accelerator
         file = self.folder / "settings.json"
-        if accelerator.is_main_process and not (file.is_file() and json.loads(file.read_text()) == settings):
+        if accelerator.is_main_process and not (
+            file.is_file() and json.loads(file.read_text(encoding="utf-8")) == settings
+        ):
             self.remove()
             try:
                 self.folder.mkdir()
@@ -47,11 +48,9 @@ class LogitChunks:
             is_cached = self._read(number, len(chunk)) is not None
             if not is_cached:
                 logits = compute_logits(chunk)
-                temporary = self._path(number).with_suffix(".tmp")
                 try:
-                    with open(temporary, "wb") as file:
+                    with temporary_file(self._path(number)) as temporary, open(temporary, "wb") as file:
                         np.save(file, logits, allow_pickle=False)
-                    os.replace(temporary, self._path(number))
                 except OSError as error:
                     raise CannotWrite(self.folder, error) from None
             report(len(chunk), 0 if is_cached else len(chunk))

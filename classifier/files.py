@@ -1,23 +1,36 @@
-"""Files and folders that are complete or absent, content digests, JSON."""
+"""Files and folders that are complete or absent, on every system and disk; legal names; content digests, JSON.
 
+Whatever is put in place is written under a temporary name, flushed where the disk can do that, and renamed.
+"""
+
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
-from classifier.messages import BadInput
+from classifier.messages import BadInput, log
+
+SECONDS_OF_RETRIES = 2  # of a rename that is refused
 
 
 class CannotWrite(BadInput):
-    """The disk is full, or the folder may not be written to; the input is fine."""
+    """The disk is full, the folder may not be written to, or another program holds the file; the input is fine."""
 
     def __init__(self, path, error):
-        super().__init__(
-            f"{path}: cannot be written ({error.strerror or error})", "Free some space, or choose another place."
-        )
+        super().__init__(f"{path}: cannot be written ({error.strerror or error})", advice_for(error))
+
+
+def advice_for(error):
+    """Return what to do about an OSError of writing, as a sentence."""
+    if isinstance(error, PermissionError):  # Windows does not replace a file that Excel, for one, has open
+        return "Is it open in another program? Close it there, or choose another place."
+    return "Free some space, or choose another place."
 
 
 def digest(*parts):
@@ -42,21 +55,72 @@ def code_digests():
 # --------------------------------------------------------------------------------------------------------------- files
 
 
+def replace(source, target):
+    """Rename a file or folder, over an existing file too. Raises PermissionError only if that lasts for two seconds.
+
+    On Windows a virus scanner, an indexer or a cloud drive opens a new file for a moment, and it cannot be renamed.
+    """
+    deadline = time.monotonic() + SECONDS_OF_RETRIES
+    while True:
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(0.05)
+
+
+def sync(path):
+    """Flush a file, or the directory entries of a folder, to disk, where that is possible."""
+    is_folder = path.is_dir()
+    if is_folder and os.name == "nt":  # Windows cannot open folders
+        return
+    try:
+        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+    except PermissionError:  # another program has it open; the system flushes it later
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Network and FUSE file systems flush files, but may refuse folders.
+        if not is_folder or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def temporary_file(path, suffix=None):
+    """Yield a temporary path for a file that is flushed and renamed to `path` at the end, unless an error came."""
+    temporary = Path(f"{path}{suffix or f'.{os.getpid()}.tmp'}")
+    try:
+        yield temporary
+        sync(temporary)
+        replace(temporary, path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_file(path):
+    """Like temporary_file, for an output that the user named. Raises CannotWrite."""
+    try:
+        # The same name for every process: the next one overwrites what a killed one left.
+        with temporary_file(path, ".tmp") as temporary:
+            yield temporary
+    except OSError as error:
+        raise CannotWrite(path, error) from None
+
+
 def write_text(path, text):
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path, content):
     """Write a file atomically: it is complete or absent, even after a power cut."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with temporary_file(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_json(path, content):
@@ -77,19 +141,6 @@ def read_json(path):
         raise BadInput(reason, "Copy the model folder again, or train again.") from None
 
 
-@contextmanager
-def atomic_file(path):
-    """Yield a temporary path for a file that is renamed to `path` at the end, unless an error came."""
-    temporary = Path(f"{path}.tmp")  # the same for every process: the next one overwrites what a killed one left
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise CannotWrite(path, error) from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 # ------------------------------------------------------------------------------------------------------------- folders
 
 
@@ -104,38 +155,92 @@ def check_output_folder(folder):
             raise BadInput(f"{path}: is a file, not a folder", "Choose another --output_dir.")
 
 
+def check_longest_path(folder, longest):
+    """Make and remove a file of the longest path that will be written below a folder. Raises BadInput where it cannot.
+
+    Windows refuses 260 characters, unless its user has enabled long paths: better before a training than after it.
+    """
+    file = folder / longest
+    new_folders = [path for path in file.parents if not path.exists()]
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    except OSError as error:
+        # Windows says of a path that is too long that it is not found.
+        if error.errno not in (errno.ENAMETOOLONG, errno.ENOENT, errno.EINVAL):
+            raise CannotWrite(folder, error) from None
+        length = len(os.path.abspath(file))
+        reason = f"{folder}: paths below it would have up to {length} characters, too many here ({error.strerror})"
+        raise BadInput(reason, "Choose a shorter --output_dir.") from None
+    finally:
+        with suppress(OSError):
+            file.unlink(missing_ok=True)
+        for path in new_folders:
+            with suppress(OSError):
+                path.rmdir()
+
+
 def replace_folder(temporary, path):
     """Flush a complete folder to disk and rename it to `path`; an existing folder is moved aside until then."""
-    mask = os.umask(0)
-    os.umask(mask)
-    for file in temporary.iterdir():
-        file.chmod(0o666 & ~mask)  # safetensors makes files that only their owner may read
-        sync(file)
-    sync(temporary)
+    flush_folder(temporary)
     old = path.with_name(f"{path.name}.old")
     if path.exists():  # a folder cannot be renamed over one that holds files
         shutil.rmtree(old, ignore_errors=True)
-        os.replace(path, old)
-    os.replace(temporary, path)
+        replace(path, old)
+    replace(temporary, path)
     sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def flush_folder(folder):
+    """Flush a folder of files to disk, and give them the mode that the umask asks for."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in folder.iterdir():
+        with suppress(OSError):  # /mnt/c under WSL, network disks and FAT have no modes, and refuse
+            file.chmod(0o666 & ~mask)  # safetensors makes files that only their owner may read
+        sync(file)
+    sync(folder)
 
 
 def recover_folder(path):
     """Restore a folder that replace_folder had moved aside when it was killed; remove the unfinished replacement."""
     old = path.with_name(f"{path.name}.old")
     if old.exists() and not path.exists():
-        os.replace(old, path)
+        replace(old, path)
     shutil.rmtree(old, ignore_errors=True)
     shutil.rmtree(path.with_name(f"{path.name}.tmp"), ignore_errors=True)
 
 
-def sync(path):
-    """Flush a file, or the directory entries of a folder, to disk."""
-    if path.is_dir() and os.name == "nt":  # Windows cannot open folders
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def remove_folder(path):
+    """Remove a folder; warn of what is left where another program has a file of it open."""
+    shutil.rmtree(path, ignore_errors=True)
+    if path.exists():
+        log.warning(f"WARNING: {path} could not be removed completely. Is a file of it open in another program?")
+
+
+def copy_folder(source, target):
+    """Copy a folder of files: their contents alone, since not every disk takes modes and times."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.mkdir()
+    for file in source.iterdir():
+        shutil.copyfile(file, target / file.name)
+
+
+# --------------------------------------------------------------------------------------------------------------- names
+
+# The devices of Windows, with or without an extension; superscript digits count there as digits.
+RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9\u00b9\u00b2\u00b3])\s*(\..*)?", re.IGNORECASE)
+
+
+def safe_name(text, limit=60):
+    """Return text as the name of a file or folder that every system takes.
+
+    What is longer than `limit` bytes in UTF-8 is cut there, and a digest of the whole is appended.
+    """
+    name = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate becomes "?"
+    name = re.sub(r'[<>:"/\\|?*\x00-\x1f\x7f]', "-", name).strip(" ")
+    if len(name.encode("utf-8")) > limit:
+        name = f"{name.encode('utf-8')[:limit].decode('utf-8', 'ignore')},{digest(text)[:8]}"
+    name = name.rstrip(" .") or "-"
+    return f"-{name}" if RESERVED.fullmatch(name) else name

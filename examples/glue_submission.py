@@ -9,10 +9,8 @@ labels, STS-B a number from 0 to 5, the others 0 or 1 (https://gluebenchmark.com
 """
 
 import io
-import os
 import sys
 import zipfile
-from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -28,7 +26,7 @@ from classifier.data.cache import column_array
 from classifier.data.labels import UNLABELLED, majority_prediction, predictions_from_logits
 from classifier.data.splits import load_splits, read_column
 from classifier.evaluation import intervals, metrics
-from classifier.files import CannotWrite, read_json, write_text
+from classifier.files import CannotWrite, read_json, write_bytes, write_text
 from classifier.messages import BadInput, format_score, format_scores, log
 from classifier.predictor import load
 
@@ -180,19 +178,15 @@ def write_tables(folder, tables):
             files.writestr(file, text)
     if problem := next(find_problems(archive), None):
         raise BadInput(f"the leaderboard would refuse this: {problem}", "Nothing was written; please report it.")
-    path, temporary = folder / "submission.zip", folder / f"submission.zip.{os.getpid()}.tmp"
+    path = folder / "submission.zip"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)  # an older zip must not lie next to new tables
         for file, text in tables.items():
             write_text(folder / file, text)
-        temporary.write_bytes(archive.getvalue())
-        os.replace(temporary, path)
+        write_bytes(path, archive.getvalue())
     except OSError as error:
         raise CannotWrite(folder, error) from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
     log.info(f"{path}: {len(tables)} tables")
 
 

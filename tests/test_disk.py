@@ -1,8 +1,10 @@
 """A full disk, and one that cannot be written: nothing half is left; with room the same command resumes."""
 
 import os
+import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 from conftest import bert_config, write_review_task, write_reviews
@@ -11,6 +13,7 @@ from test_checkpoint import Training, outcome
 from test_preemption import ended, start, start_2, state_of
 from transformers import BertTokenizer
 
+from classifier.files import sha256
 from classifier.messages import RunFailed
 from classifier.model.models import load_model
 from classifier.training import checkpoint, run_folder
@@ -147,6 +150,8 @@ def test_a_disk_for_no_checkpoint_at_all_is_said_in_the_end(review_task, disk, w
     assert code == 1 and len(warnings_of(log)) >= 4
     assert err.count("\n") == 2 and "train.py: error: no model could be saved" in err
     assert "the same command" in err
+    (place,) = re.findall(r"The model of the last step is in ([^ ]+)\. ", err)
+    assert (Path(place) / "model.safetensors").is_file() and Path(place).parent == review_task.parent
     assert state_of(folder / "run")["status"] == "failed"
     subprocess.run(["mount", "-o", "remount,size=4000k", folder], check=True)
     assert train(review_task, folder)[0] == 0
@@ -201,13 +206,20 @@ def written(folder, left, model, tokenizer):
     return error
 
 
-def test_a_disk_that_ends_anywhere_in_the_model_is_told_in_two_lines(disk, tiny_bert, vocabulary):
+def test_a_disk_that_ends_anywhere_in_the_model_is_told_in_two_lines(
+    disk, tiny_bert, vocabulary, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
     folder = disk(3000)
     model = load_model(str(tiny_bert), TASK)[0]
     errors = [written(folder, left, model, BertTokenizer(str(vocabulary))) for left in range(0, 160, 4)]
     assert errors[0] is not None and errors[-1] is None
     others = [error for error in errors if error and not isinstance(error, RunFailed)]
     assert others == []
+    for error in filter(None, errors):
+        (place,) = re.findall("The model is in ([^ ]+)\\.", str(error))
+        load_model(place, TASK)
+    assert str(tmp_path / "run-model-") in str(errors[0])  # beside the run's folder the disk is as full
 
 
 FILLS_LATE = """
@@ -234,6 +246,8 @@ def test_a_full_disk_at_the_model_is_told_and_the_same_command_finishes(review_t
     state = state_of(folder / "run")
     assert state["status"] == "failed" and "No space left" in state["reason"]
     assert not {"model", "model.tmp", "lock.json"} & set(names(folder / "run"))
+    (place,) = re.findall(r"The model is in ([^ ]+)\. ", err)
+    assert sha256(Path(place) / "model.safetensors") == whole[0]
     make_room(folder)
     code, log, err = train(review_task, folder)
     assert (code, err) == (0, "") and "resuming after step 25" in log

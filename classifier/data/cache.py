@@ -10,7 +10,7 @@ from http.client import HTTPException
 from pathlib import Path
 from urllib.request import urlopen
 
-from classifier.files import digest, write_text
+from classifier.files import digest, safe_name, temporary_file, write_text
 from classifier.messages import BadInput
 
 
@@ -47,15 +47,13 @@ def write_table(key, schema, columns):
     """Write the table named `key` atomically; `columns` yields {column: values} of some rows at a time."""
     import pyarrow as pa
 
-    path = table_path(key)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-            for batch in columns:
-                writer.write_batch(pa.RecordBatch.from_pydict(batch, schema=schema))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with (
+        temporary_file(table_path(key)) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_stream(sink, schema) as writer,
+    ):
+        for batch in columns:
+            writer.write_batch(pa.RecordBatch.from_pydict(batch, schema=schema))
 
 
 def cached_table(key, schema, columns):
@@ -98,24 +96,27 @@ def download_file(url, refresh):
     Raises BadInput where the file cannot be downloaded completely.
     """
     url, mark, member = url.partition("::")
-    path = cache_folder() / "downloads" / digest(url) / Path(url.partition("?")[0]).name
+    name = Path(url.partition("?")[0]).name[-60:]  # its end says the format
+    path = cache_folder() / "downloads" / digest(url) / safe_name(name, limit=240)
     if refresh or not path.exists():
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with urlopen(url, timeout=60) as answer, open(temporary, "wb") as file:
-                shutil.copyfileobj(answer, file)
-                length = answer.headers["Content-Length"]
-                if length and file.tell() != int(length):  # read() raises nothing where the connection ends early
-                    raise OSError(f"the connection ended after {file.tell():,} of {int(length):,} bytes")
-            os.replace(temporary, path)
+            with temporary_file(path) as temporary:
+                _fetch(url, temporary)
         # URLError and HTTPError are OSErrors; ValueError: not a URL; HTTPException: not an HTTP answer.
         except (OSError, ValueError, HTTPException) as error:
             reason = f"{url}: cannot be downloaded ({str(error).removeprefix('<urlopen error ').removesuffix('>')})"
             raise BadInput(reason, "Check the address, or download it and give the file's path.") from None
-        finally:
-            temporary.unlink(missing_ok=True)
     return f"{path}{mark}{member}"
+
+
+def _fetch(url, path):
+    """Download a URL's content into a file. Raises OSError where it is not complete."""
+    with urlopen(url, timeout=60) as answer, open(path, "wb") as file:
+        shutil.copyfileobj(answer, file)
+        length = answer.headers["Content-Length"]
+        if length and file.tell() != int(length):  # read() raises nothing where the connection ends early
+            raise OSError(f"the connection ended after {file.tell():,} of {int(length):,} bytes")
 
 
 # ------------------------------------------------------------------------------------------------------------- the Hub
@@ -146,9 +147,10 @@ def hub_commit(repository, kind, revision=None, refresh=False):
 
     if revision and re.fullmatch("[0-9a-f]{40}", revision):
         return revision
-    pin = cache_folder() / f"{kind}s--{repository}--{revision or 'main'}.commit".replace("/", "--")
+    name = f"{kind}s--{repository}--{revision or 'main'}".replace("/", "--")
+    pin = cache_folder() / f"{safe_name(name, limit=200)}.commit"
     if pin.exists() and not refresh:
-        return pin.read_text()
+        return pin.read_text(encoding="utf-8")
     try:
         commit = HfApi().repo_info(repository, repo_type=kind, revision=revision, timeout=30).sha
     # RepositoryNotFoundError is also raised for a gated repository.
@@ -162,7 +164,7 @@ def hub_commit(repository, kind, revision=None, refresh=False):
         known = Path(constants.HF_HUB_CACHE, f"{kind}s--{repository.replace('/', '--')}", "refs", revision or "main")
         if not known.exists():
             raise unreachable_hub(repository, error) from None
-        commit = known.read_text().strip()
+        commit = known.read_text(encoding="utf-8").strip()
     write_text(pin, commit)
     return commit
 

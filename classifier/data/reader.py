@@ -150,13 +150,15 @@ def open_bytes(path):
     archive, _, member = str(path).partition("::")
     if member:
         with zipfile.ZipFile(archive) as files:
-            if member not in files.namelist():
-                names = [name for name in files.namelist() if not name.endswith("/")]
+            # On Windows, a path may be typed with backslashes, and some programs wrote them into archives.
+            members = {name.replace("\\", "/"): name for name in files.namelist()}
+            if member.replace("\\", "/") not in members:
+                names = [name for name in members if not name.endswith("/")]
                 raise BadInput(
                     f"{archive}: has no member {member}{nearest(member, names)}", f"Members: {', '.join(names[:20])}."
                 )
             try:
-                raw = files.open(member)
+                raw = files.open(members[member.replace("\\", "/")])
             except RuntimeError as error:  # encrypted, or an unsupported compression (NotImplementedError)
                 raise BadInput(f"{path}: cannot be unpacked ({error})", "Unpack it and name the file itself.") from None
             with raw, gzip.open(raw) if member.lower().endswith(".gz") else raw as stream:

@@ -209,7 +209,10 @@ def _check_split_names(names, path):
 
 def _absolute(folder, file):
     """Return a task's file as an absolute path; a URL unchanged."""
-    return str(file) if is_url(file) else os.path.abspath(folder / str(file))
+    if is_url(file):
+        return str(file)
+    path, mark, member = str(file).partition("::")  # abspath would turn the slashes of the member into backslashes
+    return f"{os.path.abspath(folder / path)}{mark}{member}"
 
 
 def is_url(file):

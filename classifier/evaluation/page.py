@@ -11,7 +11,7 @@ import numpy as np
 
 from classifier.data.labels import format_label, prediction_rows
 from classifier.evaluation.analysis import largest_classes, most_confused
-from classifier.files import write_text
+from classifier.files import safe_name, temporary_file, write_text
 from classifier.messages import escape, format_name, format_score, list_names
 
 # ---------------------------------------------------------------------------------------------------------- the page
@@ -36,7 +36,7 @@ def write_page(folder, task, headline, evaluations, lines=(), tables=None):
     plots.mkdir(exist_ok=True)
 
     def save(name, figure):
-        save_png(figure, plots / f"{name}.png")
+        save_png(figure, plots / f"{safe_name(name)}.png")
         return to_svg(figure)
 
     first, metric = evaluations[0], task.metrics[0]
@@ -197,8 +197,8 @@ def draw_batches(scores, total):
 
 
 def save_png(figure, path):
-    with _style():
-        figure.savefig(path, format="png", dpi=150, facecolor="white")
+    with _style(), temporary_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150, facecolor="white")
 
 
 def to_svg(figure):

@@ -9,7 +9,6 @@ import torch
 from classifier.data.cache import column_array
 from classifier.evaluation import analysis, intervals, metrics, selection
 from classifier.messages import (
-    RunFailed,
     format_duration,
     format_name,
     format_score,
@@ -213,7 +212,7 @@ def collapse_warning(task, split, evaluation):
 
 
 def write_report(folder, task, results, evaluations, splits, examples):
-    """Write report.html and plots/ of a run. Raises RunFailed if they cannot be written."""
+    """Write report.html and plots/ of a run. Only warns if they cannot be written: the model still has to be."""
     from classifier.evaluation import page
 
     contents = []
@@ -247,9 +246,9 @@ def write_report(folder, task, results, evaluations, splits, examples):
     }
     try:
         page.write_page(folder, task, headline, contents, lines, tables)
-    except OSError as error:
-        reason = f"{folder}/report.html could not be written: {error}"
-        raise RunFailed(f"{reason}\nFix this, then run the same command again.") from error
+    except Exception as error:  # of drawing, of the template, of the disk: none is worth a finished training
+        reason = f"{folder}/report.html could not be written ({type(error).__name__}: {error})"
+        log.warning(in_red(f"WARNING: {reason}; evaluate.py --model {folder} writes one for the validation split"))
 
 
 def format_origin(results):

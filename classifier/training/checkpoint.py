@@ -17,9 +17,27 @@ from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 
-from classifier.files import code_digests, recover_folder, replace_folder, sha256, sync, write_json
+from classifier.files import (
+    CannotWrite,
+    code_digests,
+    copy_folder,
+    recover_folder,
+    remove_folder,
+    replace_folder,
+    sha256,
+    sync,
+    write_json,
+)
 from classifier.messages import BadInput, RunFailed, log
-from classifier.training.run_folder import PREDICTIONS, describe_changes, log_changed_code, read_state, write_state
+from classifier.training.run_folder import (
+    PREDICTIONS,
+    describe_changes,
+    log_changed_code,
+    read_state,
+    save_elsewhere,
+    write_model_files,
+    write_state,
+)
 
 # What --overwrite removes from a run's folder. model/ is replaced at the end, when there is a new one.
 RUN_FILES = ("checkpoints", "tensorboard", "metrics.jsonl", "results.json", "bad_rows.csv", "state.json", PREDICTIONS)
@@ -65,11 +83,11 @@ def begin_or_resume(folder, settings, fingerprints, resume="auto", overwrite=Fal
     if not before:
         for name in RUN_FILES:
             path = folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            remove_folder(path) if path.is_dir() else path.unlink(missing_ok=True)
     for path in [folder / "model", *(old.with_suffix("") for old in folder.glob("checkpoints/*.old"))]:
         recover_folder(path)
     for path in [*folder.glob("*.json*.tmp"), *folder.glob("checkpoints/*.tmp")]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        remove_folder(path) if path.is_dir() else path.unlink(missing_ok=True)
     if before:
         log_changed_code(before)
     # The same command with --resume DIR, given again, resumes this run, not DIR a second time.
@@ -78,7 +96,7 @@ def begin_or_resume(folder, settings, fingerprints, resume="auto", overwrite=Fal
     try:
         write_state(folder, "running", settings=settings, data=fingerprints, code=code_digests(), resumed=resume)
     except OSError as error:
-        raise BadInput(f"{folder}: cannot be written ({error.strerror})", "Make room there.") from None
+        raise CannotWrite(folder, error) from None
     return path, before.get("micro_batch_size")
 
 
@@ -119,8 +137,8 @@ def save(folder, accelerator, state, model, optimizer, scheduler, keep):
             candidates = {str(step): torch.from_numpy(candidate) for step, candidate in state.candidates.items()}
             tensors["validation_predictions"] = candidates
         scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
-        run = read_state(folder)
-        run = {"settings": run["settings"], "data": run["data"]}
+        run = read_state(folder)  # empty where the folder was renamed, and then the save fails below
+        run = {"settings": run.get("settings"), "data": run.get("data")}
         progress = {"state": asdict(state), "schedule": scheduler.state_dict(), "scaler": scaler, "run": run}
         path = checkpoint_path(folder, state.step)
         try:
@@ -152,7 +170,7 @@ def write_checkpoint(path, model, tensors, progress):
     tensors: {"optimizer": {name: tensor}, "generators": {name: tensor}}; progress: the content of progress.json.
     """
     needed = sum(value.nbytes for value in [*model.state_dict().values(), *tensors["optimizer"].values()]) + 2**20
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
     free = shutil.disk_usage(path.parent).free
     if free < needed:
         raise OSError(errno.ENOSPC, f"it needs {needed / 1e6:,.0f} MB, the disk has {free / 1e6:,.0f} MB left")
@@ -257,12 +275,18 @@ def import_checkpoint(folder, source, settings, fingerprints):
     for source_path in {path, recorded_best(path) or path}:
         target = folder / "checkpoints" / source_path.name
         if target.resolve() != source_path.resolve():
-            shutil.copytree(source_path, target.with_name(f"{target.name}.tmp"))
+            copy_folder(source_path, target.with_name(f"{target.name}.tmp"))
             replace_folder(target.with_name(f"{target.name}.tmp"), target)
     for existing in checkpoint_paths(folder):
         if existing.name > path.name:
-            shutil.rmtree(existing)
+            remove_folder(existing)
     return folder / "checkpoints" / path.name
+
+
+def read_tensors(path, device="cpu"):
+    """Yield (name, tensor) of a file, copied: Windows cannot remove a file while a tensor of it is memory-mapped."""
+    for name, value in load_file(path).items():
+        yield name, value.to(device, copy=True)
 
 
 def load(path, accelerator, state, model, optimizer, scheduler):
@@ -273,17 +297,17 @@ def load(path, accelerator, state, model, optimizer, scheduler):
     vars(state).update(progress["state"])
     load_model(model, path / "model.safetensors")
     parameters = dict(model.named_parameters())
-    for name, value in load_file(path / "optimizer.safetensors").items():
+    for name, value in read_tensors(path / "optimizer.safetensors", next(model.parameters()).device):
         parameter, _, key = name.rpartition(".")
-        optimizer.state[parameters[parameter]][key] = value.to(parameters[parameter].device)
+        optimizer.state[parameters[parameter]][key] = value
     if (path / PREDICTIONS).is_file():  # not before the first evaluation
-        state.candidates = {int(step): value.numpy() for step, value in load_file(path / PREDICTIONS).items()}
+        state.candidates = {int(step): value.numpy() for step, value in read_tensors(path / PREDICTIONS)}
     scheduler.load_state_dict(progress["schedule"])
     for group, learning_rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
         group["lr"] = learning_rate
     if accelerator.scaler:
         accelerator.scaler.load_state_dict(progress["scaler"])
-    rank, generators = accelerator.process_index, load_file(path / "generators.safetensors")
+    rank, generators = accelerator.process_index, dict(read_tensors(path / "generators.safetensors"))
     if f"{rank}.cpu" in generators:
         torch.set_rng_state(generators[f"{rank}.cpu"])
     if f"{rank}.cuda" in generators and accelerator.device.type == "cuda":
@@ -296,10 +320,23 @@ def load(path, accelerator, state, model, optimizer, scheduler):
         )
 
 
-def load_best(folder, best, model):
-    """Load the weights of the best step into the model. Raises RunFailed if none could be saved."""
-    if best is None:
+def load_best(folder, accelerator, state, model, tokenizer, task, fingerprints):
+    """Load the weights of the best step into the model.
+
+    Raises RunFailed if they are not on the disk. The model of the last step, which is in memory, is then written to a
+    place that can take it.
+    """
+    try:
+        if state.best is None:
+            raise FileNotFoundError("no model could be saved, see the warnings above")
+        load_model(model, checkpoint_path(folder, state.best["step"]) / "model.safetensors")
+    except (OSError, SafetensorError) as error:
+        if state.best and state.best["step"] == state.step:  # the weights in memory are the best ones
+            return
+        place = None
+        if accelerator.is_main_process:
+            place = save_elsewhere(folder, lambda place: write_model_files(place, model, tokenizer, task, fingerprints))
         raise RunFailed(
-            "no model could be saved, see the warnings above\nMake room on the disk, then run the same command again."
-        )
-    load_model(model, checkpoint_path(folder, best["step"]) / "model.safetensors")
+            f"{error}\n{f'The model of the last step is in {place}. ' if place else ''}"
+            "Make room on the disk, or undo what removed the checkpoints, then run the same command again."
+        ) from None

@@ -22,6 +22,7 @@ def locked(folder):
     path = folder / "lock.json"
     claim = {
         "host": socket.gethostname(),
+        "system": _system(),
         "pid": os.getpid(),
         "job": os.environ.get("SLURM_JOB_ID"),
         "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
@@ -92,7 +93,19 @@ def _is_dead(path, holder, claim):
         return False
     if holder["job"] and holder["job"] == claim["job"] and holder["restart"] < claim["restart"]:
         return True  # Slurm restarts a job only after its processes have ended
-    return holder["host"] == claim["host"] and not psutil.pid_exists(holder["pid"])
+    is_here = all(holder.get(name) == claim[name] for name in ("host", "system"))
+    return is_here and not psutil.pid_exists(holder["pid"])
+
+
+def _system():
+    """Return what tells apart the systems of one host name, each with process numbers of its own.
+
+    They are Windows, its WSL distributions, and containers.
+    """
+    try:
+        return f"{sys.platform} {os.readlink('/proc/self/ns/pid')}"
+    except (OSError, AttributeError):  # not on Linux
+        return sys.platform
 
 
 def _read(path):

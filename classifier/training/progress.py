@@ -14,7 +14,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from classifier.data import cache
-from classifier.files import write_text
+from classifier.files import CannotWrite, write_text
 from classifier.messages import BadInput, format_duration, format_scores, log
 from classifier.model import inference
 from classifier.training import batching
@@ -31,6 +31,7 @@ class Progress:
         self.state = state  # a checkpoint.State: sums and times must survive a killed run
         self.total_steps = total_steps
         self.steps_per_epoch = steps_per_epoch
+        self.unwritten = ""  # lines for metrics.jsonl while another program has it open
         self.recent = []  # steps since the last sync: (step, ids, gradient norm, [(micro-batch, its losses)])
         self.grad_norm = math.nan
         self.intervals = []  # (seconds, tokens with padding)
@@ -54,7 +55,10 @@ class Progress:
                 break
             if entry["step"] <= (self.state.step if entry["type"] == "train" else self.state.evaluated_step):
                 kept.append(line)
-        write_text(self.lines, "".join(f"{line}\n" for line in kept))
+        try:
+            write_text(self.lines, "".join(f"{line}\n" for line in kept))
+        except OSError as error:
+            raise CannotWrite(self.lines, error) from None
 
     def record_step(self, step, ids, grad_norm, step_losses):
         """Record a step. ids: of the global batch; step_losses: [(micro-batch, losses)] of this process, tensors."""
@@ -185,13 +189,30 @@ class Progress:
         """Append values to metrics.jsonl, and log the numbers that are not None to the trackers as GROUP/NAME."""
         if self.accelerator.is_main_process:
             line = {"type": kind, "step": step, "epoch": round(step / self.steps_per_epoch, 4), **values}
-            with open(self.lines, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._write(json.dumps(line, allow_nan=False) + "\n")
         numbers = {f"{group}/{name}": number for name, number in numbers.items() if number is not None}
         self.accelerator.log(numbers, step=step)
 
+    def _write(self, line):
+        """Append a line to metrics.jsonl. Where that is refused, warn once, and keep it until the next one is written.
+
+        Windows refuses while the file is open in Excel, for one. It is not found where the run's folder was renamed.
+        """
+        is_refused_again = bool(self.unwritten)
+        self.unwritten += line
+        try:
+            with open(self.lines, "a", encoding="utf-8", newline="\n") as file:
+                file.write(self.unwritten)
+            self.unwritten = ""
+        except (PermissionError, FileNotFoundError) as error:
+            if not is_refused_again:
+                reason = f"{self.lines} cannot be written ({error.strerror}). Is it open in another program?"
+                log.warning(f"WARNING: {reason} Its lines are kept, and written once that is possible.")
+
     def close(self):
-        """Close the bar."""
+        """Close the bar, and write what metrics.jsonl could not take before."""
+        if self.unwritten:
+            self._write("")
         if not self.bar.disable:
             self.redirect.__exit__(None, None, None)
         self.bar.close()

@@ -6,27 +6,34 @@ state.json: {"status": "running|done|preempted|failed", "reason", "settings", "d
 import errno
 import json
 import shutil
+import tempfile
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 
 from accelerate.utils.memory import should_reduce_batch_size
 from safetensors.numpy import save
 
 from classifier.data.tasks import save_task
 from classifier.files import (
+    check_longest_path,
     check_output_folder,
     code_digests,
+    flush_folder,
     recover_folder,
+    remove_folder,
     replace_folder,
+    safe_name,
     sync,
     write_bytes,
     write_json,
     write_text,
 )
-from classifier.messages import BadInput, Preempted, RunFailed, log
+from classifier.messages import BadInput, Preempted, RunFailed, in_red, log
 from classifier.processes import on_main_process
 from classifier.training.lock import locked
 
 PREDICTIONS = "validation_predictions.safetensors"  # {step: predictions}, of every evaluation
+LONGEST_PATH = f"checkpoints/step-00000000.tmp/{PREDICTIONS}"  # that a run needs below its folder
 
 
 def finished_results(folder, settings, fingerprints, resume="auto", overwrite=False):
@@ -83,6 +90,7 @@ def hold(folder, accelerator, state):
     """
     with ExitStack() as stack:
         on_main_process(accelerator, stack.enter_context, locked(folder))
+        on_main_process(accelerator, check_longest_path, folder, LONGEST_PATH)
         try:
             yield folder
         except Preempted as error:
@@ -138,28 +146,72 @@ def write_state(folder, status, reason="", **more):
 
 
 def write_model(folder, state, model, tokenizer, task, fingerprints, majority, results, card):
-    """Write results.json and the model folder at the end of a run, then remove its checkpoints. Raises RunFailed.
+    """Write the model folder and results.json at the end of a run, then remove its checkpoints.
 
     The model folder has all that evaluate.py, predict.py and transformers need. state: of the training; majority: the
-    prediction of the majority baseline; card: the text of README.md.
+    prediction of the majority baseline; card: the text of README.md. Raises RunFailed where the run's folder cannot
+    take all of it; the model is then in a place that could.
     """
-    temporary = folder / "model.tmp"
+    names = ("scores", "choice", "corrected_scores", "majority_baseline", "best_step", "mixed_precision")
+    metrics = {**{name: results[name] for name in names}, "majority": majority}
+
+    def write(place):
+        write_model_files(place, model, tokenizer, task, fingerprints, metrics, card)
+
+    def write_with_results(place):
+        write(place)
+        write_json(place / "results.json", results)
+
+    place = None
     try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        save_task(task, fingerprints, temporary / "task.json")
-        names = ("scores", "choice", "corrected_scores", "majority_baseline", "best_step", "mixed_precision")
-        write_json(temporary / "metrics.json", {**{name: results[name] for name in names}, "majority": majority})
-        write_text(temporary / "README.md", card)
+        if not folder.is_dir():  # save_pretrained would make it again, without what belongs to the run
+            raise FileNotFoundError("its run's folder is gone; was it renamed?")
+        write(folder / "model.tmp")
+        replace_folder(folder / "model.tmp", folder / "model")
+        place = folder / "model"
         if state.candidates:
             write_bytes(folder / PREDICTIONS, save({str(step): each for step, each in state.candidates.items()}))
         write_json(folder / "results.json", results)
-        replace_folder(temporary, folder / "model")
         write_state(folder, "done")
         sync(folder)
     except Exception as error:  # all that tokenizers raises on a full disk
-        message = f"{folder}/model could not be written: {error}\nFix this, then run the same command again."
-        raise RunFailed(message) from error
+        what = f"{folder}: the results" if place else f"{folder}/model"
+        place = place or save_elsewhere(folder, write_with_results)
+        where = f"The model is in {place}. Fix this" if place else "Fix this"
+        raise RunFailed(f"{what} could not be written: {error}\n{where}, then run the same command again.") from error
     finally:
-        recover_folder(folder / "model")
-    shutil.rmtree(folder / "checkpoints")
+        with suppress(OSError):
+            recover_folder(folder / "model")
+    remove_folder(folder / "checkpoints")
+
+
+def write_model_files(folder, model, tokenizer, task, fingerprints, metrics=None, card=None):
+    """Write the files of a model folder, those that are known."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    save_task(task, fingerprints, folder / "task.json")
+    if metrics:
+        write_json(folder / "metrics.json", metrics)
+    if card:
+        write_text(folder / "README.md", card)
+
+
+def save_elsewhere(folder, write):
+    """Write a model to the first place that can take it: beside a run's folder, the working or the temporary folder.
+
+    write(place) writes the files. Returns the new folder, or None where no place can take it.
+    """
+    for find_parent in (lambda: folder.absolute().parent, Path.cwd, tempfile.gettempdir):
+        place = None
+        try:
+            place = Path(tempfile.mkdtemp(prefix=f"{safe_name(folder.name)}-model-", dir=find_parent()))
+            write(place)
+            flush_folder(place)
+        except Exception as error:  # as in write_model: the next place may do
+            log.warning(f"WARNING: the model could not be written to another place: {error}")
+            if place:
+                shutil.rmtree(place, ignore_errors=True)
+            continue
+        log.warning(in_red(f"WARNING: {folder} CANNOT TAKE THE MODEL. IT IS IN {place}"))
+        return place
+    return None

@@ -267,8 +267,14 @@ def test_the_first_best_that_cannot_be_saved_is_none(training, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 10))
     assert training.save() is False
     assert training.state.best is None
-    with pytest.raises(RunFailed, match=r"no model could be saved.*\n.*the same command"):
-        checkpoint.load_best(training.folder, training.state.best, training.model)
+    written = []
+    monkeypatch.setattr(checkpoint, "write_model_files", lambda *given: written.append(given))
+    with pytest.raises(
+        RunFailed, match=r"no model could be saved.*\nThe model of the last step is in (.*)\. .*the same"
+    ):
+        checkpoint.load_best(training.folder, training.accelerator, training.state, training.model, None, None, None)
+    (place, model, *_), *_ = written
+    assert model is training.model and place.parent == training.folder.parent and place.is_dir()
 
 
 def test_a_disk_without_room_is_said_before_anything_is_written(training, monkeypatch, told):

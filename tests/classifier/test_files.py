@@ -9,15 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from classifier import files
 from classifier.files import (
     CannotWrite,
     atomic_file,
+    check_longest_path,
     check_output_folder,
+    copy_folder,
     digest,
     read_json,
     recover_folder,
+    remove_folder,
     replace_folder,
+    safe_name,
     sha256,
+    sync,
     write_json,
     write_text,
 )
@@ -91,6 +97,56 @@ def test_a_text_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     write_text(tmp_path / "a.txt", "twelve bytes")
     temporary = f"{tmp_path}/a.txt.{os.getpid()}.tmp"
     assert events == [("sync", temporary, 12), ("rename", temporary, f"{tmp_path}/a.txt")]
+
+
+def test_a_new_file_that_a_scanner_holds_for_a_moment_is_renamed_a_moment_later(tmp_path, monkeypatch):
+    refusals, rename = [], os.replace
+
+    def refuse_twice(old, new):
+        if len(refusals) < 2:
+            refusals.append(new)
+            raise PermissionError(errno.EACCES, "Access is denied")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "replace", refuse_twice)
+    write_text(tmp_path / "a.txt", "new")
+    assert len(refusals) == 2 and os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_file_that_stays_open_elsewhere_is_not_blamed_on_the_disk(tmp_path, monkeypatch):
+    def refuse(old, new):
+        raise PermissionError(errno.EACCES, "Access is denied")
+
+    monkeypatch.setattr(files, "SECONDS_OF_RETRIES", 0.2)
+    monkeypatch.setattr(os, "replace", refuse)
+    (tmp_path / "a.csv").write_text("old")
+    with pytest.raises(CannotWrite) as raised, atomic_file(tmp_path / "a.csv") as temporary:
+        temporary.write_text("new")
+    assert raised.value.reason == f"{tmp_path}/a.csv: cannot be written (Access is denied)"
+    assert "another program" in raised.value.advice and "space" not in raised.value.advice
+    assert os.listdir(tmp_path) == ["a.csv"] and (tmp_path / "a.csv").read_text() == "old"
+    assert "Free some space" in CannotWrite("a", OSError(errno.ENOSPC, "No space left on device")).advice
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EBADF])
+def test_a_folder_that_cannot_be_flushed_is_taken_as_it_is(tmp_path, monkeypatch, number):
+    def refuse(descriptor):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    sync(tmp_path)
+    (tmp_path / "a").touch()
+    with pytest.raises(OSError, match=os.strerror(number)):  # of a file, that is no whim of the file system
+        sync(tmp_path / "a")
+
+
+def test_a_folder_that_could_not_be_flushed_since_the_disk_fails_is_an_error(tmp_path, monkeypatch):
+    def fail(descriptor):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        sync(tmp_path)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
@@ -214,3 +270,84 @@ def test_a_folder_that_was_moved_aside_goes_where_its_successor_came(tmp_path):
     assert os.listdir(tmp_path) == ["model"] and (tmp_path / "model" / "file").read_text() == "new"
     recover_folder(tmp_path / "nothing")
     assert os.listdir(tmp_path) == ["model"]
+
+
+def test_where_modes_are_refused_a_folder_is_put_in_place_and_copied(tmp_path, monkeypatch):
+    def refuse(path, *given, **options):
+        raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+
+    monkeypatch.setattr(os, "chmod", refuse)
+    replace_folder(fill(tmp_path / "model.tmp", "new"), tmp_path / "model")
+    copy_folder(tmp_path / "model", tmp_path / "other" / "copy")
+    assert (tmp_path / "other" / "copy" / "file").read_text() == "new"
+    assert sorted(os.listdir(tmp_path)) == ["model", "other"]
+
+
+def test_what_cannot_be_removed_is_a_warning(tmp_path, monkeypatch, told):
+    fill(tmp_path / "checkpoints", "open in another program")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", lambda *given, **options: (_ for _ in ()).throw(PermissionError()))
+        remove_folder(tmp_path / "checkpoints")
+    assert f"WARNING: {tmp_path}/checkpoints could not be removed" in told.text
+    told.clear()
+    remove_folder(tmp_path / "checkpoints")
+    remove_folder(tmp_path / "checkpoints")
+    assert told.text == "" and os.listdir(tmp_path) == []
+
+
+# --------------------------------------------------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("mrpc,learning_rate=3e-05", "mrpc,learning_rate=3e-05"),
+        ("label_column=Is it good?", "label_column=Is it good-"),
+        ('<>:"/\\|?*\t', "----------"),
+        ("ends with a dot. . ", "ends with a dot"),
+        ("CON", "-CON"),
+        ("nul.tar.gz", "-nul.tar.gz"),
+        ("Com1", "-Com1"),
+        ("LPT\u00b9.txt", "-LPT\u00b9.txt"),
+        ("console", "console"),
+        ("com10", "com10"),
+        ("..", "-"),
+        ("", "-"),
+        ("half a \ud800", "half a -"),
+        ("\u4e2d" * 20, "\u4e2d" * 20),
+    ],
+)
+def test_a_name_that_every_system_takes(tmp_path, text, name):
+    assert safe_name(text) == name
+    (tmp_path / name).touch()
+
+
+def test_a_long_name_is_cut_between_characters_and_stays_apart_from_others():
+    names = [safe_name("\u4e2d" * 30 + end) for end in "ab"]
+    assert names[0] != names[1]
+    for name in names:
+        assert name.startswith("\u4e2d" * 20 + ",") and len(name.encode()) == 69
+    assert safe_name("a" * 100, limit=100) == "a" * 100
+
+
+def test_the_longest_path_is_tried_and_nothing_is_left(tmp_path):
+    check_longest_path(tmp_path, "checkpoints/step.tmp/a")
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "checkpoints").mkdir()
+    check_longest_path(tmp_path, "checkpoints/step.tmp/a")
+    assert os.listdir(tmp_path) == ["checkpoints"] and os.listdir(tmp_path / "checkpoints") == []
+
+
+@pytest.mark.parametrize("number", [errno.ENAMETOOLONG, errno.ENOENT])
+def test_a_path_that_would_be_too_long_is_refused_with_its_length(tmp_path, monkeypatch, number):
+    def refuse(path, *given, **options):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    with pytest.raises(BadInput) as raised:
+        check_longest_path(tmp_path / "run", "checkpoints/a")
+    assert f"up to {len(str(tmp_path / 'run/checkpoints/a'))} characters" in raised.value.reason
+    assert "--output_dir" in raised.value.advice and os.listdir(tmp_path) == []
+    number = errno.ENOSPC
+    with pytest.raises(CannotWrite, match="No space"):
+        check_longest_path(tmp_path / "run", "checkpoints/a")

@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from classifier.messages import BadInput
 from classifier.training import lock
 
 HERE = socket.gethostname()
+SYSTEM = lock._system()
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +33,7 @@ def run(tmp_path):
     folder.mkdir()
 
     def left(seconds=0, **changes):
-        holder = {"host": HERE, "pid": os.getppid(), "job": None, "restart": 0, **changes}
+        holder = {"host": HERE, "system": SYSTEM, "pid": os.getppid(), "job": None, "restart": 0, **changes}
         path = folder / "lock.json"
         path.write_text(json.dumps(holder))
         os.utime(path, (time.time() - seconds,) * 2)
@@ -61,7 +63,7 @@ def files(folder):
 def test_the_folder_is_made_held_and_given_back(tmp_path):
     folder = tmp_path / "runs" / "new"
     with lock.locked(folder):
-        assert holder_of(folder) == {"host": HERE, "pid": os.getpid(), "job": None, "restart": 0}
+        assert holder_of(folder) == {"host": HERE, "system": SYSTEM, "pid": os.getpid(), "job": None, "restart": 0}
         (folder / "state.json").touch()
     assert files(folder) == ["state.json"]
 
@@ -108,6 +110,16 @@ def taken_over(folder):
 
 def test_a_dead_process_of_this_host_is_followed_at_once(run, dead_pid):
     taken_over(run(pid=dead_pid))
+
+
+def test_a_dead_pid_means_nothing_in_another_system_of_this_host(run, dead_pid):
+    """Two WSL distributions, WSL and Windows, two containers: one host name, but process numbers of their own."""
+    for system in (f"{sys.platform} pid:[1]", "win32"):
+        folder = run(system=system, pid=dead_pid)
+        with pytest.raises(BadInput, match=f"process {dead_pid} on {HERE} is already training"), lock.locked(folder):
+            pass
+        (folder / "lock.json").unlink()
+        folder.rmdir()
 
 
 def test_a_dead_pid_means_nothing_on_another_host(run, dead_pid):

@@ -1,5 +1,6 @@
 """progress.py: what a run shows and notes while it goes, and the times that it adds up."""
 
+import errno
 import json
 import os
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from accelerate import Accelerator
 from conftest import TORCHRUN_2, lines_of, run_script
 from datasets import Dataset
 
+from classifier import files
 from classifier.model import inference
 from classifier.training import batching
 from classifier.training.checkpoint import State
@@ -103,6 +105,41 @@ def test_sums_do_not_depend_on_when_they_are_read(tmp_path, progress_in):
         sums.append(progress.state.sums)
     assert sums[0] == sums[1] == sums[2]
     assert sums[0] == pytest.approx([np.sum(losses), 80, 400, 640])
+
+
+def test_lines_that_are_refused_are_kept_and_written_later(tmp_path, log_lines, progress_in, monkeypatch):
+    """As while metrics.jsonl is open in Excel."""
+    progress, refusing, real = progress_in(), [], open
+
+    def refuse(path, mode="r", **options):
+        if refusing and mode == "a":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path, mode, **options)
+
+    monkeypatch.setattr("builtins.open", refuse)
+    for step in range(1, 5):
+        take_steps(progress, step, step, [0.0, 1.0, 0.25, 0.75])
+        refusing[:] = [step] * (step in (2, 3))
+        progress.log_step()
+        assert [line["step"] for line in noted_in(tmp_path)] == {1: [1], 2: [1], 3: [1], 4: [1, 2, 3, 4]}[step]
+    take_steps(progress, 5, 5, [0.0, 1.0, 0.25, 0.75])
+    refusing.append(5)
+    progress.log_step()
+    refusing.clear()
+    progress.close()
+    assert [line["step"] for line in noted_in(tmp_path)] == [1, 2, 3, 4, 5]
+    assert sum("metrics.jsonl cannot be written (Permission denied)" in line for line in log_lines) == 2  # twice opened
+
+
+def test_lines_that_cannot_be_cut_back_are_told_in_two_lines(tmp_path, progress_in, monkeypatch):
+    def refuse(source, target):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    (tmp_path / "metrics.jsonl").write_text("")
+    monkeypatch.setattr(files, "SECONDS_OF_RETRIES", 0)
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(files.CannotWrite, match=r"metrics.jsonl: cannot be written.*\nIs it open in another program"):
+        progress_in()
 
 
 def test_time_without_training_is_left_out(progress_in, monkeypatch):

@@ -1,15 +1,23 @@
 """A run's folder: whose it is, what state.json says of it, the model folder at the end."""
 
+import builtins
+import errno
+import io
 import os
+import re
 import shutil
 import stat
+import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+import transformers
 from run_help import DATA, RESULTS, SETTINGS, TASK, fill, names, record
 from test_preemption import state_of
 from transformers import BertTokenizer
 
+from classifier import files
 from classifier.files import code_digests
 from classifier.messages import BadInput, Preempted, RunFailed
 from classifier.model.models import load_model, model_folder, saved_metrics
@@ -213,7 +221,7 @@ def test_the_model_folder_is_whole_readable_and_the_last_thing_written(tmp_path,
     assert saved_metrics(tmp_path / "model") == {**RESULTS, "majority": 1}
     assert saved_metrics(tmp_path) == {}
     renamed = [Path(event[2]).name for event in events if event[0] == "rename"]
-    assert renamed[-2:] == ["model", "state.json"]  # "done" is said once all is there
+    assert renamed[-3:] == ["model", "results.json", "state.json"]  # "done" is said once all is there
     synced = {event[1] for event in events if event[0] == "sync"}
     assert {f"{tmp_path}/model.tmp/{name}" for name in modes} <= synced
 
@@ -228,13 +236,125 @@ def test_a_model_that_cannot_be_written_leaves_the_old_one(finished, tiny_bert, 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(run_folder, "write_text", full)
-    with pytest.raises(RunFailed, match=r"model could not be written: .*No space.*\n.*the same command"):
+    monkeypatch.chdir(finished.parent)
+    monkeypatch.setattr(tempfile, "tempdir", str(finished.parent))
+    with pytest.raises(
+        RunFailed, match=r"model could not be written: .*No space.*\nFix this, then .* the same command"
+    ):
         run_folder.write_model(
             finished, checkpoint.State(), model, BertTokenizer(str(vocabulary)), TASK, DATA, 1, RESULTS, "a card"
         )
+    assert names(finished.parent) == ["run"]  # where no place can take it, none is left with a half
     assert names(finished) == ["checkpoints", "model", "results.json", "state.json"]
     assert names(finished / "model") == ["old"] and names(finished / "checkpoints") == ["file"]
     assert state_of(finished)["status"] == "running"
+
+
+def refuse_from(number, folder, error, monkeypatch):
+    """Refuse whatever writes into a folder from the call of this number on; return the calls before that."""
+    calls = []
+
+    def refusing(module, name, is_meant):
+        real = getattr(module, name)
+
+        def call(*given, **options):
+            if is_meant(*given, **options):
+                if len(calls) >= number:
+                    raise error
+                calls.append((name, *map(str, given[:2])))
+            return real(*given, **options)
+
+        monkeypatch.setattr(module, name, call)
+
+    def is_inside(path):
+        return not isinstance(path, int) and os.path.abspath(path).startswith(f"{folder}{os.sep}")
+
+    for module in (io, builtins):
+        refusing(module, "open", lambda path, mode="r", *_, **__: set(mode) & set("wax+") and is_inside(path))
+    refusing(os, "replace", lambda source, target: is_inside(target))
+    refusing(os, "mkdir", lambda path, *_, **__: is_inside(path))
+    refusing(transformers.modeling_utils, "safe_save_file", lambda tensors, path, **_: is_inside(path))
+    return calls
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        PermissionError(errno.EACCES, "Access is denied"),
+        FileNotFoundError(errno.ENOENT, "The system cannot find the path specified"),
+    ],
+    ids=["full", "refused", "too long"],
+)
+def test_a_model_is_somewhere_whichever_of_the_final_writes_is_refused(
+    tmp_path, tiny_bert, vocabulary, monkeypatch, told, error
+):
+    monkeypatch.setattr(files, "SECONDS_OF_RETRIES", 0)
+    state = checkpoint.State()
+    state.candidates = {10: np.zeros(3, "int16")}
+    facts = (load_model(str(tiny_bert), TASK)[0], BertTokenizer(str(vocabulary)), TASK, DATA, 1, RESULTS, "a card")
+    weights = {name: value.clone() for name, value in facts[0].state_dict().items()}
+    places = []
+    for number in range(100):
+        run = tmp_path / f"run {number}"
+        run.mkdir()
+        checkpoint.begin_or_resume(run, SETTINGS, DATA)
+        (run / "checkpoints").mkdir()
+        with monkeypatch.context() as patch:
+            calls = refuse_from(number, run, error, patch)
+            try:
+                run_folder.write_model(run, state, *facts)
+                break
+            except RunFailed as failure:
+                message = str(failure)
+        assert len(calls) == number and message.count("\n") == 1 and str(error) in message
+        (place,) = re.findall(r"\nThe model is in (.*)\. Fix this, then run the same command again\.", message)
+        places.append(Path(place))
+        model = load_model(place, TASK)[0]
+        assert all(value.equal(weights[name]) for name, value in model.state_dict().items())
+        assert names(run) in (["checkpoints", "state.json"], sorted({*names(run), "model", "checkpoints"}))
+        assert state_of(run)["status"] == "running"
+        if places[-1].parent == tmp_path:
+            assert saved_metrics(place) == {**RESULTS, "majority": 1} and "results.json" in names(places[-1])
+            assert f"CANNOT TAKE THE MODEL. IT IS IN {place}" in told.text
+        run_folder.write_model(run, state, *facts)  # what was refused is mended
+        assert names(run) == ["model", "results.json", "state.json", run_folder.PREDICTIONS]
+    assert number > 10
+    assert [place.name == "model" for place in places] == sorted(place.name == "model" for place in places)
+    assert len({place.parent for place in places}) > 2  # beside the run; then in it, once the model is there
+
+
+def test_a_model_whose_run_was_renamed_is_beside_it(tmp_path, tiny_bert, vocabulary, monkeypatch):
+    (tmp_path / "run").mkdir()
+    checkpoint.begin_or_resume(tmp_path / "run", SETTINGS, DATA)
+    (tmp_path / "run").rename(tmp_path / "renamed")
+    model, tokenizer = load_model(str(tiny_bert), TASK)[0], BertTokenizer(str(vocabulary))
+    with pytest.raises(RunFailed, match=r"was it renamed\?\nThe model is in .*/run-model-"):
+        run_folder.write_model(tmp_path / "run", checkpoint.State(), model, tokenizer, TASK, DATA, 1, RESULTS, "a card")
+    place, renamed = names(tmp_path)[::-1]
+    assert (renamed, place[:10]) == ("renamed", "run-model-")
+    load_model(str(tmp_path / place), TASK)
+
+
+def test_the_next_place_takes_a_model_that_neither_the_run_nor_its_neighbourhood_takes(tmp_path, monkeypatch, told):
+    for name in ("runs", "working", "temporary"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "working")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    refused = []
+
+    def write(place):
+        (place / "half").touch()
+        if place.parent.name in refused:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    for name in ("runs", "working", "temporary"):
+        place = run_folder.save_elsewhere(tmp_path / "runs" / "run", write)
+        assert place.parent.name == name and (place / "half").exists()
+        shutil.rmtree(place)
+        refused.append(name)
+    assert run_folder.save_elsewhere(tmp_path / "runs" / "run", write) is None
+    assert [names(tmp_path / name) for name in refused] == [[], [], []]
 
 
 def test_a_model_is_found_in_its_run(tmp_path, tiny_bert):
