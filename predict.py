@@ -219,7 +219,7 @@ def arriving_lines(stream, encoding):
 
 def predict_file(predictor, source, output, args, columns, accelerator):
     """Write a table's predictions to `output`; return its entry of the manifest. Every process must call this."""
-    task, started = predictor.task, time.monotonic()
+    task, started = predictor.task, time.perf_counter()
     settings = chunk_settings(predictor, source, args, accelerator.mixed_precision)
     chunks = LogitChunks(output, settings, accelerator)
     entry, bad_rows, number = {}, [], 0
@@ -241,7 +241,8 @@ def predict_file(predictor, source, output, args, columns, accelerator):
     if accelerator.is_main_process:
         writer.write_bad_rows(f"{output}.bad_rows.csv", bad_rows)
         chunks.remove()
-        seconds, skipped = time.monotonic() - started, f", {len(bad_rows)} bad rows skipped" if bad_rows else ""
+        seconds = max(time.perf_counter() - started, 1e-9)
+        skipped = f", {len(bad_rows)} bad rows skipped" if bad_rows else ""
         log.info(f"{output}: {number:,} rows in {format_duration(seconds)}, {number / seconds:,.0f} rows/s{skipped}")
         entry = {"input": str(source), "rows": number, "bad_rows": len(bad_rows), "sha256": sha256(output)}
         entry["settings"] = digest(settings, args.top_k)
@@ -265,7 +266,7 @@ def progress_bar(path, accelerator):
     """Yield report(rows, computed) for LogitChunks.compute: a bar on a terminal, else a log line every 10 seconds."""
     from tqdm import tqdm
 
-    on_terminal, last_line = sys.stderr.isatty(), time.monotonic()
+    on_terminal, last_line = sys.stderr.isatty(), time.perf_counter()
     total = count_rows(path) if accelerator.is_main_process else None
     file = sys.stderr if on_terminal and accelerator.is_main_process else io.StringIO()
     with tqdm(total=total, unit=" rows", smoothing=0, leave=False, file=file) as bar:
@@ -274,8 +275,8 @@ def progress_bar(path, accelerator):
             nonlocal last_line
             bar.initial += (rows - computed) * accelerator.num_processes  # rows from disk took no time
             bar.update(rows * accelerator.num_processes)
-            if not on_terminal and time.monotonic() - last_line >= SECONDS_BETWEEN_LINES:
-                last_line = time.monotonic()
+            if not on_terminal and time.perf_counter() - last_line >= SECONDS_BETWEEN_LINES:
+                last_line = time.perf_counter()
                 log.info(str(bar))
 
         yield report

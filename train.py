@@ -230,11 +230,11 @@ def main():
         models.freeze(model, args.freeze)
         if args.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        optimizer = build_optimizer(model, args)
-        scheduler = build_scheduler(optimizer, args, total_steps)
-        model, optimizer = accelerator.prepare(model.train(), optimizer)
+        model = accelerator.prepare(model.train())  # before the optimiser: some devices replace the parameters
         plain_model = accelerator.unwrap_model(model)  # for evaluation: DDP's forward waits for the other processes
-        plain_optimizer = optimizer.optimizer  # without accelerate's wrapper
+        plain_optimizer = build_optimizer(plain_model, args)
+        scheduler = build_scheduler(plain_optimizer, args, total_steps)
+        optimizer = accelerator.prepare(plain_optimizer)
         class_weights = common.class_weights(args.class_weights, task, train_labels, accelerator.device)
 
         # --- resume from the last checkpoint, or begin

@@ -84,7 +84,7 @@ def load(path, accelerator=None, batch_size=64, threads=None):
     import torch
     from accelerate import Accelerator
     from accelerate.utils import send_to_device
-    from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+    from accelerate.utils.memory import clear_device_cache
 
     from classifier.model.models import load_model, model_folder, with_head_labels
     from classifier.model.packing import prepare_model
@@ -112,7 +112,7 @@ def load(path, accelerator=None, batch_size=64, threads=None):
             with torch.inference_mode():
                 return model(**inputs).logits.float().cpu().numpy()
         except RuntimeError as error:
-            if len(lengths) == 1 or not should_reduce_batch_size(error):
+            if len(lengths) == 1 or not processes.is_out_of_memory(error):
                 raise
         clear_device_cache(garbage_collection=True)  # out of memory: in two halves
         middle = len(lengths) // 2

@@ -82,6 +82,11 @@ def start(args, stream=None, **accelerator_options):
     quieten_libraries()
     environment = os.environ
     device = "cpu" if environment.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") else best_device()
+    leaves_gpu = device == "mps" and int(environment.get("WORLD_SIZE", "1")) > 1
+    if leaves_gpu:
+        device = "cpu"
+    elif device == "mps":  # by default it may take 1.7 times what the machine recommends, and swaps
+        torch.mps.set_per_process_memory_fraction(1.0)
     if device == "cpu":
         keep_freed_memory()
     capability = torch.cuda.get_device_capability() if device in ("cuda", "rocm") else None
@@ -114,6 +119,8 @@ def start(args, stream=None, **accelerator_options):
     if environment.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE":
         threads_text += ", which sleep while they wait (OMP_WAIT_POLICY)"
     log.info(f"{accelerator.device.type}, {number}, precision {precision_text}, {threads_text}")
+    if leaves_gpu:
+        log.info("several processes take the CPU: on Apple's GPUs they cannot communicate")
     accumulation = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if accumulation != "1":
         log.info(
@@ -198,6 +205,15 @@ def on_main_process(accelerator, function, *arguments):
     return answer[0]
 
 
+def is_out_of_memory(error):
+    """Return whether an exception says that memory ran out, on any device and system."""
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    if isinstance(error, RuntimeError):  # accelerate does not know the words of Windows
+        return "not enough memory" in str(error) or should_reduce_batch_size(error)
+    return isinstance(error, MemoryError)
+
+
 def finish(accelerator):
     """End the processes. Without these calls in this order, a third of two-process gloo runs abort on exit."""
     if accelerator is None:
@@ -238,7 +254,7 @@ def choose_precision(requested, launcher, device, capability, cpu_flags):
             f"fp16 on a CPU ({source}): torch would silently compute in fp32\n"
             f"use --mixed_precision {native}, the best on this CPU"
         )
-    if precision == "bf16" and native != "bf16":
+    if (precision == "bf16" and native != "bf16") or (precision == "fp16" and native == "no"):
         source += f"; not native on this device, {native!r} is likely faster"
     return precision, f"{precision} ({source})"
 

@@ -27,6 +27,8 @@ atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 os.environ.update(HF_HOME=CACHE, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="true")
 os.environ.pop("HF_DATASETS_CACHE", None)
 os.environ.pop("HF_HUB_CACHE", None)
+# Bytes and last digits are a CPU's: a Mac's GPU, or another, would give others. Tests of devices say otherwise.
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 # Threads that wait must not spin: two processes of two threads each on two cores would slow each other down tenfold.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

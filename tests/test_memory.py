@@ -10,7 +10,7 @@ import torch
 from conftest import lines_of
 from test_preemption import ended, start, start_2, state_of
 
-from classifier.messages import BadInput
+from classifier.messages import BadInput, RunFailed
 from classifier.model import inference, padding
 
 LENGTHS = [3, 9, 4, 8, 5, 7, 6, 2, 9, 1]
@@ -43,7 +43,8 @@ def probe(accelerator):
         collate=lambda rows: padding.pad(rows, 0),
         set_batch=lambda step, ids, lengths, device: seen.append((ids.tolist(), lengths.tolist())),
     )
-    return lambda model, size: inference.largest_micro_batch(accelerator, model, packer, examples, size), seen
+    probed = lambda model, size: inference.largest_micro_batch(accelerator, model, packer, examples, size)  # noqa: E731
+    return probed, seen, examples, packer
 
 
 @pytest.mark.parametrize("message", [CUDA, CPU])
@@ -53,7 +54,7 @@ def probe(accelerator):
 )
 def test_the_size_or_a_half_or_a_quarter_of_it(probe, message, room, size, tried):
     model = Model(room, message)
-    largest, seen = probe
+    largest, seen, *_ = probe
     assert largest(model, size) == tried[-1]
     assert model.shapes == [(size, 9) for size in tried]  # the longest examples
     assert seen == [([1, 8, 3, 5, 6, 4, 2, 0][:size], [9, 9, 8, 7, 6, 5, 4, 3][:size]) for size in tried]
@@ -245,17 +246,36 @@ def test_one_of_two_processes_runs_out_of_memory(review_task, rank):
     assert [code for code, *_ in done] == [0, 0]
 
 
-def test_out_of_memory_in_an_evaluation_names_its_flag(review_task):
+def test_out_of_memory_in_an_evaluation_halves_its_batch(review_task):
     folder = review_task.parent
     flags = ("--task", review_task, *FLAGS, "--eval_batch_size")
-    code, _, err = ended(start(folder, *flags, 40, change=LITTLE_MEMORY + IN_EVALUATION))
-    expected = "out of memory with 40 examples in an evaluation\nTry --eval_batch_size 20: it changes no score.\n"
-    assert (code, err) == (1, f"train.py: error: {expected}")
-    state = state_of(folder / "run")
-    assert (state["status"], state["reason"]) == ("failed", "out of memory with 40 examples in an evaluation")
-    assert "micro_batch_size" not in state
-    code, log, err = ended(start(folder, *flags, 10, change=LITTLE_MEMORY + IN_EVALUATION))
-    assert (code, err) == (0, "") and "after step 12" in log
-    flags = ("--model", "run", "--threads", 1, "--eval_batch_size")
-    code, _, err = ended(start(folder, *flags, 40, script="evaluate.py", change=LITTLE_MEMORY + IN_EVALUATION))
-    assert (code, err) == (1, f"evaluate.py: error: {expected}")
+    scores = []
+    for size in (40, 10):
+        run = ("--output_dir", f"run-{size}")
+        code, _, err = ended(start(folder, *flags, size, *run, change=LITTLE_MEMORY + IN_EVALUATION))
+        assert (code, err) == (0, "")
+        scores.append(json.loads((folder / f"run-{size}" / "results.json").read_text(encoding="utf-8"))["scores"])
+    assert scores[0] == scores[1]
+    flags = ("--model", "run-40", "--threads", 1, "--eval_batch_size", 40)
+    code, _, err = ended(start(folder, *flags, script="evaluate.py", change=LITTLE_MEMORY + IN_EVALUATION))
+    assert (code, err) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "message", [CUDA, CPU, "DefaultCPUAllocator: not enough memory: you tried to allocate 7 bytes"]
+)
+def test_a_batch_without_memory_is_computed_in_halves(probe, accelerator, message):
+    examples, packer = probe[2:]
+    sizes, room = [], 3
+
+    def length(inputs):
+        sizes.append(len(inputs["input_ids"]))
+        if sizes[-1] > room:
+            raise RuntimeError(message)
+        return inputs["attention_mask"].sum(1, keepdim=True)
+
+    assert inference.compute_outputs(length, examples, accelerator, 8, packer)[:, 0].tolist() == LENGTHS
+    assert sizes == [8, 4, 2, 2, 4, 2, 2, 2]
+    room = 0
+    with pytest.raises(RunFailed, match="out of memory with one example in an evaluation\nTry a smaller --max_length"):
+        inference.compute_outputs(length, examples, accelerator, 8, packer)

@@ -86,12 +86,20 @@ def environment(accelerator):
         "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
         "hardware": {
             "device": device.type,
-            "name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+            "name": device_name(device),
             "threads": torch.get_num_threads(),
             "products": str(products).removeprefix("torch."),
             "gradient_scaler": accelerator.scaler is not None,
         },
     }
+
+
+def device_name(device):
+    """Return the name of a device, such as NVIDIA H100 80GB HBM3; of a CPU its architecture."""
+    if device.type == "mps":
+        return torch.backends.mps.get_name()
+    module = None if device.type == "cpu" else torch.get_device_module(device)
+    return module.get_device_name(device) if hasattr(module, "get_device_name") else platform.machine()
 
 
 # ----------------------------------------------------------------------------------------------------------- the log

@@ -42,6 +42,10 @@ class Masks:
         self.seed, self.places = seed, places
         self.keys = self.packed = None
 
+    def __getstate__(self):
+        """Leave out what is on a device: workers that load batches are sent this object, where they are spawned."""
+        return {"seed": self.seed, "places": self.places, "keys": None, "packed": None}
+
     def set_batch(self, step, ids, device, packed=None):
         """Set the examples of the next forward pass: their ids (examples,), in the order of the micro-batch.
 

@@ -15,16 +15,21 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from accelerate.utils import gather_object, send_to_device
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache
 from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from classifier.data.cache import column_array, load_table, table_path, write_table
 from classifier.files import digest
 from classifier.messages import BadInput, RunFailed, log
+from classifier.processes import is_out_of_memory
 
+# With 32,767 tokens and more, torch 2.13 computes wrong gradients on Apple's M1 and M2, without an error
+# (github.com/pytorch/pytorch/issues/177116).
+TOKENS_ON_MPS = 32_000
 FEATURE_ROWS_AT_A_TIME = 10_000  # in memory: 15 MB for vectors of 384
 
 # The largest relative difference of logits and gradients on a device from fp32 on the CPU that rounding explains.
@@ -51,7 +56,8 @@ def compute_outputs(compute, examples, accelerator, batch_size, packer, signals=
 
     Batches hold examples of similar length, longest first: little is padded, and memory runs out at once or never. Each
     process takes every n-th batch. signals: a preemption.SignalWatch, which raises where a signal asks the run to end.
-    Raises RuntimeError unless each example was computed exactly once, RunFailed where memory runs out.
+    Where memory runs out, a batch is computed in two halves. Raises RuntimeError unless each example was computed
+    exactly once, RunFailed where memory runs out with a single one.
     """
     lengths = column_array(examples, "length")
     order = np.argsort(-lengths, kind="stable")
@@ -63,19 +69,13 @@ def compute_outputs(compute, examples, accelerator, batch_size, packer, signals=
         if signals:  # equally often on a process that has one batch less
             signals.poll()
         for batch in batches[first : first + accelerator.num_processes][accelerator.process_index :][:1]:
-            inputs = send_to_device(packer.collate(examples[batch]), accelerator.device)
-            packer.set_batch(0, batch, lengths[batch], accelerator.device)
-            try:
-                # Moved to the CPU at the end: doing so for each batch would make the GPU wait for Python.
-                outputs_here.append((batch, compute(inputs)))
-            except RuntimeError as error:
-                if not should_reduce_batch_size(error):
-                    raise
-                advice = f"Try --eval_batch_size {math.ceil(batch_size / 2)}: it changes no score."
-                raise RunFailed(f"out of memory with {len(batch)} examples in an evaluation\n{advice}") from None
+            # Moved to the CPU at the end: doing so for each batch would make the GPU wait for Python.
+            outputs_here += _outputs_of_batch(compute, examples, batch, accelerator.device, packer, lengths)
     if signals:
         signals.poll_next_time()
     outputs_here = [(batch, values.cpu().numpy()) for batch, values in outputs_here]
+    if accelerator.device.type == "mps":  # it keeps freed memory by size, and each new length takes more
+        torch.mps.empty_cache()
     # As objects: tensors of uneven shapes must not be gathered, and the processes have uneven numbers of batches.
     gathered = gather_object(outputs_here)
     counts = np.zeros(len(examples), dtype=int)
@@ -87,6 +87,24 @@ def compute_outputs(compute, examples, accelerator, batch_size, packer, signals=
     for batch, values in gathered:
         outputs[batch] = values
     return outputs
+
+
+def _outputs_of_batch(compute, examples, batch, device, packer, lengths):
+    """Return [(example ids, their outputs)] of a batch, in halves where it does not fit into memory."""
+    try:
+        inputs = send_to_device(packer.collate(examples[batch]), device)
+        packer.set_batch(0, batch, lengths[batch], device)
+        return [(batch, compute(inputs))]
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    if len(batch) == 1:
+        advice = "Try a smaller --max_length or model; the same command resumes."
+        raise RunFailed(f"out of memory with one example in an evaluation\n{advice}")
+    clear_device_cache(garbage_collection=True)
+    middle = len(batch) // 2
+    halves = batch[:middle], batch[middle:]
+    return [each for half in halves for each in _outputs_of_batch(compute, examples, half, device, packer, lengths)]
 
 
 # --------------------------------------------------------------------------------------- features of a frozen encoder
@@ -129,14 +147,14 @@ def features_of_splits(model, packer, examples, accelerator, args, state):
     computed_by = [encoder_digest(encoder), accelerator.mixed_precision, accelerator.device.type]
     with_features, computed = {}, []
     for name, tokens in examples.items():
-        started = time.monotonic()
+        started = time.perf_counter()
         tokens_key = Path(tokens.cache_files[0]["filename"]).stem
         key = digest("features", computed_by, tokens_key)
         table, is_new = features_table(key, schema, tokens, encoder, packer, accelerator, args.eval_batch_size)
         columns = [column for column in tokens.column_names if column not in ("input_ids", "token_type_ids")]
         table = concatenate_datasets([tokens.select_columns(columns), table], axis=1)
         with_features[name] = table.with_format("numpy", columns=["features"], output_all_columns=True)
-        seconds = time.monotonic() - started
+        seconds = time.perf_counter() - started
         if name == "train":
             state.train_seconds += seconds
         else:
@@ -232,6 +250,9 @@ def choose_micro_batch_size(args, state, limit, accelerator, model, packer, exam
     memory, unless an earlier start of this run already has.
     """
     examples_per_process = math.ceil(args.batch_size / accelerator.num_processes)
+    if accelerator.device.type == "mps":
+        longest = int(column_array(examples, "length").max())
+        limit = min(limit or examples_per_process, max(1, TOKENS_ON_MPS // longest))
     size = args.micro_batch_size or examples_per_process
     if size == "auto":
         size = state.micro_batch_size or largest_micro_batch(accelerator, model, packer, examples, examples_per_process)
@@ -254,11 +275,11 @@ def largest_micro_batch(accelerator, model, packer, examples, size):
             moments = [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]
             inputs = send_to_device(packer.collate(examples[longest[:size]]), accelerator.device)
             packer.set_batch(0, longest[:size], lengths[longest[:size]], accelerator.device)
-            with torch.random.fork_rng():  # some models draw masks from torch's generator
+            with fork_generators(accelerator.device):  # some models draw masks from torch's generators
                 accelerator.backward(model(**inputs).logits.float().sum())
             fits = True
         except RuntimeError as error:
-            if not should_reduce_batch_size(error):
+            if not is_out_of_memory(error):
                 raise
             fits = False
         model.zero_grad()
@@ -272,16 +293,26 @@ def largest_micro_batch(accelerator, model, packer, examples, size):
         size = math.ceil(size / 2)
 
 
+def fork_generators(device):
+    """Return a context that leaves torch's random generators, of the CPU and of a device, as they were."""
+    if device.type == "cpu":
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng(devices=[device], device_type=device.type)
+
+
 # ----------------------------------------------------------------------------------------------- checks of a dry run
 
 
 def peak_memory(device):
     """Return the peak memory in bytes: of the process on a CPU, of its tensors on another device."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
-    import resource  # Windows has none
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated(device)
+    memory = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):  # Windows, which has no resource
+        return memory.peak_wset
+    import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 

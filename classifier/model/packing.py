@@ -185,7 +185,7 @@ def packed_attention(packed, query, key, value, scaling, window=None, bias=None,
             mask = None if mask is None else mask.flatten(0, 1)
             output = ExplicitAttention.apply(*inputs, added, mask, scaling, scale)
         outputs.append(output.reshape(-1, size))  # a kernel of SDPA on CUDA returns heads and positions transposed
-    return GatherRows.apply(torch.cat(outputs), back, gather, padding).view(-1, heads, size)
+    return GatherRows.apply(torch.cat(outputs), back, gather, padding).reshape(-1, heads, size)
 
 
 def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **options):

@@ -122,8 +122,9 @@ def save(folder, accelerator, state, model, optimizer, scheduler, keep):
     """
     state.num_processes = accelerator.num_processes
     generators = {"cpu": torch.get_rng_state()}
-    if accelerator.device.type == "cuda":
-        generators["cuda"] = torch.cuda.get_rng_state(accelerator.device)
+    if accelerator.device.type != "cpu":
+        module = torch.get_device_module(accelerator.device)
+        generators[accelerator.device.type] = module.get_rng_state(accelerator.device)
     everywhere = gather_object([generators])
     is_saved = [True]
     if accelerator.is_main_process:
@@ -310,8 +311,9 @@ def load(path, accelerator, state, model, optimizer, scheduler):
     rank, generators = accelerator.process_index, dict(read_tensors(path / "generators.safetensors"))
     if f"{rank}.cpu" in generators:
         torch.set_rng_state(generators[f"{rank}.cpu"])
-    if f"{rank}.cuda" in generators and accelerator.device.type == "cuda":
-        torch.cuda.set_rng_state(generators[f"{rank}.cuda"], accelerator.device)
+    device = accelerator.device
+    if device.type != "cpu" and f"{rank}.{device.type}" in generators:
+        torch.get_device_module(device).set_rng_state(generators[f"{rank}.{device.type}"], device)
     log.info(f"resuming after step {state.step}: {path}")
     if state.num_processes != accelerator.num_processes:
         log.info(

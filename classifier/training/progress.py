@@ -35,7 +35,7 @@ class Progress:
         self.recent = []  # steps since the last sync: (step, ids, gradient norm, [(micro-batch, its losses)])
         self.grad_norm = math.nan
         self.intervals = []  # (seconds, tokens with padding)
-        self.last_line = self.last_sync = time.monotonic()
+        self.last_line = self.last_sync = time.perf_counter()
         self.started = self.last_sync - state.train_seconds - state.evaluation_seconds - state.save_seconds
         if accelerator.is_main_process and self.lines.exists():
             self._cut_back()
@@ -74,7 +74,7 @@ class Progress:
         sums, broken = np.zeros((len(self.recent), 4)), []
         for step_sums, (step, ids, grad_norm, step_losses) in zip(sums, self.recent, strict=True):
             for micro_batch, losses in step_losses:
-                losses = losses.double().numpy(force=True)
+                losses = losses.detach().cpu().double().numpy()  # in this order: Apple's GPUs have no float64
                 step_sums += [losses.sum(), micro_batch["examples"], micro_batch["tokens"], micro_batch["positions"]]
                 is_broken = ~np.isfinite(losses)
                 if is_broken.any():
@@ -103,8 +103,8 @@ class Progress:
 
     def _seconds(self):
         """Return the seconds since the last call."""
-        now = time.monotonic()
-        seconds, self.last_sync = now - self.last_sync, now
+        now = time.perf_counter()
+        seconds, self.last_sync = max(now - self.last_sync, 1e-9), now
         return seconds
 
     @contextmanager
@@ -131,7 +131,7 @@ class Progress:
             "examples_per_second": round(examples_per_second, 2),
         }
         self._log("train", step, values, "train", values)
-        epoch, now = step / self.steps_per_epoch, time.monotonic()
+        epoch, now = step / self.steps_per_epoch, time.perf_counter()
         rate = f"lr {state.learning_rate:.2e}"
         self.bar.set_postfix_str(f"epoch {epoch:.2f}, loss {loss:.4f}, {rate}", refresh=False)
         self.bar.update(step - self.bar.n)
@@ -152,7 +152,7 @@ class Progress:
             loss, scores = evaluation["loss"], evaluation["scores"]
             name = "train_sample" if split == "train" else split  # "train" is the loss of the steps
             values = {"split": split, "loss": loss, "scores": scores, "train_loss": loss_sum / examples}
-            seconds = time.monotonic() - self.started  # since the run began, without pauses between its starts
+            seconds = time.perf_counter() - self.started  # since the run began, without pauses between its starts
             values["seconds"] = round(seconds, 2)
             self._log("eval", step, values, name, {"loss": loss, **scores})
             log.info(

@@ -10,7 +10,6 @@ import tempfile
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from accelerate.utils.memory import should_reduce_batch_size
 from safetensors.numpy import save
 
 from classifier.data.tasks import save_task
@@ -29,7 +28,7 @@ from classifier.files import (
     write_text,
 )
 from classifier.messages import BadInput, Preempted, RunFailed, in_red, log
-from classifier.processes import on_main_process
+from classifier.processes import is_out_of_memory, on_main_process
 from classifier.training.lock import locked
 
 PREDICTIONS = "validation_predictions.safetensors"  # {step: predictions}, of every evaluation
@@ -100,20 +99,20 @@ def hold(folder, accelerator, state):
             raise
         except BaseException as error:
             size, half = state.micro_batch_size, -(-state.micro_batch_size // 2)
-            is_out_of_memory = size and (isinstance(error, MemoryError) or should_reduce_batch_size(error))
+            ran_out = size and is_out_of_memory(error)
             is_disk_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
             message = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{error}" or type(error).__name__
-            if is_out_of_memory:
+            if ran_out:
                 advice = f"The same command resumes with micro-batches of {half}, which give the same numbers."
                 if size == 1:
                     advice = "Try --gradient_checkpointing, a smaller --max_length or model."
                 message = f"out of memory with {size} examples at a time\n{advice}"
             if is_disk_full:
                 message = f"{error.filename or folder}: {error.strerror}\nMake room; the same command resumes."
-            changes = {"micro_batch_size": half} if is_out_of_memory else {}
+            changes = {"micro_batch_size": half} if ran_out else {}
             with suppress(OSError):  # a full disk may refuse even this
                 record_end(folder, "failed", message.partition("\n")[0], **changes)
-            if is_out_of_memory or is_disk_full:
+            if ran_out or is_disk_full:
                 raise RunFailed(message) from None
             raise
 

@@ -144,7 +144,7 @@ def test_lines_that_cannot_be_cut_back_are_told_in_two_lines(tmp_path, progress_
 
 def test_time_without_training_is_left_out(progress_in, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("classifier.training.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("classifier.training.progress.time.perf_counter", lambda: now[0])
     progress = progress_in()
     take_steps(progress, 1, 4, [1.0] * 4)
     now[0] += 3
