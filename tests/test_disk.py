@@ -151,7 +151,7 @@ def test_a_disk_for_no_checkpoint_at_all_is_said_in_the_end(review_task, disk, w
     assert err.count("\n") == 2 and "train.py: error: no model could be saved" in err
     assert "the same command" in err
     (place,) = re.findall(r"The model of the last step is in ([^ ]+)\. ", err)
-    assert (Path(place) / "model.safetensors").is_file() and Path(place).parent == review_task.parent
+    assert {"model.safetensors", "config.json", "tokenizer.json", "task.json"} <= set(names(Path(place)))
     assert state_of(folder / "run")["status"] == "failed"
     subprocess.run(["mount", "-o", "remount,size=4000k", folder], check=True)
     assert train(review_task, folder)[0] == 0
@@ -252,6 +252,24 @@ def test_a_full_disk_at_the_model_is_told_and_the_same_command_finishes(review_t
     code, log, err = train(review_task, folder)
     assert (code, err) == (0, "") and "resuming after step 25" in log
     assert outcome(folder / "run") == whole
+
+
+REPORT_FAILS = """
+from classifier.evaluation import page
+def fail(*arguments):
+    raise {error}
+page.{function} = fail
+"""
+
+
+@pytest.mark.slow(after=1)
+@pytest.mark.parametrize("function", ["write_text", "draw_curves", "save_png"])
+def test_a_report_that_fails_does_not_cost_the_model(review_task, tmp_path, whole, function):
+    error = 'ValueError("a bug of the drawing")' if function == "draw_curves" else 'PermissionError(13, "is open")'
+    code, log, err = train(review_task, tmp_path, change=REPORT_FAILS.format(function=function, error=error))
+    assert (code, err) == (0, "") and outcome(tmp_path / "run") == whole
+    assert "report.html could not be written (" in log and f"evaluate.py --model {tmp_path}/run" in log
+    assert state_of(tmp_path / "run")["status"] == "done"
 
 
 # ------------------------------------------------------------------------------------------ what cannot be written

@@ -7,10 +7,12 @@ there, since only calls from Python are seen; one that fails here fails there.
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT
 from other_systems.make_inputs import make_inputs
 from test_preemption import ended, start, state_of
 
@@ -32,12 +34,13 @@ def train_on(system, folder, *flags, **environment):
 
 
 def run_on(system, folder, script, *arguments):
-    """Run a script on an emulated system; return its CompletedProcess."""
-    environment = {"EMULATE": system, "PYTHONPATH": str(EMULATION), "OMP_NUM_THREADS": "1"}
-    done = run_script(script, *arguments, cwd=folder, environment=environment)
-    printed = done.stdout + done.stderr
+    """Run a script on an emulated system, to a good end."""
+    environment = {**os.environ, "EMULATE": system, "PYTHONPATH": str(EMULATION), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    # What is printed may be in the code page of Windows.
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=300)
+    printed = (done.stdout + done.stderr).decode("utf-8", "replace")
     assert done.returncode == 0 and "Logging error" not in printed and "could not be saved" not in printed, printed
-    return done
 
 
 def assert_complete(run):

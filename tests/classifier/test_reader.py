@@ -361,6 +361,13 @@ def test_an_unknown_suffix(tmp_path, name):
     assert all(end in error.advice for end in (".csv", ".tsv", ".jsonl", ".json ", ".gz", ".parquet", ".zip::"))
 
 
+@pytest.mark.parametrize("inside", ["folder/a.csv", "folder\\a.csv"])
+@pytest.mark.parametrize("typed", ["folder/a.csv", "folder\\a.csv"])
+def test_a_member_is_found_with_slashes_of_either_kind(tmp_path, inside, typed):
+    put(tmp_path / "a.zip", archive({inside: "text,label\nfine,1\n"}))
+    assert [row for _, row in read_rows(f"{tmp_path}/a.zip::{typed}")] == [{"text": "fine", "label": "1"}]
+
+
 def test_a_missing_member_of_an_archive(tmp_path):
     put(tmp_path / "a.zip", archive({"folder/": "", "folder/train.tsv": "text\na\n", "other.csv": "text\na\n"}))
     error = refusal(f"{tmp_path}/a.zip::folder/trian.tsv")

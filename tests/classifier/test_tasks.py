@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -576,3 +577,10 @@ def test_label_columns_are_labels_of_their_own(tmp_path):
 def test_label_columns_that_do_not_fit(flags, reason):
     files = () if "--task" in flags else ("--train_file", "a.csv")
     assert reason in refusal(tasks.task_from_args, arguments(*files, *flags)).reason
+
+
+def test_the_member_of_an_archive_is_no_part_of_its_path(tmp_path, monkeypatch):
+    """abspath of Windows turns every slash."""
+    monkeypatch.setattr(os.path, "abspath", lambda path: f"C:/{path}".replace("/", "\\"))
+    assert tasks._absolute(Path("data"), "a.zip::in/a.csv") == r"C:\data\a.zip::in/a.csv"
+    assert tasks._absolute(Path("data"), "in/a.csv") == r"C:\data\in\a.csv"
