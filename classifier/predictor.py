@@ -160,9 +160,8 @@ def _load_exported(file, batch_size, threads):
         tokenizer = _Tokenizer(folder / "tokenizer.json", columns)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         pad_token_id, padding_side = config.get("pad_token_id") or 0, config.get("padding_side", "right")
-        names = folder / "tokenizer_config.json"
-        mask_token = json.loads(names.read_text(encoding="utf-8")).get("mask_token") if names.is_file() else None
-        rows, largest = config.get("vocab_size"), largest_id(tokenizer.backend.get_vocab(), mask_token)
+        special = {token.content for token in tokenizer.backend.get_added_tokens_decoder().values() if token.special}
+        rows, largest = config.get("vocab_size"), largest_id(tokenizer.backend.get_vocab(), special, [pad_token_id])
     except Exception as error:  # onnxruntime and tokenizers raise types of their own
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise BadInput(f"{file}: cannot be loaded ({reason})", "Export again, or copy the folder again.") from None

@@ -101,8 +101,10 @@ def corrected_scores(task, candidates, labels, chosen):
 
 
 def _within_limits(name, score, excess):
+    """Return a score less its excess, which is never negative, in mse never positive: choosing makes no score worse."""
     if score is None or not np.isfinite(excess):
         return None
+    excess = min(excess, 0) if DIRECTION[name] == "min" else max(excess, 0)
     low, high = (0, np.inf) if name == "mse" else (-1 if name in intervals.CORRELATIONS else 0, 1)
     return float(np.clip(score - excess, low, high))
 

@@ -129,7 +129,11 @@ def _check_tokenizer(name, model, tokenizer, facts):
         raise BadInput(f"{name}: its tokenizer has no padding token, and no end token to take its place", advice)
     rows = embedding_rows(model)
     # Not len(tokenizer): ids may have gaps. This takes 0.02 s for 30,000 tokens, 0.2 s for 250,000.
-    if rows is None or (largest := largest_id(tokenizer.get_vocab(), tokenizer.mask_token)) < rows:
+    if rows is None:
+        return
+    pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    used = [pad_token_id, *tokenizer("a")["input_ids"]]
+    if (largest := largest_id(tokenizer.get_vocab(), set(tokenizer.all_special_tokens), used)) < rows:
         return
     if isinstance(name, dict):
         reason = f"{name['vocab']}: has token ids up to {largest}, but vocab_size of `model` is {rows}"

@@ -84,20 +84,21 @@ def embedding_rows(model):
         return None
 
 
-def largest_id(vocabulary, mask_token):
-    """Return the largest id of a vocabulary, {token: id}, that texts are expected to hold.
+def largest_id(vocabulary, special_tokens, used=()):
+    """Return the largest id of a vocabulary, {token: id}, that inputs are expected to hold. used: ids that they do.
 
-    The mask token is none of them: facebook/bart-large-cnn, for one, was published without an embedding for it.
+    A special token that no input gets is none of them: a mask token is often published without an embedding, and
+    transformers adds <|endoftext|> to any tokenizer of a Qwen2.
     """
-    return max(number for token, number in vocabulary.items() if token != mask_token)
+    return max(*used, 0, *(number for token, number in vocabulary.items() if token not in special_tokens))
 
 
 def check_ids(largest, rows):
-    """Raise BadInput for texts that hold a mask token without an embedding. rows: see embedding_rows."""
+    """Raise BadInput for texts that hold a special token without an embedding. rows: see embedding_rows."""
     if rows is not None and largest >= rows:
         raise BadInput(
             f"a text holds the token id {largest}, but the model has embeddings for the ids 0 to {rows - 1} only",
-            "Remove the tokenizer's mask token from the texts: this model was published without an embedding for it.",
+            "Remove the tokenizer's special tokens, such as a mask, from the texts: the model cannot read them all.",
         )
 
 
