@@ -38,6 +38,7 @@ from classifier.messages import (
     escape,
     format_duration,
     in_red,
+    list_names,
     location,
     log,
     nearest,
@@ -92,7 +93,7 @@ def read_rows_to_label(path, task, columns, args, bad_rows):
             absent = next((column for column in task.text if column not in row), None)
             if absent and is_first:
                 reason = f'{location(path, line)}: the column "{absent}" is not there{nearest(absent, row)}'
-                raise BadInput(reason, f"Columns: {', '.join(row)}.")
+                raise BadInput(reason, f"Columns: {list_names(row)}.")
             is_first = False
             if clash := next((column for column in columns if column in row), None):
                 reason = f'{location(path, line)}: there is a column "{clash}" already'

@@ -1,11 +1,14 @@
 """The log, errors of two lines, and numbers formatted as text."""
 
 import logging
-import unicodedata
+import re
 from difflib import get_close_matches
 
 log = logging.getLogger("classifier")
 MOST_NAMES, LONGEST_NAME = 10, 40  # in a line; characters
+# What breaks or reorders a line, or cannot be written as UTF-8: control characters, line and paragraph separators,
+# marks of the writing direction, halves of surrogate pairs. Others that do not show, as inside an emoji, stay.
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class Preempted(KeyboardInterrupt):
@@ -51,19 +54,18 @@ def _one_line(text):
 def nearest(name, names):
     """Return ` (did you mean "x"?)` for the closest match among `names`, or an empty string."""
     matches = get_close_matches(str(name), [str(known) for known in names], n=1)
-    return f' (did you mean "{matches[0]}"?)' if matches else ""
+    return f' (did you mean "{escape(matches[0])}"?)' if matches else ""
 
 
 def escape(name):
     """Return a name with its line breaks and other control characters as escapes, so that it stays on its line."""
-    is_control = {character: unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in set(name)}
-    return "".join(repr(character)[1:-1] if is_control[character] else character for character in name)
+    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), name)
 
 
-def format_name(name):
-    """Return the name of a class or a column as messages show it: on one line, and shortened."""
+def format_name(name, limit=LONGEST_NAME):
+    """Return the name of a class or a column, or a value, as messages show it: on one line, and shortened."""
     name = escape(str(name))
-    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 3]}..."
+    return name if len(name) <= limit else f"{name[: limit - 3]}..."
 
 
 def join_some(words):

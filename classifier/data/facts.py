@@ -3,7 +3,7 @@
 import numpy as np
 
 from classifier.data.cache import arrow_column, column_array
-from classifier.messages import MOST_NAMES, escape, format_name, join_some, log
+from classifier.messages import MOST_NAMES, format_name, join_some, log
 
 FEW_ROWS = 16  # rows of a class; below this, few-shot methods are likely better than fine-tuning
 
@@ -108,18 +108,22 @@ def log_data_facts(task, splits, examples, tokenizer, padding):
 
 def _format_split(task, facts):
     """Return the facts of one split as a line of the log."""
-    rows, tokens, labels = facts["rows"], facts["tokens"], list(facts["labels"].items())
+    rows, tokens, labels = facts["rows"], facts["tokens"], facts["labels"]
     if task.is_regression:
-        text = ", ".join(f"{name} {value:.2f}" for name, value in labels)
+        text = ", ".join(f"{name} {value:.2f}" for name, value in labels.items())
     else:
-        if len(labels) > MOST_NAMES:
-            labels.sort(key=lambda label: -label[1])
-        text = join_some(f"{format_name(label)} {number:,} ({number / rows:.1%})" for label, number in labels)
+        counts = largest_first(labels).items()
+        text = join_some(f"{format_name(label)} {number:,} ({number / rows:.1%})" for label, number in counts)
     return (
         f"{rows:,} rows | labels: {text} | tokens: median {tokens['median']:.0f}, 95 % up to {tokens['p95']:.0f}, "
         f"longest {tokens['longest']}; {facts['truncated']:.1%} of texts truncated, {facts['unknown']:.2%} of tokens "
         f"unknown, {facts['tokens_per_character']:.2f} tokens per character"
     )
+
+
+def largest_first(counts):
+    """Return {label name: rows} with the largest classes first where not all are listed, else as it is."""
+    return counts if len(counts) <= MOST_NAMES else dict(sorted(counts.items(), key=lambda item: -item[1]))
 
 
 def _data_warnings(task, splits, facts):
@@ -137,7 +141,7 @@ def _data_warnings(task, splits, facts):
     elif train_facts["unknown"] > 0.01:
         yield f"{train_facts['unknown']:.1%} of the tokens are unknown to the tokenizer: is this the right model?"
     if all_variants := facts["label_variants"]:
-        names = join_some(" and ".join(repr(escape(name)) for name in variants) for variants in all_variants)
+        names = join_some(" and ".join(format_name(repr(name)) for name in variants) for variants in all_variants)
         yield f"labels that differ only in case or whitespace: {names}; each is its own class"
     for name, split_facts in facts["splits"].items():
         conflicting = split_facts["conflicts"]
@@ -155,7 +159,8 @@ def _data_warnings(task, splits, facts):
 def small_classes_warning(task, counts):
     """Return a warning about classes with few rows in train, or None. counts: those of label_counts."""
     counts = {} if task.is_regression else counts
-    small = [f"{format_name(name)} ({rows})" for name, rows in counts.items() if rows < FEW_ROWS]
+    smallest = sorted(counts.items(), key=lambda item: item[1])
+    small = [f"{format_name(name)} ({rows})" for name, rows in smallest if rows < FEW_ROWS]
     if small:
         return (
             f"classes with fewer than {FEW_ROWS} rows in train: {join_some(small)}; "

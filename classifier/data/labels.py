@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from classifier.messages import BadInput, join_some, list_names, log, nearest
+from classifier.messages import BadInput, format_name, join_some, list_names, log, nearest
 
 UNLABELLED = -1  # the label id of an example without a label (the Hub's GLUE test sets); NaN in regression
 
@@ -129,7 +129,7 @@ def with_label_names(task, sources):
     numbers = [name for name in names if is_whole(name)]
     others = [name for name in names if not is_whole(name)]
     if numbers and others and not task.is_multi_label:
-        number, word = (f"{name}: {first_location(name)}" for name in (numbers[0], others[0]))
+        number, word = (f"{format_name(name)}: {first_location(name)}" for name in (numbers[0], others[0]))
         raise BadInput(
             f'{source.origin}: the label column "{task.label}" mixes numbers ({number}) and names ({word})',
             "Write all labels as names or all as numbers, or list them in a YAML: labels: [...].",
@@ -246,7 +246,8 @@ def with_label_ids(task, split, source, multi_hot=False):
     first = np.flatnonzero(unknown)[:1] if unknown.any() else bad[:1]
     for position in (bad if skips else first).tolist():
         row = rows[position]
-        value = f"{row['label']!r}, no label" if unknown[position] else "no label"
+        quoted = repr(row["label"]) if skips else format_name(repr(row["label"]), 100)  # bad_rows.csv has room for all
+        value = f"{quoted}, no label" if unknown[position] else "no label"
         problem = f'column "{label_columns(task)[0]}" holds {value}'
         if skips:
             source.bad_rows.append([row["row"], problem])

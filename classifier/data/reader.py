@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
-from classifier.messages import BadInput, BadRow, NoRows, location, nearest
+from classifier.messages import BadInput, BadRow, NoRows, list_names, location, nearest
 
 # Characters in a field. Python's default limit of 131,072 is too low for documents; without a limit, one unclosed quote
 # turns the rest of the file into a single field.
@@ -155,7 +155,7 @@ def open_bytes(path):
             if member.replace("\\", "/") not in members:
                 names = [name for name in members if not name.endswith("/")]
                 raise BadInput(
-                    f"{archive}: has no member {member}{nearest(member, names)}", f"Members: {', '.join(names[:20])}."
+                    f"{archive}: has no member {member}{nearest(member, names)}", f"Members: {list_names(names)}."
                 )
             try:
                 raw = files.open(members[member.replace("\\", "/")])

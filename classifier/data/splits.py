@@ -12,7 +12,7 @@ from classifier.data.labels import is_multi_hot, label_columns, row_labels, with
 from classifier.data.reader import check_file, read_rows, table_format
 from classifier.data.tasks import SPLIT_NAMES, is_url
 from classifier.files import digest, sha256, write_json
-from classifier.messages import BadInput, BadRow, location, log, nearest
+from classifier.messages import BadInput, BadRow, list_names, location, log, nearest
 
 # -------------------------------------------------------------------------------------------------------------- splits
 
@@ -164,7 +164,7 @@ def _missing_column(column, row, task):
     option = "--group_column" if column == task.split.get("group") else "--text_columns"
     if column in label_columns(task):
         option = "--label_column" if column == task.label else "--label_columns"
-    advice = f"Columns: {', '.join(row)}. Name the right one with {option}."
+    advice = f"Columns: {list_names(row)}. Name the right one with {option}."
     return f'no column "{column}"{nearest(column, row)}', advice
 
 
@@ -175,7 +175,7 @@ def _only_text_column(row, task, origin):
         return "text"
     columns = [name for name, value in row.items() if name not in others and isinstance(value, str)]
     if len(columns) != 1:
-        reason = f"{origin}: cannot tell the text column among: {', '.join(columns) or 'none'}"
+        reason = f"{origin}: cannot tell the text column among: {list_names(columns) or 'none'}"
         advice = "Name it with --text_columns COLUMN, or two for sentence pairs: --text_columns FIRST,SECOND."
         raise BadInput(reason, advice)
     return columns[0]
@@ -189,7 +189,7 @@ def read_column(task, name, rows, column):
         table = table[hub_name if hub_name in table else "train"]  # a made split consists of rows of train
         if column not in table.column_names:
             reason = f'{task.dataset["path"]}: has no column "{column}"{nearest(column, table.column_names)}'
-            raise BadInput(reason, f"Columns: {', '.join(table.column_names)}.")
+            raise BadInput(reason, f"Columns: {list_names(table.column_names)}.")
         return [str(value) for value in table.select(rows["row"])[column]]
     file = task.files[name if name in task.files else "train"]
     path = cache.download_file(file, refresh=False) if is_url(file) else file
@@ -197,7 +197,7 @@ def read_column(task, name, rows, column):
     for line, row in read_rows(path, **_read_options(task), on_bad_row="skip"):
         if column not in row:
             reason = f'{location(file, line)}: has no column "{column}"{nearest(column, row)}'
-            raise BadInput(reason, f"Columns: {', '.join(row)}.")
+            raise BadInput(reason, f"Columns: {list_names(row)}.")
         values[line] = str(row[column])
     return [values[line] for line in rows["row"]]
 

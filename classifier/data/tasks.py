@@ -11,7 +11,7 @@ from typing import get_args
 import yaml
 
 from classifier.files import read_json, write_json
-from classifier.messages import BadInput, list_names, nearest
+from classifier.messages import MOST_NAMES, BadInput, format_name, join_some, list_names, nearest
 
 DATA_FOLDER = Path(__file__).resolve().parents[2] / "data"
 SPLIT_NAMES = ("train", "validation", "test")
@@ -163,7 +163,10 @@ def _label_names(labels, path):
             raise BadInput(f'{path}: the label {name!r} in "labels" is not a name', "Put each name in quotes.")
     names = [str(name) for name in labels]
     if len(names) < 2 or len(set(names)) < len(names):
-        raise BadInput(f'{path}: "labels" is {names}', "Write two or more names, each of them once.")
+        if len(names) > MOST_NAMES:  # not all are shown: those that stand there twice come first
+            names = sorted(names, key=lambda name: names.count(name) == 1)
+        listed = join_some(format_name(repr(name)) for name in names)
+        raise BadInput(f'{path}: "labels" is [{listed}]', "Write two or more names, each of them once.")
     return names
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from classifier.data.reader import table_format
 from classifier.files import atomic_file
-from classifier.messages import BadInput
+from classifier.messages import BadInput, list_names
 
 KINDS = ("csv", "tsv", "jsonl", "parquet")
 ROWS_PER_GROUP = 10_000  # in Parquet
@@ -129,7 +129,7 @@ def row_writer(stream, kind):
             rows = [header, row.values()]
         elif list(row) != header:
             if row.keys() != set(header):
-                reason = f"the rows have different columns: {', '.join(row)}; {', '.join(header)}"
+                reason = f"the rows have different columns: {list_names(row)}; {list_names(header)}"
                 raise BadInput(reason, "Name the output .jsonl.")
             rows = [[row[column] for column in header]]
         for fields in rows:

@@ -201,7 +201,7 @@ def _parse_prediction(task, text, path, line):
         return task.labels.index(text)
     except ValueError:
         allowed = "a number" if task.is_regression else list_names(task.labels)
-        reason = f"{path}, line {line}: {text!r} is not a prediction of this task"
+        reason = f"{path}, line {line}: {format_name(repr(text), 100)} is not a prediction of this task"
         raise BadInput(reason, f"Allowed: {allowed}.") from None
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from classifier.data.labels import format_label, prediction_rows
 from classifier.evaluation.analysis import largest_classes, most_confused
 from classifier.files import safe_name, temporary_file, write_text
-from classifier.messages import escape, format_name, format_score, list_names
+from classifier.messages import MOST_NAMES, escape, format_name, format_score, list_names
 
 # ---------------------------------------------------------------------------------------------------------- the page
 
@@ -56,7 +56,7 @@ def write_page(folder, task, headline, evaluations, lines=(), tables=None):
         curves=curves,
         epochs=epochs,
         tables=tables or {},
-        most_names=MOST_NAMES,
+        most_in_confusion=MOST_IN_CONFUSION,
         **headline,
     )
     write_text(Path(folder) / "report.html", page)
@@ -81,8 +81,19 @@ def mistake_rows(task, rows, logits, numbers, losses):
 
 def _format_value(value):
     if isinstance(value, (dict, list)):
-        return json.dumps(value, ensure_ascii=False)
-    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+        return json.dumps(_abridge(value), ensure_ascii=False)
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else escape(str(value))
+
+
+def _abridge(value):
+    """Return a JSON value in which lists and mappings end after ten entries, with how many more there are."""
+    if not isinstance(value, (dict, list)):
+        return value
+    more = [f"and {len(value) - MOST_NAMES:,} more"] if len(value) > MOST_NAMES else []
+    if isinstance(value, list):
+        return [*map(_abridge, value[:MOST_NAMES]), *more]
+    entries = [(format_name(key), _abridge(entry)) for key, entry in list(value.items())[:MOST_NAMES]]
+    return dict(entries) | dict.fromkeys(more, "")
 
 
 # ------------------------------------------------------------------------------------------------------- its pictures
@@ -90,7 +101,7 @@ def _format_value(value):
 INK = "#1a1b1c"  # of text and axes; on the page it becomes the colour of the surrounding text
 BLUE, ORANGE = "#3b7dd8", "#e07b39"  # distinguishable with any colour vision, on white and on black
 FONTS = ["DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "SimHei", "PingFang SC"]
-MOST_NAMES, MOST_NUMBERS = 40, 20  # most classes for which a confusion matrix shows names, and counts
+MOST_IN_CONFUSION, MOST_NUMBERS = 40, 21  # most classes that a confusion matrix shows, and with counts
 
 
 @contextmanager
@@ -145,25 +156,42 @@ def draw_curves(lines, metric, majority):
 
 
 def draw_confusion(matrix, names):
-    """Draw how often each label is predicted as each: fractions of the label's row, with the counts where they fit."""
+    """Draw how often each label is predicted as each: fractions of the label's row, with the counts where they fit.
+
+    Of many labels, the 20 with most errors have a row and a column each, and all others share one.
+    """
+    matrix, names = _abridge_confusion(matrix, names)
     with _style():
         counts, size = np.array(matrix), len(names)
         fractions = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-        side = min(2.2 + 0.45 * min(size, MOST_NAMES), 11)
+        side = min(2.2 + 0.45 * size, 11)
         figure, (axes,) = _new_figure(side + 1, side)
         axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
         axes.set(xlabel="predicted", ylabel="label")
         axes.spines[:].set_visible(False)
-        if size <= MOST_NAMES:
-            short = [name if len(name) <= 20 else f"{name[:19]}…" for name in map(escape, names)]
-            rotation, place = (45, "right") if size > 3 else (0, "center")
-            axes.set_xticks(range(size), short, rotation=rotation, ha=place, parse_math=False)  # "$5" is no formula
-            axes.set_yticks(range(size), short, parse_math=False)
+        short = [name if len(name) <= 20 else f"{name[:19]}…" for name in map(escape, names)]
+        rotation, place = (45, "right") if size > 3 else (0, "center")
+        axes.set_xticks(range(size), short, rotation=rotation, ha=place, parse_math=False)  # "$5" is no formula
+        axes.set_yticks(range(size), short, parse_math=False)
         if size <= MOST_NUMBERS:
             for (row, column), fraction in np.ndenumerate(fractions):
                 colour = "#ffffff" if fraction > 0.5 else "#111111"  # not the page's: the cell is the background
                 axes.text(column, row, counts[row, column], ha="center", va="center", color=colour)
         return figure
+
+
+def _abridge_confusion(matrix, names):
+    """Return (matrix, names): of more than 40 classes the 20 with most errors, in order, and the sum of the others."""
+    if len(names) <= MOST_IN_CONFUSION:
+        return matrix, names
+    counts, number = np.array(matrix), MOST_NUMBERS - 1
+    errors = counts.sum(axis=0) + counts.sum(axis=1) - 2 * counts.diagonal()
+    shown = np.sort(np.argsort(-errors, kind="stable")[:number])
+    groups = np.full(len(names), number)  # the row that each class is counted in
+    groups[shown] = range(number)
+    sums = np.zeros((number + 1, number + 1), dtype=counts.dtype)
+    np.add.at(sums, (groups[:, None], groups), counts)
+    return sums, [*(names[position] for position in shown), f"{len(names) - number:,} others"]
 
 
 def draw_calibration(calibration):

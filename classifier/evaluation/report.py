@@ -2,20 +2,22 @@
 
 import json
 import platform
+import re
 from importlib.metadata import version
 
 import torch
 
 from classifier.data.cache import column_array
+from classifier.data.facts import largest_first
 from classifier.evaluation import analysis, intervals, metrics, selection
 from classifier.messages import (
+    MOST_NAMES,
     format_duration,
     format_name,
     format_score,
     format_scores,
     in_red,
     join_some,
-    list_names,
     log,
 )
 
@@ -204,7 +206,7 @@ def collapse_warning(task, split, evaluation):
     if constant is not None:
         symptom = f"ON {split.upper()} THE MODEL MAKES THE SAME PREDICTION FOR EVERY EXAMPLE"
         if not task.is_multi_label:
-            symptom += f": {constant if task.is_regression else task.labels[constant]!r}"
+            symptom += f": {constant if task.is_regression else format_name(repr(task.labels[constant]))}"
     elif majority is not None and not metrics.is_better(metric, score, majority):
         scores = f"{metric} {format_score(score)}; majority class {format_score(majority)}"
         symptom = f"ON {split.upper()} THE MODEL IS NO BETTER THAN THE MAJORITY CLASS ({scores})"
@@ -344,7 +346,18 @@ def _card_metadata(task, results):
 def _format_output(task):
     if task.is_regression:
         return "a number"
-    return ("any number of " if task.is_multi_label else "one of ") + list_names(task.labels)
+    number = "any number of" if task.is_multi_label else "one of"
+    return f"{number} {join_some(map(_card_name, task.labels))}{_where_all_are(task, 'config.json')}"
+
+
+def _card_name(name):
+    """Return the name of a class as text of the card, in which no character is a mark of Markdown or HTML."""
+    # An underscore inside a word is none: it stays as users know it.
+    return re.sub(r"[\\`*\[\]<>|&~$]|(?<!\w)_|_(?!\w)", r"\\\g<0>", format_name(name))
+
+
+def _where_all_are(task, file):
+    return f" (`{file}` has all)" if len(task.labels) > MOST_NAMES else ""
 
 
 def _format_score_rows(results):
@@ -371,7 +384,8 @@ def _format_limits(task, data):
     if task.is_regression:
         lines.append("It predicts a number for any text, also for texts unlike its training data.")
     else:
-        counts = join_some(f"{format_name(label)} {number:,}" for label, number in train["labels"].items())
+        counts = largest_first(train["labels"]).items()
+        counts = join_some(f"{_card_name(label)} {number:,}" for label, number in counts)
         lines.append(
             "It chooses among these labels for any text, also for texts unlike its training data. "
             f"Training examples per label: {counts}."
@@ -385,7 +399,8 @@ def _format_limits(task, data):
         lines.append(f"{train['unknown']:.1%} of its training tokens are not in its vocabulary.")
     if task.is_multi_label:
         pairs = zip(task.labels, task.thresholds, strict=True)
-        thresholds = join_some(f"{format_name(label)} {value:.2f}" for label, value in pairs)
+        thresholds = join_some(f"{_card_name(label)} {value:.2f}" for label, value in pairs)
+        thresholds += _where_all_are(task, "task.json")
         lines.append(f"Each label has its own decision threshold, which transformers' pipeline ignores: {thresholds}.")
     lines.append("The scores apply to texts like those of the splits above; the intervals show how precise they are.")
     return "\n".join(f"- {line}" for line in lines)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from classifier.data.cache import hub_commit, note_loaded, unreachable_hub, was_loaded
 from classifier.files import read_json
-from classifier.messages import BadInput, list_names, log, nearest
+from classifier.messages import MOST_NAMES, BadInput, list_names, log, nearest
 from classifier.model.load_errors import find_foreign_layout, format_error, list_files, load_error, tokenizer_advice
 from classifier.model.tokenization import embedding_rows, largest_id
 
@@ -199,14 +199,20 @@ def with_head_labels(model, facts, task):
         task.is_regression or task.labels is None or sorted(task.labels) == sorted(names)
     ):
         raise BadInput(
-            f"{name}: its head is for {'a number' if head_is_regression else list_names(names)}"
+            f"{name}: its head is for {'a number' if head_is_regression else _list_labels(names, task.labels)}"
             f"{' (any number of them)' if head_is_multi_label else ''}; the labels of the task {task.name} are "
-            f"{list_names(task.labels) if isinstance(task.labels, list) else task.labels}"
+            f"{_list_labels(task.labels, names) if isinstance(task.labels, list) else task.labels}"
             f"{' (any number of them)' if task.is_multi_label else ''}",
             f"Use data with its labels, or fine-tune it first: train.py --model {name}"
             + " Or write the names of its labels into id2label of its config.json." * (names == _unnamed(len(names))),
         )
     return task if task.is_regression else replace(task, labels=names)
+
+
+def _list_labels(names, others):
+    """Return names of labels as text; where not all are listed, those that `others` lack come first."""
+    known = set(others) if isinstance(others, list) and len(names) > MOST_NAMES else ()
+    return list_names(sorted(names, key=lambda name: name in known))
 
 
 def _unnamed(number):

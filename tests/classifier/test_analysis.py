@@ -198,6 +198,15 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path, row, message):
     assert message in refused.value.reason
 
 
+def test_a_refusal_names_ten_of_many_classes(tmp_path):
+    many = Task("many", text=["text"], labels=[f"class {number}" for number in range(300)], metrics=["accuracy"])
+    file = write_rows(tmp_path / "a.csv", [{"text": "a", "predicted_label": "line\nbreak" + "x" * 5000}])
+    with pytest.raises(BadInput) as refused:
+        analysis.read_predictions(file, many, Dataset.from_dict({"text": ["a"]}))
+    assert "'line\\nbreakxxx" in refused.value.reason and len(refused.value.reason) < 300
+    assert refused.value.advice.endswith("class 9 and 290 more.")
+
+
 def compare_at_random(other_is_right, rows=500):
     generator = np.random.default_rng(0)
     labels = generator.integers(0, 2, rows)

@@ -115,6 +115,16 @@ def test_label_variants_differ_in_case_and_blanks_alone():
     assert facts.label_variants(TASK) == facts.label_variants(NUMBER) == []
 
 
+def test_warnings_of_many_classes_name_the_smallest_and_lines_the_largest():
+    names = [f"class {number}" for number in range(30)]
+    task = Task(name="", labels=names)
+    warning = facts.small_classes_warning(task, dict(zip(names, range(30, 0, -1), strict=True)))
+    assert "in train: class 29 (1), class 28 (2)," in warning and "class 20 (10) and 5 more;" in warning
+    assert list(facts.largest_first({"a": 1, "b": 2})) == ["a", "b"]  # all are listed: in their order
+    largest = facts.largest_first({name: number for number, name in enumerate(names)})
+    assert list(largest)[:2] == ["class 29", "class 28"]
+
+
 # -------------------------------------------------------------------------------------------- the same text, twice
 
 

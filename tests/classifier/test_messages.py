@@ -85,5 +85,6 @@ def test_names_are_listed_on_one_line_and_not_all_of_them():
     assert list_names(names[:10]) == ", ".join(names[:10])
     assert list_names(names) == ", ".join(names[:10]) + " and 290 more"
     assert list_names(iter(["one"])) == "one" and list_names([]) == ""
+    assert list_names(["\u202ea\ud800", "👩\u200d👧"]) == "\\u202ea\\ud800, 👩\u200d👧"
     odd = ["a\nb", "c\td\x1b[31m", "e\u2028f", "x" * 300, "房間 👍🏽 é|<b>", 7]
     assert list_names(odd) == ("a\\nb, c\\td\\x1b[31m, e\\u2028f, " + "x" * 37 + "..., 房間 👍🏽 é|<b>, 7")

@@ -94,6 +94,24 @@ def test_hundreds_of_classes_stay_readable(tmp_path):
     assert "and 280 more with fewer examples, in evaluation.json" in printed
 
 
+def test_the_matrix_of_many_classes_has_a_row_for_the_others():
+    counts = np.arange(50 * 50).reshape(50, 50)
+    sums, names = page._abridge_confusion(counts.tolist(), [f"class {number}" for number in range(50)])
+    assert names == [*(f"class {number}" for number in range(30, 50)), "30 others"]  # the larger numbers err more
+    assert (sums[:20, :20] == counts[30:, 30:]).all() and sums[20, 20] == counts[:30, :30].sum()
+    assert (sums[:20, 20] == counts[30:, :30].sum(axis=1)).all() and sums.sum() == counts.sum()
+    few = [[1, 2], [3, 4]], ["a", "b"]
+    assert page._abridge_confusion(*few) == few
+
+
+def test_facts_of_many_classes_do_not_fill_the_page():
+    counts = {f"class {number}": number for number in range(300)}
+    shown = json.loads(page._format_value({"splits": {"train": {"labels": counts}}, "few": [1, 2]}))
+    labels = shown["splits"]["train"]["labels"]
+    assert list(labels)[9:] == ["class 9", "and 290 more"] and shown["few"] == [1, 2]
+    assert len(counts) == 300
+
+
 def test_the_commonest_confusions_come_first():
     matrix = [[9, 2, 0], [5, 9, 0], [0, 0, 9]]
     assert analysis.most_confused(matrix, ["a", "b", "c"]) == [("b", "a", 5), ("a", "b", 2)]

@@ -210,3 +210,15 @@ def test_the_lines_that_load_it():
     several = report.model_card(replace(REVIEWS, problem="multi_label", thresholds=[0.25, 0.5]), RESULTS)
     assert "any number of negative, positive" in several and "top_k=None" in several
     assert "negative 0.25, positive 0.50." in several
+
+
+def test_names_of_many_classes_are_text_of_the_card_and_not_its_marks():
+    names = ["a|b", "<b>", "*x* `y` $1$", "under_score _u_", "line\nbreak", *(f"class {n}" for n in range(295))]
+    results = copy.deepcopy(RESULTS)
+    results["data"]["splits"]["train"]["labels"] = {name: number for number, name in enumerate(names)}
+    card = report.model_card(replace(REVIEWS, labels=names), results)
+    odd = "a\\|b, \\<b\\>, \\*x\\* \\`y\\` \\$1\\$, under_score \\_u\\_, line\\\\nbreak, class 0"
+    assert f"- Output: one of {odd}" in card and "class 4 and 290 more (`config.json` has all)." in card
+    assert "Training examples per label: class 294 299, class 293 298," in card
+    several = replace(REVIEWS, labels=names, problem="multi_label", thresholds=[0.5] * 300)
+    assert "class 4 0.50 and 290 more (`task.json` has all)." in report.model_card(several, results)
