@@ -386,6 +386,8 @@ def is_pattern(path):
 def main():
     args = build_parser().parse_args()
     check_arguments(args)
+    if not sys.stdout.isatty() and hasattr(sys.stdout, "reconfigure"):  # predictions are data, the same on every system
+        sys.stdout.reconfigure(encoding="utf-8", newline="\n")
     # Standard output is for predictions, so the log goes to standard error.
     threads, exported, started = None, onnx_file(args.model), time.perf_counter()
     if exported:

@@ -14,10 +14,24 @@ import sys
 import time
 from pathlib import Path, PurePosixPath
 
+import psutil
+
 from classifier.messages import BadInput, Preempted, RunFailed, log
 
 # Makes torch ask for memory in pages of 2 MB, of which a CPU has to fetch fewer. See also keep_freed_memory.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+# Without links, as on Windows, the cache holds copies, and huggingface_hub says so in six lines.
+os.environ.setdefault("HF_HUB_DISABLE_SYMLINKS_WARNING", "1")
+
+# What `accelerate config` offers and these scripts cannot do: checkpoints that resume to the same numbers need whole
+# weights in every process, and a step that is computed as it is written.
+UNSUPPORTED = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor or context parallelism",
+}
 
 # CPU flags of native bf16 matrix products, on x86 and Arm. With plain AVX-512, oneDNN only emulates them.
 CPU_BF16_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")
@@ -32,6 +46,9 @@ def run(main):
     main returns its Accelerator, or None. Its processes end here, once no variable of main refers to the model.
     """
     script = Path(sys.argv[0]).name
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what a terminal or a pipe cannot encode is escaped, not lost
+            stream.reconfigure(errors="backslashreplace")
     if is_busy():
         # Read when torch is imported. Spinning would keep a core from the thread that is waited for (RESULTS.md).
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
@@ -81,6 +98,7 @@ def start(args, stream=None, **accelerator_options):
 
     quieten_libraries()
     environment = os.environ
+    check_launcher(environment)
     device = "cpu" if environment.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") else best_device()
     leaves_gpu = device == "mps" and int(environment.get("WORLD_SIZE", "1")) > 1
     if leaves_gpu:
@@ -121,6 +139,12 @@ def start(args, stream=None, **accelerator_options):
     log.info(f"{accelerator.device.type}, {number}, precision {precision_text}, {threads_text}")
     if leaves_gpu:
         log.info("several processes take the CPU: on Apple's GPUs they cannot communicate")
+    backend = environment.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend.lower() != "no":
+        log.warning(
+            f"WARNING: the launcher's dynamo backend {backend} compiles the model for each new shape of a batch: the "
+            "first steps take minutes. Answer no in `accelerate config`."
+        )
     accumulation = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if accumulation != "1":
         log.info(
@@ -171,6 +195,16 @@ def log_to(stream, level=logging.INFO):
     log.handlers = [logging.StreamHandler(stream)]
     log.setLevel(level)
     log.propagate = False
+
+
+def check_launcher(environment):
+    """Raise BadInput where the launcher was told to use what these scripts cannot."""
+    for variable, name in UNSUPPORTED.items():
+        if environment.get(variable, "").lower() in ("1", "true", "yes"):
+            raise BadInput(
+                f"the launcher was told to use {name}, with which a run could not resume, nor give the same numbers",
+                "Launch with --config_file accelerate_configs/multi_gpu.yaml, or answer no in `accelerate config`.",
+            )
 
 
 def check_processes(number):
@@ -327,8 +361,8 @@ def cpu_flags(cpuinfo="/proc/cpuinfo"):
 
 def available_cores(root="/"):
     """Return the physical cores that affinity and cgroups allow this process, at least 1 (`root`: for tests)."""
-    if not hasattr(os, "sched_getaffinity"):  # outside Linux: the logical CPUs
-        return os.cpu_count() or 1
+    if not hasattr(os, "sched_getaffinity"):  # outside Linux
+        return psutil.cpu_count(logical=False) or os.cpu_count() or 1
     cpus = Path(root, "sys/devices/system/cpu")
     # Two hardware threads share one core's multipliers, so they count once.
     cores = {_read(cpus / f"cpu{cpu}/topology/thread_siblings_list") or cpu for cpu in os.sched_getaffinity(0)}

@@ -8,6 +8,7 @@ Each table has the columns index and prediction, and a line for every row of the
 labels, STS-B a number from 0 to 5, the others 0 or 1 (https://gluebenchmark.com/faq).
 """
 
+import glob
 import io
 import sys
 import zipfile
@@ -87,7 +88,8 @@ def choose_runs(runs):
     Skips, with a log line, what else a pattern such as runs/* may match: unfinished runs and those of other tasks.
     """
     candidates = {}
-    for run in runs:
+    # Not every shell expands a pattern.
+    for run in [path for pattern in runs for path in sorted(glob.glob(pattern)) or [pattern]]:
         if not Path(run).exists():
             raise BadInput(f"--runs {run}: does not exist", "Give the folders of runs, for example runs/*.")
         folder = next((path for path in (Path(run) / "model", Path(run)) if (path / "task.json").is_file()), None)

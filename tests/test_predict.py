@@ -646,6 +646,14 @@ def test_a_line_is_answered_before_the_next_one_comes(trained, expected, tmp_pat
     assert rest.split("\t")[0] == "the meal was dull ." and asked.returncode == 0
 
 
+def test_predictions_on_a_pipe_are_utf_8_whatever_the_locale(trained, tmp_path):
+    command = [sys.executable, ROOT / "predict.py", *map(str, FP32), "--model", trained, "--input", "-"]
+    variables, text = {**os.environ, "PYTHONIOENCODING": "cp1252"}, "the room was 好 .\n".encode()
+    done = subprocess.run(command, input=text, cwd=tmp_path, capture_output=True, env=variables)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode("utf-8").splitlines()[1].startswith("the room was 好 .\t")
+
+
 def test_bytes_that_are_no_text_are_refused_at_standard_input(trained, run_inside, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"good\n\xff\xfe\n")))
     flags = [*FP32, "--model", trained, "--input", "-"]

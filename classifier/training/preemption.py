@@ -8,8 +8,9 @@ import torch
 
 from classifier.messages import BadInput, Preempted, RunFailed
 
-# Sent by Ctrl-C, launchers and clusters. Windows has no SIGUSR1.
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+# Sent by Ctrl-C, launchers and clusters. Windows has no SIGUSR1, and SIGBREAK for Ctrl-Break and a closed window.
+NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGBREAK")
+SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 SECONDS_BETWEEN_POLLS = 1
 
 

@@ -4,10 +4,12 @@ import os
 import subprocess
 import sys
 
+import psutil
 import pytest
 from conftest import ROOT
 
 from classifier import processes
+from classifier.messages import BadInput
 
 NOTHING = set()
 ZEN4 = {"avx512f", "avx512_bf16"}
@@ -192,10 +194,36 @@ def test_available_cores(tmp_path, monkeypatch, files, expected):
 
 def test_available_cores_without_affinity(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: None if logical else 5)
     monkeypatch.setattr(os, "cpu_count", lambda: 10)
+    assert processes.available_cores() == 5  # two threads of a core are one
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: None)
     assert processes.available_cores() == 10
     monkeypatch.setattr(os, "cpu_count", lambda: None)
     assert processes.available_cores() == 1
+
+
+@pytest.mark.parametrize(
+    ("variable", "name"),
+    [
+        ("ACCELERATE_USE_FSDP", "FSDP"),
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "tensor or context parallelism"),
+    ],
+)
+def test_what_the_launcher_offers_and_the_scripts_cannot_do_is_refused(variable, name):
+    processes.check_launcher({variable: "false"})
+    with pytest.raises(BadInput, match=f"the launcher was told to use {name}, ") as refused:
+        processes.check_launcher({variable: "true"})
+    assert "answer no in `accelerate config`" in refused.value.advice
+
+
+def test_what_a_pipe_cannot_encode_is_escaped():
+    script = "from classifier import processes; processes.run(lambda: print('label 好 é'))"
+    variables = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, env=variables)
+    assert (done.returncode, done.stdout) == (0, b"label \\u597d \xe9\n"), done.stderr
 
 
 @pytest.mark.parametrize(
