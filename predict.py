@@ -229,7 +229,7 @@ def predict_file(predictor, source, output, args, columns, accelerator):
         with progress_bar(source, accelerator) as report:
             chunks.compute(rows, lambda chunk: compute_logits(predictor, chunk), report)
         if accelerator.is_main_process:
-            with writer.open_writer(output) as write:
+            with writer.open_writer(output, source) as write:
                 for rows, logits in chunks.read(read_rows_to_label(source, task, columns, args, bad_rows)):
                     for row in with_predictions(task, rows, logits, columns, args.top_k):
                         write(row)

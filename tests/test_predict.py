@@ -306,7 +306,19 @@ def test_typed_columns_of_parquet_in_every_format(predict, tmp_path):
         assert [table[0][name] for name in names] == cells
         assert [table[1][name] for name in names] == ["", first["at"], "", "", first["took"], "", ""]
     again = parquet.read_table(tmp_path / "out.parquet").select(["text", *names])
-    assert again.to_pylist() == pyarrow.table(columns).to_pylist()
+    assert again == parquet.read_table(tmp_path / "in.parquet")  # int32, too
+
+
+def test_standard_output_holds_what_json_lines_do_and_a_date_that_python_lacks_is_refused(predict, refused, tmp_path):
+    columns = {"text": ["the room was good ."], "day": [datetime.date(2026, 1, 31)], "raw": [b"ab"]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "in.parquet")
+    printed = predict("--input", "in.parquet")
+    assert printed.startswith('{"text": "the room was good .", "day": "2026-01-31", "raw": "YWI=", "predicted_label": ')
+    predict("--input", "in.parquet", "--output", "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_text() == printed
+    columns["day"] = pyarrow.array([10**7], pyarrow.date32())
+    parquet.write_table(pyarrow.table(columns), tmp_path / "in.parquet")
+    assert "in.parquet: " in refused("--input", "in.parquet", "--output", "later.csv")
 
 
 def test_another_encoding_and_another_delimiter(predict, expected, refused, tmp_path):

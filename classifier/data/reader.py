@@ -446,5 +446,5 @@ def _parquet_rows(path, raw):
             yield number, row, None
     except UnicodeDecodeError as error:
         raise BadInput(f"{path}: holds text that is not UTF-8 ({error})", "Write it again, in UTF-8.") from None
-    except (pa.ArrowException, OSError) as error:  # OSError: a damaged page
+    except (pa.ArrowException, OSError, OverflowError) as error:  # a damaged page; a year that Python does not have
         raise BadInput(f"{path}: is not a Parquet file ({error})", "Write it again, or give a CSV.") from None

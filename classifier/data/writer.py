@@ -11,10 +11,11 @@ import decimal
 import gzip
 import json
 import math
+import uuid
 from contextlib import contextmanager
 from pathlib import Path
 
-from classifier.data.reader import table_format
+from classifier.data.reader import open_bytes, table_format
 from classifier.files import atomic_file
 from classifier.messages import BadInput, list_names
 
@@ -53,11 +54,14 @@ def write_bad_rows(path, bad_rows):
 
 
 @contextmanager
-def open_writer(path):
-    """Open a table for writing and yield a function that writes a row (a dict). The file appears only on success."""
+def open_writer(path, source=None):
+    """Open a table for writing and yield a function that writes a row (a dict). The file appears only on success.
+
+    source: the table that the rows come from. From Parquet to Parquet, its columns keep their types.
+    """
     with atomic_file(path) as temporary:
         if table_format(path) == "parquet":
-            with _parquet(temporary) as write:
+            with _parquet(temporary, source) as write:
                 yield write
         else:
             open_file = gzip.open if str(path).endswith(".gz") else open
@@ -95,6 +99,8 @@ def to_json(value):
             return pandas.Timedelta(value).isoformat()
         case decimal.Decimal():
             return f"{value:f}"
+        case uuid.UUID():
+            return str(value)
         case bytes():
             return base64.b64encode(value).decode("ascii")
         case dict():
@@ -146,20 +152,43 @@ def row_writer(stream, kind):
     return write
 
 
-@contextmanager
-def _parquet(path):
-    """Like open_writer, for Parquet; the first group of rows determines the types."""
+def _types_of(source):
+    """Return {column: type} of a Parquet file; nothing for None and other tables."""
     import pyarrow as pa
     from pyarrow import parquet
 
-    rows, writer = [], None
+    if source is None or table_format(source, has_lines=True) != "parquet":
+        return {}
+    with open_bytes(source) as raw:
+        schema = parquet.read_schema(raw)
+    # Not of extensions, such as bool8: pyarrow may not take back the values that it gave.
+    types = {field.name: field.type for field in schema if not isinstance(field.type, pa.BaseExtensionType)}
+    for name, kind in types.items():
+        # Categories come in the order of the rows, and a group of rows here may have more of them than one there.
+        if pa.types.is_dictionary(kind):
+            types[name] = pa.dictionary(pa.int32(), kind.value_type)
+    return types
+
+
+@contextmanager
+def _parquet(path, source):
+    """Like open_writer, for Parquet; the first group of rows determines the types that `source` does not."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    rows, writer, source_types = [], None, _types_of(source)
+
+    def find_schema():
+        others = [{name: value for name, value in row.items() if name not in source_types} for row in rows]
+        types = {field.name: field.type for field in pa.Table.from_pylist(others).schema} | source_types
+        return pa.schema([(name, types[name]) for name in rows[0]])
 
     def flush():
         nonlocal writer
         try:
-            group = pa.Table.from_pylist(rows, schema=writer.schema if writer else None)
-        except pa.ArrowException as error:
-            reason = f"a column holds values of more than one type ({error})"
+            group = pa.Table.from_pylist(rows, schema=writer.schema if writer else find_schema())
+        except (pa.ArrowException, OverflowError) as error:
+            reason = f"a column holds values of more than one type, or beyond its range ({error})"
             raise BadInput(reason, "Name the output .jsonl.") from None
         writer = writer or parquet.ParquetWriter(path, group.schema)
         writer.write_table(group)

@@ -6,11 +6,15 @@ import decimal
 import errno
 import gzip
 import json
+import uuid
 
+import pandas
+import pyarrow
 import pytest
 from pyarrow import parquet
 
 from classifier.data import writer
+from classifier.data.reader import read_rows
 from classifier.files import CannotWrite
 from classifier.messages import BadInput
 
@@ -62,6 +66,7 @@ TYPED = {  # name: (value, in JSON lines, in a cell)
     "short": (datetime.timedelta(microseconds=1500), "P0DT0H0M0.0015S", "P0DT0H0M0.0015S"),
     "price": (decimal.Decimal("1234567890123456789.10"), "1234567890123456789.10", "1234567890123456789.10"),
     "tiny": (decimal.Decimal("1E-9"), "0.000000001", "0.000000001"),
+    "uuid": (uuid.UUID(int=5), str(uuid.UUID(int=5)), "00000000-0000-0000-0000-000000000005"),
     "bytes": (b"\x00\xffab", "AP9hYg==", "AP9hYg=="),
     "list": (["a", None, "é"], ["a", None, "é"], '["a", null, "é"]'),
     "struct": (
@@ -100,6 +105,62 @@ def test_typed_values_stay_what_they_are_in_parquet(tmp_path):
     rows = [{name: TYPED[name][0] for name in names}]
     write(tmp_path / "out.parquet", rows)
     assert parquet.read_table(tmp_path / "out.parquet").to_pylist() == rows
+
+
+LATER = {  # name: (type, value): columns whose first values are all missing
+    "whole": (pyarrow.int32(), 3),
+    "large": (pyarrow.uint64(), 2**64 - 1),
+    "number": (pyarrow.float32(), 0.5),
+    "text": (pyarrow.large_string(), "é"),
+    "category": (pyarrow.dictionary(pyarrow.int32(), pyarrow.string()), "é"),
+    "zoned": (pyarrow.timestamp("ms", "Europe/Berlin"), datetime.datetime(2026, 1, 31, tzinfo=datetime.UTC)),
+    "exact": (pyarrow.timestamp("ns"), pandas.Timestamp("2026-01-31 09:05:07.123456789")),
+    "time": (pyarrow.time32("ms"), datetime.time(9, 5)),
+    "duration": (pyarrow.duration("ns"), pandas.Timedelta(-1001, "ns")),
+    "price": (pyarrow.decimal128(12, 3), decimal.Decimal("123456789.120")),
+    "bytes": (pyarrow.binary(2), b"\x00\xff"),
+    "map": (pyarrow.map_(pyarrow.string(), pyarrow.int16()), [("a", 1)]),
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_parquet_keeps_the_types_of_its_source_also_where_a_column_begins_empty(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(writer, "ROWS_PER_GROUP", 2)
+    kind, value = LATER[name]
+    source = pyarrow.table({"value": pyarrow.array([None, None, None, value, None], kind)})
+    parquet.write_table(source, tmp_path / "in.parquet")
+    with writer.open_writer(tmp_path / "out.parquet", tmp_path / "in.parquet") as write_row:
+        for _, row in read_rows(tmp_path / "in.parquet"):
+            write_row({**row, "probability": 0.5})
+    found = parquet.read_table(tmp_path / "out.parquet")
+    assert found.column_names == ["value", "probability"] and found["probability"].to_pylist() == [0.5] * 5
+    assert found["value"].type == kind and found["value"].to_pylist() == source["value"].to_pylist()
+
+
+def test_categories_are_kept_without_an_order_that_the_rows_do_not_have(tmp_path):
+    words = [f"{number:03}" for number in range(199, -1, -1)]  # more than int8 has indices
+    kind = pyarrow.dictionary(pyarrow.int8(), pyarrow.string(), ordered=True)
+    with parquet.ParquetWriter(tmp_path / "in.parquet", pyarrow.schema([("word", kind)])) as file:
+        for half in (words[:100], words[100:]):
+            file.write_table(pyarrow.table({"word": pyarrow.array(half, kind)}))
+    with writer.open_writer(tmp_path / "out.parquet", tmp_path / "in.parquet") as write_row:
+        for _, row in read_rows(tmp_path / "in.parquet"):
+            write_row(row)
+    found = parquet.read_table(tmp_path / "out.parquet")["word"]
+    assert found.to_pylist() == words and found.type == pyarrow.dictionary(pyarrow.int32(), pyarrow.string())
+
+
+def test_decimals_may_grow_and_a_number_beyond_the_range_of_parquet_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "ROWS_PER_GROUP", 1)
+    prices = [decimal.Decimal("1.20"), decimal.Decimal("123.20")]
+    parquet.write_table(pyarrow.table({"p": pyarrow.array(prices, pyarrow.decimal128(8, 2))}), tmp_path / "in.parquet")
+    with writer.open_writer(tmp_path / "out.parquet", tmp_path / "in.parquet") as write_row:
+        for _, row in read_rows(tmp_path / "in.parquet"):
+            write_row(row)
+    assert parquet.read_table(tmp_path / "out.parquet") == parquet.read_table(tmp_path / "in.parquet")
+    with pytest.raises(BadInput, match="beyond its range"):
+        write(tmp_path / "large.parquet", [{"id": 2**70}])
+    assert {file.name for file in tmp_path.iterdir()} == {"in.parquet", "out.parquet"}
 
 
 @pytest.mark.parametrize("number", [1, 3, 4])  # of rows, three to a group
