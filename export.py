@@ -14,13 +14,14 @@ Inputs, int64 (batch, length): input_ids, attention_mask and, if the model takes
 float32 (batch, outputs). Batches of any size, and lengths from 1 to the model's maximum.
 """
 
+import io
 import json
 import logging
 import math
 import re
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import version
@@ -103,14 +104,16 @@ def export_model(folder, temporary, args, threads):
     forward = torch_forward(model, model.config.pad_token_id or 0, padding_side)
     predictors = {"torch": Predictor(task, tokenizer, forward, args.eval_batch_size, [])}
     with explained("ONNX Runtime cannot load what torch exported"):
-        predictors |= {name: load(file, None, args.eval_batch_size, threads) for name, file in files.items()}
-    logits = {}
+        predictors |= {name: load_exported(file, args, threads) for name, file in files.items()}
+    logits, advice = {}, " Is memory short? Give a smaller --eval_batch_size. Is the model damaged? evaluate.py tells."
     for name, predictor in predictors.items():
         started = time.perf_counter()
-        logits[name] = {split: predictor.dataset_logits(rows) for split, rows in splits.items()}
+        with explained(f"{name}: the logits of the validation texts cannot be computed", advice):
+            logits[name] = {split: predictor.dataset_logits(rows) for split, rows in splits.items()}
         log.info(f"{name}: {', '.join(splits)} in {format_duration(time.perf_counter() - started)}")
     content = certify(task, logits, splits)
-    lengths, largest = compare_lengths(model, columns, task.max_length, forward, predictors["fp32"].forward)
+    with explained("fp32: the logits of random texts of other lengths cannot be computed"):
+        lengths, largest = compare_lengths(model, columns, task.max_length, forward, predictors["fp32"].forward)
     content["lengths"] = {"tokens": lengths, "largest_logit_difference": largest}
     check_certificate(task, content, args.atol)
     first_split = next(iter(splits.values()))
@@ -131,10 +134,10 @@ def export_model(folder, temporary, args, threads):
 
 @contextmanager
 def quiet():
-    """Silence the exporter's warnings: they are about torchvision and the names of axes."""
-    logging.disable(logging.WARNING)
+    """Silence the exporter: it warns of torchvision and the names of axes, and prints graphs that it cannot export."""
+    logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings(action="ignore"), redirect_stderr(io.StringIO()):
             yield
     finally:
         logging.disable(logging.NOTSET)
@@ -144,7 +147,9 @@ def quiet():
 def explained(failure, advice=""):
     """Raise what a library raises under `with` as RunFailed: a line of reason with the innermost cause, one of advice.
 
-    Exporters raise anything, wrap it several times, and add advice of their own, in colours.
+    Exporters raise anything, wrap it several times, and add advice of their own, in colours. A cause is what they raise
+    an error `from`, and of it the first sentence counts; what else they were handling then is mostly a detail of
+    theirs, such as an index out of range.
     """
     try:
         yield
@@ -152,10 +157,12 @@ def explained(failure, advice=""):
         raise
     except Exception as error:
         cause = error
-        while cause.__cause__ or cause.__context__:
-            cause = cause.__cause__ or cause.__context__
-        text = re.sub(r"\x1b\[[0-9;]*m", "", str(cause)).strip().partition("\n")[0]
-        reason = f"{failure} ({type(cause).__name__}: {text[:200]})"
+        while cause.__cause__:
+            cause = cause.__cause__
+        text = re.sub(r"\x1b\[[0-9;]*m", "", str(cause)).strip()
+        text = re.sub(r":\s*\n[\s-]*", ": ", text)  # the first item of a list belongs to its heading
+        text = re.split(r"\n|\.\s", text)[0].rstrip(".")
+        reason = f"{failure} ({type(cause).__name__}{': ' * bool(text)}{text[:300]})"
         advice = advice or " predict.py and evaluate.py take it as it is."
         raise RunFailed(f"{reason}\nNothing was written.{advice}") from error
 
@@ -208,6 +215,16 @@ def write_int8(source, target):
             weight_type=QuantType.QInt8,
             use_external_data_format=target.with_name(f"{source.name}.data").exists(),
         )
+
+
+def load_exported(file, args, threads):
+    """Return the Predictor of a new .onnx file. Raises RunFailed, as the BadInput of load advises to export again."""
+    try:
+        return load(file, None, args.eval_batch_size, threads)
+    except BadInput as error:
+        raise RunFailed(
+            f"{error.reason}\nNothing was written. predict.py and evaluate.py take the model as it is."
+        ) from error
 
 
 def torch_forward(model, pad_token_id, padding_side):

@@ -324,7 +324,7 @@ def test_logits_that_are_no_numbers_are_refused():
         export.certify(task, logits, rows_of_labels([0, 1]))
 
 
-def test_a_model_that_torch_cannot_export_is_said_in_two_plain_lines(tmp_path):
+def test_a_model_that_torch_cannot_export_is_said_in_two_plain_lines(tmp_path, capfd):
     from transformers import LongformerConfig, LongformerForSequenceClassification
 
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -335,6 +335,7 @@ def test_a_model_that_torch_cannot_export_is_said_in_two_plain_lines(tmp_path):
     reason, advice = str(refused.value).splitlines()
     assert reason.startswith("torch cannot export this model, of type longformer (") and len(reason) < 300
     assert "\x1b" not in reason and "torch.onnx" not in reason
+    assert capfd.readouterr() == ("", "")  # torch prints the graph as far as it came
     assert advice == "Nothing was written. predict.py and evaluate.py take it as it is."
 
 
@@ -366,6 +367,48 @@ def test_whatever_a_library_raises_is_said_in_two_lines_and_leaves_nothing(copy,
     with pytest.raises(RunFailed) as refused:
         run_main(monkeypatch, "--model", str(copy), "--quantize", "int8")
     assert str(refused.value).splitlines() == [reason, f"Nothing was written. {advice}"]
+    assert contents_of(copy) == before and not (copy / "model/onnx.tmp").exists()
+
+
+def test_a_cause_is_what_an_error_was_raised_from_with_the_first_item_of_a_list():
+    def reason_of(error):
+        with pytest.raises(RunFailed) as refused, export.explained("It fails"):
+            raise error
+        return str(refused.value).splitlines()[0]
+
+    error = RuntimeError("outer")
+    error.__cause__ = ValueError("What was asked for differs:\n  - 8 for the length\n- 3 for the batch")
+    error.__cause__.__context__ = IndexError("list index out of range")
+    assert reason_of(error) == "It fails (ValueError: What was asked for differs: 8 for the length)"
+    assert reason_of(ValueError("No v1.2 here.  Refer to the manual. Or ask.")) == "It fails (ValueError: No v1.2 here)"
+    assert reason_of(AssertionError()) == "It fails (AssertionError)"
+
+
+@pytest.mark.parametrize("moment", ["loading", "validation", "lengths"])
+def test_an_exported_file_that_onnx_runtime_cannot_use_is_said_in_two_lines(copy, monkeypatch, moment):
+    if moment == "loading":
+        monkeypatch.setattr(export, "write_onnx", lambda model, columns, file: file.write_bytes(b"no graph"))
+    else:
+        compute = onnxruntime.InferenceSession.run
+
+        def run(session, names, inputs):
+            length = inputs["input_ids"].shape[1]
+            if moment == "validation" or length == 1:
+                raise onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument(f"length {length} does not fit")
+            return compute(session, names, inputs)
+
+        monkeypatch.setattr(onnxruntime.InferenceSession, "run", run)
+    before = contents_of(copy)
+    with pytest.raises(RunFailed) as refused:
+        run_main(monkeypatch, "--model", str(copy))
+    reason, advice = str(refused.value).splitlines()
+    beginnings = {
+        "loading": f"{copy}/model/onnx.tmp/model.onnx: cannot be loaded (",
+        "validation": "fp32: the logits of the validation texts cannot be computed (InvalidArgument: length ",
+        "lengths": "fp32: the logits of random texts of other lengths cannot be computed (InvalidArgument: length 1 ",
+    }
+    assert reason.startswith(beginnings[moment])
+    assert advice.startswith("Nothing was written. ") and "evaluate.py" in advice and "xport again" not in advice
     assert contents_of(copy) == before and not (copy / "model/onnx.tmp").exists()
 
 
