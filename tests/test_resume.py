@@ -598,21 +598,17 @@ Progress.log_evaluation = killing
 
 
 def killed_where(function, condition):
-    """A change that kills the run at a call of os.replace by files.py, or shutil.rmtree by checkpoint.py, where this
-    holds.
-    """
+    """A change that kills the run at a call of os.replace or shutil.rmtree by files.py where this holds."""
     module, name = function.split(".")
-    caller = {"os": "files", "shutil": "checkpoint"}[module]
     return f"""
 import os, shutil, types
 from classifier import files
-from classifier.training import checkpoint
 original = {function}
 def killing(*given, **options):
     if {condition}:
         os.kill(os.getpid(), 9)
     return original(*given, **options)
-{caller}.{module} = types.SimpleNamespace(**{{**vars({module}), {name!r}: killing}})
+files.{module} = types.SimpleNamespace(**{{**vars({module}), {name!r}: killing}})
 """
 
 
