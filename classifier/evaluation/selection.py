@@ -4,7 +4,7 @@
     corrected_scores(task, candidates, labels, chosen)   -> ({"f1": 0.8312}, {"f1": [0.7911, 0.8650]})
 
 The best of several scores is too high on the rows that it was chosen by. A bootstrap repeats the choice many times.
-benchmarks/coverage.py simulates how close the corrected scores come to the true ones.
+benchmarks/selection.py simulates how close the corrected scores come to the true ones.
 """
 
 from dataclasses import replace
@@ -29,37 +29,35 @@ def fit_thresholds(task, logits, labels):
     A label's own best threshold, by F1, counts as many rows as have the label; the best that all labels share, by the
     mean of F1, counts 20. So a label of few rows has almost the shared one. Averaged are the thresholds' logits.
     """
-    return replace(task, thresholds=_Thresholds(probabilities(task, logits), labels).fit().tolist())
+    return replace(task, thresholds=_threshold_fitter(probabilities(task, logits), labels)().tolist())
 
 
-class _Thresholds:
-    """Fits thresholds to rows drawn many times; the rows are sorted once."""
+def _threshold_fitter(scores, labels):
+    """Return a function of how often each row was drawn, (rows,) or 1, that returns thresholds (labels,).
 
-    def __init__(self, scores, labels):
-        """scores, labels: (rows, labels), probabilities and 0 or 1."""
-        self.order = np.argsort(-scores, axis=0, kind="stable")
-        self.scores = np.take_along_axis(scores, self.order, axis=0)
-        self.labels = np.take_along_axis(labels, self.order, axis=0)
-        below = np.append(self.scores[1:], np.zeros_like(self.scores[:1]), axis=0)
-        self.is_cut = below < self.scores
-        self.cuts = (self.scores + below) / 2
-        shared = 1 / (1 + np.exp(-SHARED_LOGITS))
-        # (labels, thresholds): how many rows are above each
-        self.above_shared = np.stack([np.searchsorted(-column, -shared) for column in self.scores.T])
+    scores, labels: (rows, labels), probabilities and 0 or 1. They are sorted once for all draws.
+    """
+    order = np.argsort(-scores, axis=0, kind="stable")
+    scores, labels = (np.take_along_axis(side, order, axis=0) for side in (scores, labels))
+    below = np.append(scores[1:], np.zeros_like(scores[:1]), axis=0)
+    is_cut, own_cuts = below < scores, (scores + below) / 2
+    shared_cuts = 1 / (1 + np.exp(-SHARED_LOGITS))
+    above_shared = np.stack([np.searchsorted(-column, -shared_cuts) for column in scores.T], axis=1)  # (cuts, labels)
 
-    def fit(self, times=1):
-        """Return thresholds (labels,). times: (rows,), how often each row was drawn."""
-        times = np.broadcast_to(times, len(self.order))[self.order]
-        hits, predicted = np.cumsum(times * self.labels, axis=0), np.cumsum(times, axis=0)
+    def fit(times=1):
+        times = np.broadcast_to(times, len(order))[order]
+        hits, predicted = np.cumsum(times * labels, axis=0), np.cumsum(times, axis=0)
         rows = hits[-1]
         f1 = 2 * hits / np.maximum(predicted + rows, 1)  # of predicting each row and those above it
-        best = np.where(self.is_cut, f1, -1).argmax(axis=0)
-        own = _logit(np.take_along_axis(self.cuts, best[None], axis=0)[0])
-        f1_of_shared = np.take_along_axis(np.append(np.zeros_like(f1[:1]), f1, axis=0), self.above_shared.T, axis=0)
+        best = np.where(is_cut, f1, -1).argmax(axis=0)
+        own = _logit(np.take_along_axis(own_cuts, best[None], axis=0)[0])
+        f1_of_shared = np.take_along_axis(np.append(np.zeros_like(f1[:1]), f1, axis=0), above_shared, axis=0)
         weights = rows / (rows + ROWS_OF_SHARED)
         mean = f1_of_shared @ weights
         shared = np.median(SHARED_LOGITS[mean == mean.max()])
         return 1 / (1 + np.exp(-(weights * own + (1 - weights) * shared)))
+
+    return fit
 
 
 def _logit(probability):
@@ -141,12 +139,12 @@ def _excess_of_choice(names, candidates, labels, chosen, generator):
 
 
 def _excess_of_thresholds(task, logits, labels, generator):
-    """Return the same for thresholds fitted to the rows."""
+    """Return the same as _excess_of_choice, of thresholds that were fitted to the rows."""
     scores = probabilities(task, logits)
-    thresholds, excesses, scores_of_all = _Thresholds(scores, labels), [], []
+    fit, excesses, scores_of_all = _threshold_fitter(scores, labels), [], []
     for _ in range(DRAWS_OF_THRESHOLDS):
         times = np.bincount(generator.integers(0, len(labels), len(labels)), minlength=len(labels))
-        predictions = (scores > thresholds.fit(times)).astype(int)
+        predictions = (scores > fit(times)).astype(int)
         drawn, everything = (metrics.count_classes(predictions, labels, each) for each in (times, None))
         scores_of_all.append([float(FORMULAS[name](everything)) for name in task.metrics])
         excesses.append([float(FORMULAS[name](drawn)) for name in task.metrics])
