@@ -9,6 +9,7 @@ import gc
 import logging
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -16,7 +17,7 @@ from pathlib import Path, PurePosixPath
 
 import psutil
 
-from classifier.messages import BadInput, Preempted, RunFailed, log
+from classifier.messages import BadInput, Preempted, RunFailed, in_red, log
 
 # Makes torch ask for memory in pages of 2 MB, of which a CPU has to fetch fewer. See also keep_freed_memory.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -137,6 +138,9 @@ def start(args, stream=None, **accelerator_options):
     if environment.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE":
         threads_text += ", which sleep while they wait (OMP_WAIT_POLICY)"
     log.info(f"{accelerator.device.type}, {number}, precision {precision_text}, {threads_text}")
+    if device == "cpu" and torch.version.cuda is None and shutil.which("nvidia-smi"):
+        advice = "Install torch's CUDA build: see pytorch.org."
+        log.warning(in_red(f"WARNING: THERE IS AN NVIDIA GPU, AND THIS BUILD OF TORCH CANNOT USE IT. {advice}"))
     if leaves_gpu:
         log.info("several processes take the CPU: on Apple's GPUs they cannot communicate")
     backend = environment.get("ACCELERATE_DYNAMO_BACKEND", "no")

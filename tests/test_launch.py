@@ -187,6 +187,8 @@ def test_the_loop_of_fp16_with_its_scaler(review_task, power, processes):
     overflows = [line["grad_norm"] is None for line in lines]
     assert (sum(overflows) == 0) == (power == 10)
     assert sum(overflows) < 15
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert results["skipped_steps"] == sum(overflows)
     # The rate is a function of the step, whether this was taken or not.
     np.testing.assert_allclose(rates, 0.003 * (1 - np.arange(len(rates)) / len(rates)), rtol=1e-9)
     losses = [line["loss"] for line in lines]

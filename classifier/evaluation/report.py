@@ -107,11 +107,20 @@ def device_name(device):
 # ----------------------------------------------------------------------------------------------------------- the log
 
 
+SKIPPED_AT_FIRST = 5  # steps that fp16 may skip in any run
+
+
 def log_results(folder, task, results, evaluations, progress):
     """Log the outcome of a run: first what is wrong with it, then the table of its epochs and its scores."""
     if progress.state.step < progress.total_steps:
         number = progress.state.evaluations_since_best
         log.info(f"no better {task.metrics[0]} in {number} evaluations: stopped early")
+    if skipped := results["skipped_steps"]:
+        message = f"{skipped} of {results['steps']} steps changed no weight: their gradients overflowed in fp16"
+        if skipped <= SKIPPED_AT_FIRST:  # until the scale of the gradients is found
+            log.info(message)
+        else:
+            log.warning(in_red(f"WARNING: {message}. Try a lower --learning_rate, or --mixed_precision no."))
     for name, evaluation in evaluations.items():
         if warning := collapse_warning(task, name, evaluation):
             log.warning(in_red(f"WARNING: {warning}"))

@@ -56,6 +56,7 @@ class State:
     evaluations_since_best: int = 0
     micro_batch_size: int = 0
     num_processes: int = 1
+    skipped_steps: int = 0  # by fp16's gradient scaler
     # Sums of [loss, examples, tokens, tokens with padding]: over all steps, since the last log line, since the last
     # evaluation.
     sums: list = field(default_factory=lambda: [0.0] * 4)

@@ -81,7 +81,9 @@ class Progress:
                     broken.append((step, "loss", float(losses[is_broken][0]), micro_batch["ids"][is_broken].tolist()))
             self.grad_norm = float(grad_norm)
             # With a scaler (fp16), an infinite gradient is an overflow: the scaler skips the step.
-            if not (self.accelerator.scaler or math.isfinite(self.grad_norm)):
+            if not math.isfinite(self.grad_norm) and self.accelerator.scaler:
+                self.state.skipped_steps += 1
+            elif not math.isfinite(self.grad_norm):
                 broken.append((step, "norm of the gradient", self.grad_norm, ids.tolist()))
         everywhere = gather_object([(sums, broken)])
         self.recent.clear()
@@ -175,6 +177,7 @@ class Progress:
         _, examples, tokens, positions = state.sums
         return {
             "steps": state.step,
+            "skipped_steps": state.skipped_steps,
             "epochs": state.step / self.steps_per_epoch,
             "train_seconds": state.train_seconds,
             "evaluation_seconds": state.evaluation_seconds,

@@ -6,6 +6,7 @@ import sys
 
 import psutil
 import pytest
+import torch
 from conftest import ROOT
 
 from classifier import processes
@@ -217,6 +218,20 @@ def test_what_the_launcher_offers_and_the_scripts_cannot_do_is_refused(variable,
     with pytest.raises(BadInput, match=f"the launcher was told to use {name}, ") as refused:
         processes.check_launcher({variable: "true"})
     assert "answer no in `accelerate config`" in refused.value.advice
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this build of torch can use a GPU")
+def test_a_gpu_that_this_build_of_torch_cannot_use_is_said(tmp_path):
+    (tmp_path / "nvidia-smi").touch(mode=0o755)
+    script = "from types import SimpleNamespace; from classifier import processes; "
+    script += "processes.start(SimpleNamespace(mixed_precision='no', threads=1))"
+    said = []
+    for path in (os.environ["PATH"], f"{tmp_path}:{os.environ['PATH']}"):
+        variables = {**os.environ, "PATH": path}
+        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, env=variables)
+        assert done.returncode == 0, done.stderr
+        said.append("THERE IS AN NVIDIA GPU, AND THIS BUILD OF TORCH CANNOT USE IT" in done.stdout)
+    assert said == [False, True]
 
 
 def test_what_a_pipe_cannot_encode_is_escaped():
