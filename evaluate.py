@@ -220,13 +220,14 @@ def encoder_features(task, names, splits, fingerprints, encoder, accelerator, ba
 # ---------------------------------------------------------------------------------------------------- what it comes to
 
 
-def choice_in_training(trained, split, args):
+def choice_in_training(trained, split, task, args):
     """Return what the examples of a split chose in training, and the scores corrected for that; empty if nothing.
 
-    trained: of models.saved_metrics.
+    trained: of models.saved_metrics. Empty, too, where other scores are asked for than the training had.
     """
     choice = None if args.file or args.limit else trained.get("choice", {}).get(split)
-    return {"choice": choice, "corrected_scores": trained["corrected_scores"][split]} if choice else {}
+    corrected = trained["corrected_scores"][split] if choice else {}
+    return {"choice": choice, "corrected_scores": corrected} if corrected.keys() >= set(task.metrics) else {}
 
 
 def summarise(task, title, result, lengths, slices, baselines):
@@ -366,7 +367,7 @@ def main():
             "fingerprint": current[name],
             "mixed_precision": accelerator.mixed_precision,
             **summarise(task, titles[name], result, lengths, slices[name], baselines.get(name, {})),
-            **choice_in_training(trained, name, args),
+            **choice_in_training(trained, name, task, args),
         }
         if args.compare:
             models = (args.model, args.compare)

@@ -88,7 +88,8 @@ def location(path, number):
 
 def in_red(text):
     """Return text in the terminal's red; unchanged where the log goes to a file or a pipe."""
-    return f"\x1b[1;31m{text}\x1b[0m" if log.handlers and log.handlers[0].stream.isatty() else text
+    stream = log.handlers[0].stream if log.handlers else None
+    return f"\x1b[1;31m{text}\x1b[0m" if stream and not stream.closed and stream.isatty() else text
 
 
 def format_duration(seconds):

@@ -89,7 +89,7 @@ def choose_runs(runs):
     """
     candidates = {}
     # Not every shell expands a pattern.
-    for run in [path for pattern in runs for path in sorted(glob.glob(pattern)) or [pattern]]:
+    for run in [path for pattern in runs for path in sorted(glob.glob(str(pattern))) or [pattern]]:
         if not Path(run).exists():
             raise BadInput(f"--runs {run}: does not exist", "Give the folders of runs, for example runs/*.")
         folder = next((path for path in (Path(run) / "model", Path(run)) if (path / "task.json").is_file()), None)

@@ -316,7 +316,9 @@ def test_missing_tasks_are_refused_by_name(submit, models, small_glue, tmp_path)
 
 def test_no_run_at_all_is_refused_even_where_all_would_be_filled(submit, runs, tmp_path):
     assert_refused(*submit(runs("demo", read_task("demo")), fill=True), "none of --runs")
-    assert_refused(*submit("runs/*", fill=True), "--runs runs/*: does not exist")
+    assert_refused(*submit("no-runs/*", fill=True), "--runs no-runs/*: does not exist")
+    code, said = submit("*", fill=True)  # expanded, where the shell has not done so
+    assert code == 2 and "skipped, holds no finished model" in str(said)
     assert not (tmp_path / "glue").exists()
 
 

@@ -419,7 +419,7 @@ def test_killed_three_times_it_ends_with_the_same_bytes(trained, predict, tmp_pa
 def test_the_rows_done_and_the_time_left_are_logged(tmp_path, log_lines, monkeypatch):
     write_table(tmp_path / "in.csv", make_rows(100))
     now = [0.0]
-    monkeypatch.setattr("predict.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("predict.time.perf_counter", lambda: now[0])
     monkeypatch.setattr("tqdm.std.time", lambda: now[0])
     with progress_bar(tmp_path / "in.csv", SimpleNamespace(num_processes=2, is_main_process=True)) as report:
         for seconds, rows, computed in [(4, 10, 0), (12, 20, 20), (16, 5, 5), (40, 15, 15)]:

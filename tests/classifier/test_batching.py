@@ -460,7 +460,7 @@ def test_an_evaluation_that_does_not_fit_into_memory_says_what_to_do(
     examples, _ = tokenization.tokenize(TASK, rows, "logits", model, tokenizer)
     words = "CUDA out of memory. Tried to allocate 2.00 GiB"
     monkeypatch.setattr(model, "forward", lambda **inputs: (_ for _ in ()).throw(RuntimeError(words)))
-    with pytest.raises(RunFailed, match=r"with 7 examples in an evaluation\nTry --eval_batch_size 4"):
+    with pytest.raises(RunFailed, match="with one example in an evaluation\nTry a smaller --max_length"):
         inference.compute_logits(model, examples, accelerator, 7, packer)
 
 
