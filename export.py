@@ -176,6 +176,7 @@ def write_onnx(model, columns, file):
     inputs["attention_mask"][:, :5] = 1
     inputs = {name: value for name, value in inputs.items() if name in (*columns, "attention_mask")}
     attention = model.config._attn_implementation
+    model.config.use_cache = False  # decoders would return keys and values, too
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
     try:
         with quiet():

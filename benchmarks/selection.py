@@ -1,14 +1,19 @@
 """How close corrected scores come to the true ones, and what thresholds are worth on fresh rows.
 
     python benchmarks/selection.py [--samples 200]
+    python benchmarks/selection.py --runs RUN ... [--samples 200]      # the same on real rows
 
 Draws validation rows from populations whose scores are known, lets classifier/evaluation/selection.py choose among the
 evaluations of a run (and thresholds, with several labels), and compares the score on the rows that chose, and the
 corrected one, with that of the very model that was chosen on fresh rows. No model and no data are needed.
+
+With --runs the populations are the validation rows of finished runs of train.py, which kept their predictions of every
+evaluation: some rows are drawn to choose, all others tell the truth. Such a run needs thousands of validation rows.
 """
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -78,14 +83,14 @@ def choose(task, candidates, labels):
     return chosen, selection.fit_thresholds(task, candidates[chosen], labels) if task.is_multi_label else task
 
 
-def simulate(task, draw, samples, rows, generator, fresh):
-    """Return (samples, metrics, 4): score on the rows that chose, corrected, true, share of intervals that hold it.
+def simulate(task, draw, samples, rows, generator):
+    """Return (samples, metrics, 5): score on the rows that chose, corrected, true, is it in the interval, its width.
 
-    fresh: (candidates, labels) of many rows.
+    draw: a function of (generator, rows) that returns (candidates, labels) of these rows, and of many others.
     """
     result = []
     for _ in range(samples):
-        candidates, labels = draw(generator, rows)
+        (candidates, labels), fresh = draw(generator, rows)
         chosen, final = choose(task, candidates, labels)
         sides = [candidates[chosen], fresh[0][chosen]]
         if task.is_multi_label:
@@ -104,72 +109,82 @@ def simulate(task, draw, samples, rows, generator, fresh):
     return np.array(result, dtype=float)
 
 
-def print_correction(task, title, populations, draw, samples):
+def print_correction(title, populations, samples):
+    """populations: {name: (task, draw)}; draw: as for simulate."""
     print(f"\n| {title} | rows | score | on the rows that chose | corrected | true | intervals that hold it |")
     print("|---|---|---|---|---|---|---|")
     generator, errors = np.random.default_rng(0), []
-    for name, population in populations.items():
-        names = [f"c{number}" for number in range(len(population[1 if draw is draw_one_label else 0]))]
-        of_population = Task(task.name, labels=names, problem=task.problem, metrics=task.metrics)
-
-        def draw_rows(generator, rows, population=population):
-            return draw(generator, rows, *population)
-
-        fresh = draw_rows(generator, FRESH)
+    for name, (task, draw) in populations.items():
         for rows in ROWS:
-            result = simulate(of_population, draw_rows, samples, rows, generator, fresh)
+            result = simulate(task, draw, samples, rows, generator)
             for number, metric in enumerate(task.metrics):
                 found, corrected, true, held, width = np.nanmean(result[:, number], axis=0)
                 has_interval = np.isfinite(result[:, number, 3]).mean()
                 cell = f"{held:.2f}, width {width:.3f}" if has_interval >= 0.1 else "none"
-                print(
-                    f"| {name} | {rows} | {metric} | {found:.3f} | {corrected:.3f} | {true:.3f} | {cell} |", flush=True
-                )
+                cells = f"{found:.3f} | {corrected:.3f} | {true:.3f} | {cell}"
+                print(f"| {name} | {rows} | {metric} | {cells} |", flush=True)
                 errors.append((rows, found - true, corrected - true))
     for rows in ROWS:
         before, after = np.mean([error[1:] for error in errors if error[0] == rows], axis=0)
         print(f"| mean difference from the true | {rows} | | {before:+.3f} | {after:+.3f} | | |")
 
 
-def print_thresholds(task, samples):
+def simulated_population(draw, population, names, **task):
+    """Return (task, draw) of a population that can be drawn from without end."""
+    fresh = draw(np.random.default_rng(1), FRESH, *population)
+    labels = [f"c{number}" for number in range(len(names))]
+    return Task("simulated", labels=labels, **task), lambda generator, rows: (
+        draw(generator, rows, *population),
+        fresh,
+    )
+
+
+def run_population(folder):
+    """Return (task, draw) of the validation rows of a finished run."""
+    from safetensors.numpy import load_file
+
+    from classifier.data import splits, tasks
+    from classifier.data.cache import column_array
+
+    folder = Path(folder)
+    task, _ = tasks.read_saved_task(folder / "model")
+    by_step = load_file(folder / "validation_predictions.safetensors")
+    candidates = np.array([by_step[step] for step in sorted(by_step, key=int)])
+    _, rows_of_splits, _, _ = splits.load_splits(task)
+    validation = next(rows for name, rows in rows_of_splits.items() if name.startswith("validation"))
+    labels = column_array(validation, "label")
+
+    def draw(generator, rows):
+        order = generator.permutation(len(labels))
+        return [(candidates[:, some], labels[some]) for some in (order[:rows], order[rows:])]
+
+    return task, draw
+
+
+def print_thresholds(samples):
     print("\n| labels | rows | 0.5 for all | a label's own | ours | own in fresh rows worse than 0.5 | ours worse |")
     print("|---|---|---|---|---|---|---|")
     generator = np.random.default_rng(0)
     for name, population in SEVERAL_LABELS.items():
-        of_population = Task(
-            task.name,
-            labels=[f"c{number}" for number in range(len(population[0]))],
-            problem=task.problem,
-            metrics=task.metrics,
-        )
+        labels = [f"c{number}" for number in range(len(population[0]))]
+        task = Task("simulated", labels=labels, problem="multi_label", metrics=["f1_macro"])
         fresh_logits, fresh_labels = draw_several_labels(generator, FRESH, *population)
         for rows in ROWS:
             scores = []
             for _ in range(samples):
                 logits, labels = draw_several_labels(generator, rows, *population)
-                ours = selection.fit_thresholds(of_population, logits[-1], labels)
-                own = Task(
-                    task.name,
-                    labels=of_population.labels,
-                    problem=task.problem,
-                    metrics=task.metrics,
-                    thresholds=own_thresholds(logits[-1], labels),
-                )
+                own = replace(task, thresholds=own_thresholds(logits[-1], labels))
+                ours = selection.fit_thresholds(task, logits[-1], labels)
+                answers = [predictions_from_logits(each, fresh_logits[-1]) for each in (task, own, ours)]
                 scores.append(
-                    [
-                        metrics.compute_metrics(
-                            ["f1_macro"], predictions_from_logits(each, fresh_logits[-1]), fresh_labels
-                        )["f1_macro"]
-                        for each in (of_population, own, ours)
-                    ]
+                    [metrics.compute_metrics(task.metrics, each, fresh_labels)["f1_macro"] for each in answers]
                 )
             scores = np.array(scores)
-            half, own, ours = scores.mean(axis=0)
             worse = [(scores[:, side] < scores[:, 0] - 0.01).mean() for side in (1, 2)]
-            print(
-                f"| {name} | {rows} | {half:.3f} | {own:.3f} | {ours:.3f} | {worse[0]:.0%} | {worse[1]:.0%} |",
-                flush=True,
+            cells = " | ".join(
+                [*(f"{score:.3f}" for score in scores.mean(axis=0)), *(f"{share:.0%}" for share in worse)]
             )
+            print(f"| {name} | {rows} | {cells} |", flush=True)
 
 
 def own_thresholds(logits, labels):
@@ -190,12 +205,23 @@ def own_thresholds(logits, labels):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=200, help="samples of each population and number of rows")
+    parser.add_argument("--runs", nargs="+", help="finished runs, instead of simulated populations")
     args = parser.parse_args()
-    one = Task("simulated", metrics=["f1_macro", "accuracy"])
-    several = Task("simulated", problem="multi_label", metrics=["f1_macro", "f1_micro", "accuracy"])
-    print_correction(one, "evaluations, true accuracy", ONE_LABEL, draw_one_label, args.samples)
-    print_correction(several, "labels, of 5 evaluations the best", SEVERAL_LABELS, draw_several_labels, args.samples)
-    print_thresholds(several, args.samples)
+    if args.runs:
+        return print_correction("run", {Path(run).name: run_population(run) for run in args.runs}, args.samples)
+    one = {"metrics": ["f1_macro", "accuracy"]}
+    several = {"metrics": ["f1_macro", "f1_micro", "accuracy"], "problem": "multi_label"}
+    populations = {
+        name: simulated_population(draw_one_label, population, population[1], **one)
+        for name, population in ONE_LABEL.items()
+    }
+    print_correction("evaluations, true accuracy", populations, args.samples)
+    populations = {
+        name: simulated_population(draw_several_labels, population, population[0], **several)
+        for name, population in SEVERAL_LABELS.items()
+    }
+    print_correction("labels, of 5 evaluations the best", populations, args.samples)
+    print_thresholds(args.samples)
 
 
 if __name__ == "__main__":

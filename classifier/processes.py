@@ -381,13 +381,15 @@ def is_busy(environment=os.environ, root="/"):
     """
     if any(name in environment for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")):
         return False
-    running = []
-    for pause in (0, 0.005, 0.005):  # the least of three: a process that wakes up for a moment is no load
+    ours = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    unused_cores = (os.cpu_count() or 1) - available_cores(root)
+    for pause in (0, 0.005, 0.005):  # three times: a process that wakes up for a moment is no load
         time.sleep(pause)
         fields = _read(Path(root, "proc/loadavg")).split()  # "0.20 0.18 0.12 2/345 11206": 2 of 345 threads run
-        running.append(int(fields[3].partition("/")[0]) if len(fields) > 3 else 0)
-    others = min(running) - int(environment.get("LOCAL_WORLD_SIZE", "1"))
-    return others > (os.cpu_count() or 1) - available_cores(root)
+        running = int(fields[3].partition("/")[0]) if len(fields) > 3 else 0
+        if running - ours <= unused_cores:
+            return False
+    return True
 
 
 def _cgroup_quota(root):

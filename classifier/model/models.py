@@ -39,9 +39,9 @@ def load_model(name, task=None, refresh=False):
     if facts["new"] and task:  # without a task nothing is trained, and with_head_labels refuses the model
         modules = sorted({key.rsplit(".", 1)[0] for key in facts["new"]})
         log.info(f"newly initialised: {', '.join(modules)} (not in the checkpoint)")
-    _check_tokenizer(name, model, tokenizer, facts)
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:  # decoders, such as GPT-2 and Llama
         tokenizer.pad_token = tokenizer.eos_token
+    _check_tokenizer(name, model, tokenizer, facts)
     if model.config.pad_token_id is None:  # the heads of decoders look for the last token that is none
         model.config.pad_token_id = tokenizer.pad_token_id
     # Some tokenizers return columns, such as token_type_ids, that their model does not take.
@@ -124,15 +124,14 @@ def _check_tokenizer(name, model, tokenizer, facts):
         if isinstance(name, dict):
             raise BadInput(f"{name['vocab']}: has no vocabulary", "It must hold one token on each line.")
         raise BadInput(f"{name}: has no vocabulary", tokenizer_advice(name))
-    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+    if tokenizer.pad_token_id is None:
         advice = 'Name one of its tokens in tokenizer_config.json, such as "pad_token": "<unk>"; padding is masked.'
         raise BadInput(f"{name}: its tokenizer has no padding token, and no end token to take its place", advice)
     rows = embedding_rows(model)
     # Not len(tokenizer): ids may have gaps. This takes 0.02 s for 30,000 tokens, 0.2 s for 250,000.
     if rows is None:
         return
-    pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    used = [pad_token_id, *tokenizer("a")["input_ids"]]
+    used = [tokenizer.pad_token_id, *tokenizer("a")["input_ids"]]
     if (largest := largest_id(tokenizer.get_vocab(), set(tokenizer.all_special_tokens), used)) < rows:
         return
     if isinstance(name, dict):
@@ -256,7 +255,7 @@ def saved_metrics(folder):
     if not path.is_file():
         return {}
     with read_json(path) as content:
-        return {"mixed_precision": content.get("mixed_precision", "auto"), **content}
+        return content
 
 
 def base_model(folder, task):

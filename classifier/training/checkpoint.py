@@ -105,7 +105,7 @@ def record_evaluation(state, score, evaluations, is_best):
     """Record that this step was evaluated, and whether its model is the best so far."""
     first = next(iter(evaluations.values()))
     candidate = first["logits"] if first["predictions"].ndim == 2 else first["predictions"]
-    state.candidates[state.step] = candidate.astype("float32" if candidate.dtype.kind == "f" else "int16")
+    state.candidates[state.step] = candidate.astype("float32" if candidate.dtype.kind == "f" else "int32")
     state.evaluated_step = state.step
     state.evaluations_since_best = 0 if is_best else state.evaluations_since_best + 1
     if is_best:

@@ -291,7 +291,7 @@ def test_a_model_is_somewhere_whichever_of_the_final_writes_is_refused(
 ):
     monkeypatch.setattr(files, "SECONDS_OF_RETRIES", 0)
     state = checkpoint.State()
-    state.candidates = {10: np.zeros(3, "int16")}
+    state.candidates = {10: np.zeros(3, "int32")}
     facts = (load_model(str(tiny_bert), TASK)[0], BertTokenizer(str(vocabulary)), TASK, DATA, 1, RESULTS, "a card")
     weights = {name: value.clone() for name, value in facts[0].state_dict().items()}
     places = []
