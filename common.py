@@ -75,6 +75,7 @@ def add_data_arguments(parser):
     add("--label_column", metavar="NAME", help="the label column (default: label)")
     add("--label_columns", metavar="A,B[,C]", help="several labels for each text: a column of 0 and 1 for each label")
     add("--group_column", metavar="NAME", help="keep rows with equal values in one split, where splits are made")
+    add("--fold", metavar="K/N", help="cross-validation: validate on the K-th of N parts of train, train on the others")
     add("--encoding", metavar="NAME", help="of text files (default: utf-8)")
     add("--delimiter", metavar="MARK", help="between columns, such as ';' or tab (default: by the file's name)")
     add("--on_bad_row", choices=["fail", "skip"], help="skip: leave bad rows out and list them (default: fail)")

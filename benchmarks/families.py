@@ -30,7 +30,7 @@ BART = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attent
 BART |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 64}
 T5 = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
 CANINE = {"downsampling_rate": 4, "upsampling_kernel_size": 4, "local_transformer_stride": 16}
-CANINE |= {"num_hash_functions": 4, "num_hash_buckets": 128, "max_position_embeddings": 256}
+CANINE |= {"num_hash_functions": 4, "num_hash_buckets": 512, "max_position_embeddings": 256}
 CLS_SEP = {"bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3, "pad_token_id": 0}
 FAMILIES = {  # model type: values of its config that differ from the defaults
     "bert": ENCODER,

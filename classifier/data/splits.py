@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -376,6 +377,8 @@ def make_missing_splits(task, splits):
     """Take missing splits out of train: by the task's ranges and fractions, else 10 % for validation."""
     if "train" not in splits:
         return splits
+    if "fold" in task.split:
+        return _with_fold(task, splits)
     rules = {name: rule for name, rule in task.split.items() if name in SPLIT_NAMES and name not in splits}
     if "validation" not in rules and not any(name.startswith("validation") for name in splits):
         rules["validation"] = 0.1
@@ -396,6 +399,27 @@ def make_missing_splits(task, splits):
             raise BadInput(reason, f"Give --{name}_file, or more rows.")
         splits[name], splits["train"] = train.select(drawn), train.select(rest)
     return splits
+
+
+def _with_fold(task, splits):
+    """Return the splits with one fold of train as the validation split, in the place of any other."""
+    from sklearn import model_selection
+
+    (fold, folds), train = task.split["fold"], splits["train"]
+    labels, has_groups = cache.column_array(train, "label"), "group" in task.split
+    has_classes = labels.ndim == 1 and labels.dtype.kind == "i"
+    kind = f"{'Stratified' if has_classes else ''}{'Group' if has_groups else ''}KFold"
+    splitter = getattr(model_selection, kind)(folds, shuffle=True, random_state=task.split.get("seed", 42))
+    groups = [value or "" for value in cache.column_array(train, "group").tolist()] if has_groups else None
+    try:
+        with warnings.catch_warnings(action="ignore"):  # a class may have fewer rows than there are folds
+            drawn = list(splitter.split(np.zeros(len(train)), labels if has_classes else None, groups))
+    except ValueError as error:
+        what = f"groups of {task.split['group']}" if has_groups else "rows of any label"
+        raise BadInput(f"too few {what} in {len(train)} rows for {folds} folds ({error})", "Take fewer.") from None
+    rest, held_out = drawn[fold - 1]
+    kept = {name: rows for name, rows in splits.items() if name.startswith("test")}
+    return {"train": train.select(rest), "validation": train.select(held_out), **kept}
 
 
 def _take_ranges(task, train, ranges):

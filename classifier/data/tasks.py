@@ -79,7 +79,7 @@ TYPES = {key.name: [KINDS[kind] for kind in get_args(key.type) or [key.type] if 
 INNER_KEYS = {
     "dataset": {"path", "name", "revision"},
     "files": set(SPLIT_NAMES),
-    "split": {*SPLIT_NAMES, "seed", "group"},
+    "split": {*SPLIT_NAMES, "seed", "group", "fold"},
 }
 CHOICES = {"problem": ["multi_label"], "truncate": ["head", "tail", "head_tail"]}
 
@@ -238,6 +238,9 @@ def _check_split(split, path):
             case (("seed" | "group"), _):
                 fits = type(value) is int and value >= 0 if name == "seed" else _is_word(value)
                 advice = "Write seed: 42, group: COLUMN."
+            case ("fold", [int(number), int(folds)]):
+                fits = 1 <= number <= folds and folds > 1
+                advice = "Write for example fold: [2, 5], the second of five."
             case [_, [int(start), int(end)]]:
                 fits = 0 <= start < end
             case [_, float()]:
@@ -246,7 +249,7 @@ def _check_split(split, path):
                 fits = False
         if not fits:
             raise BadInput(f'{path}: "split" has {name}: {value!r}', advice)
-    ranges = sorted((value, name) for name, value in split.items() if isinstance(value, list))
+    ranges = sorted((split[name], name) for name in SPLIT_NAMES if isinstance(split.get(name), list))
     for (first, name), (second, other) in pairwise(ranges):
         if second[0] < first[1]:
             raise BadInput(f'{path}: "split": {name} {first} and {other} {second} overlap', "A row has one split.")
@@ -274,7 +277,7 @@ def task_from_args(args, default=None):
         "label": args.label_column,
         "metrics": args.metrics and args.metrics.split(","),
         "delimiter": args.delimiter and parse_delimiter(args.delimiter),
-        "split": args.group_column and {**task.split, "group": args.group_column},
+        "split": {**task.split, **parse_fold(args.fold), **({"group": args.group_column} if args.group_column else {})},
         "limit": parse_limits(args.limit),
         **{name: getattr(args, name) for name in ("max_length", "encoding", "truncate", "on_bad_row")},
     }
@@ -317,6 +320,16 @@ def set_defaults(parser, task):
         if action.choices and value not in action.choices:
             raise BadInput(f"{place} is no choice of --{name}", f"Allowed: {', '.join(action.choices)}.")
         parser.set_defaults(**{name: value})
+
+
+def parse_fold(text):
+    """Return the `fold` of a task's `split`, {"fold": [2, 5]}, from the value of --fold, 2/5. Raises BadInput."""
+    if not text:
+        return {}
+    number, _, folds = text.partition("/")
+    if not (number.isdecimal() and folds.isdecimal() and 1 <= int(number) <= int(folds) and int(folds) > 1):
+        raise BadInput(f"--fold {text}: not K/N", "Write for example --fold 2/5, the second of five.")
+    return {"fold": [int(number), int(folds)]}
 
 
 def parse_limits(texts):

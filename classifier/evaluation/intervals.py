@@ -10,7 +10,7 @@ would change, and not what another seed would. benchmarks/coverage.py simulates 
 import numpy as np
 
 from classifier.evaluation import metrics
-from classifier.evaluation.metrics import DIRECTION, FORMULAS, REGRESSION, Counts, why_undefined
+from classifier.evaluation.metrics import CORRELATIONS, DIRECTION, FORMULAS, REGRESSION, Counts, why_undefined
 
 LEVEL, POWER = 0.95, 0.8
 MEANING = "(intervals: of other texts like these, not of other seeds)"
@@ -18,7 +18,6 @@ NUMBERS_AT_A_TIME = 10**7  # drawn for a randomisation test: 80 MB
 # Of each class. With fewer, no interval that was tried holds a true score of classes in 95 % of samples.
 MIN_ROWS = {"f1": 5, "f1_macro": 5, "f1_micro": 5, "matthews_correlation": 5, "precision_weighted": 20}
 MIN_ROWS_OF_REGRESSION = 5
-CORRELATIONS = "pearson spearmanr matthews_correlation".split()  # from -1 to 1
 
 # ---------------------------------------------------------------------------------------------------------- intervals
 

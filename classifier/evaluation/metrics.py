@@ -24,6 +24,8 @@ CLASSIFICATION = "accuracy f1 matthews_correlation f1_macro f1_weighted precisio
 MULTI_LABEL = "f1_micro f1_macro accuracy".split()
 DIRECTION = dict.fromkeys(CLASSIFICATION + MULTI_LABEL + REGRESSION, "max") | {"mse": "min"}  # which way is better
 
+CORRELATIONS = "pearson spearmanr matthews_correlation".split()  # from -1 to 1
+
 # ------------------------------------------------------------------------------------------------- names of metrics
 
 
@@ -53,6 +55,11 @@ def check_metrics(names, number_of_labels, multi_label=False):
             raise ValueError(f"{name} is for regression, this task has labels: use {', '.join(fitting)}")
         if name == "f1" and number_of_labels != 2:
             raise ValueError(f"f1 is for two labels, this task has {number_of_labels}: use f1_macro")
+
+
+def limits(name):
+    """Return the least and the greatest value that a metric can have."""
+    return (0, math.inf) if name == "mse" else (-1 if name in CORRELATIONS else 0, 1)
 
 
 def is_better(name, score, best):

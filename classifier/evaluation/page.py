@@ -1,4 +1,4 @@
-"""report.html: a run or an evaluation as one self-contained page, with its pictures (also saved as PNG files)."""
+"""report.html: a run, an evaluation or a sweep as one self-contained page, with its pictures (also as PNG files)."""
 
 import io
 import json
@@ -25,13 +25,11 @@ PICTURES = {  # how to draw the entry of this name in an evaluation
 
 
 def write_page(folder, task, headline, evaluations, lines=(), tables=None):
-    """Write report.html and plots/*.png into a folder.
+    """Write report.html and plots/*.png of a run or an evaluation into a folder.
 
     headline: a dict of title, model and text; evaluations: dicts like evaluation.json, each with `mistakes`, the result
     of mistake_rows; lines: of metrics.jsonl, for a training; tables: {heading: {name: value}} for the end of the page.
     """
-    import jinja2
-
     plots = Path(folder) / "plots"
     plots.mkdir(exist_ok=True)
 
@@ -44,13 +42,10 @@ def write_page(folder, task, headline, evaluations, lines=(), tables=None):
     for content in evaluations:
         figures = {name: draw(task, content) for name, draw in PICTURES.items() if name in content}
         content["pictures"] = {name: save(f"{name}-{content['split']}", figure) for name, figure in figures.items()}
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"score": format_score, "value": _format_value, "name": format_name, "names": list_names}
-    environment.filters |= {"largest": largest_classes, "most_confused": most_confused}
-    template = environment.get_template("report_template.html")
     epochs = [line for line in lines if line["type"] == "eval"]
-    page = template.render(
+    write_html(
+        folder,
+        "report_template.html",
         task=task,
         evaluations=evaluations,
         curves=curves,
@@ -59,7 +54,31 @@ def write_page(folder, task, headline, evaluations, lines=(), tables=None):
         most_in_confusion=MOST_IN_CONFUSION,
         **headline,
     )
-    write_text(Path(folder) / "report.html", page)
+
+
+def write_sweep_page(folder, headline, metric, settings, tables):
+    """Write report.html of a sweep into a folder.
+
+    headline: as for write_page; settings: dicts of name, values (a score of each run), mean, std, interval and
+    collapsed; tables: {heading: {name: value}} for the end of the page.
+    """
+    figure = draw_runs(settings, metric)
+    save_png(figure, Path(folder) / "runs.png")
+    picture = to_svg(figure)
+    write_html(
+        folder, "sweep_template.html", picture=picture, metric=metric, settings=settings, tables=tables, **headline
+    )
+
+
+def write_html(folder, template, **values):
+    """Write report.html into a folder from a template beside this file."""
+    import jinja2
+
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"score": format_score, "value": _format_value, "name": format_name, "names": list_names}
+    environment.filters |= {"largest": largest_classes, "most_confused": most_confused}
+    write_text(Path(folder) / "report.html", environment.get_template(template).render(**values))
 
 
 def mistake_rows(task, rows, logits, numbers, losses):
@@ -221,6 +240,22 @@ def draw_batches(scores, total):
             axes.axhline(total, color=ORANGE, lw=1.2, label=f"all examples: {total:.3f}")
             axes.legend(frameon=False)
         axes.set(xlabel="batches of 32 examples", ylabel="matthews_correlation")
+        return figure
+
+
+def draw_runs(settings, metric):
+    """Draw the score of each run as a dot, and the mean of each setting with its 95 % interval as a line."""
+    with _style():
+        figure, (axes,) = _new_figure(8, 1.2 + 0.4 * len(settings))
+        for place, setting in enumerate(settings):
+            values = setting["values"]
+            axes.scatter(values, [place] * len(values), s=28, color=BLUE, alpha=0.6, zorder=2)
+            if setting["interval"]:
+                axes.hlines(place, *setting["interval"], color=ORANGE, lw=2, zorder=1)
+            if setting["mean"] is not None:
+                axes.plot(setting["mean"], place, "|", color=ORANGE, ms=14, mew=2, zorder=3)
+        axes.set_yticks(range(len(settings)), [setting["name"] for setting in settings], parse_math=False)
+        axes.set(xlabel=metric, ylim=(len(settings) - 0.5, -0.5))
         return figure
 
 

@@ -103,8 +103,7 @@ def _within_limits(name, score, excess):
     if score is None or not np.isfinite(excess):
         return None
     excess = min(excess, 0) if DIRECTION[name] == "min" else max(excess, 0)
-    low, high = (0, np.inf) if name == "mse" else (-1 if name in intervals.CORRELATIONS else 0, 1)
-    return float(np.clip(score - excess, low, high))
+    return float(np.clip(score - excess, *metrics.limits(name)))
 
 
 def _excess_of_choice(names, candidates, labels, chosen, generator):

@@ -836,3 +836,41 @@ def test_labels_of_one_row_each_are_told_as_that(tmp_path):
     error = refusal(files_task(tmp_path, train=[(f"text {number}", f"label {number}") for number in range(30)]))
     assert error.reason == "each label has one row, which stays in train, so there is none for a validation split"
     assert "--validation_file" in error.advice
+
+
+@pytest.mark.parametrize(
+    "keys", [{}, {"labels": "regression"}, {"group": "author"}], ids=["classes", "numbers", "groups"]
+)
+def test_each_row_validates_in_one_fold(tmp_path, keys):
+    generator = np.random.default_rng(7)
+    label = (lambda at: str(at / 2)) if "labels" in keys else (lambda at: "abb"[at % 3])
+    rows = [(f"text {at}", label(at), f"author {generator.integers(20)}") for at in range(90)]
+    split = {"group": "author"} if "group" in keys else {}
+    labels = {name: value for name, value in keys.items() if name == "labels"}
+    validated = []
+    for fold in (1, 2, 3):
+        task = {"text": ["text"], "split": {**split, "fold": [fold, 3]}, **labels}
+        task = files_task(
+            tmp_path, ("text", "label", "author"), train=rows, validation=rows[:2], test=rows[:3], task=task
+        )
+        _, splits, _, _ = load_splits(task)
+        assert list(splits) == ["train", "validation", "test"] and len(splits["test"]) == 3
+        held_out = splits["validation"]["row"][:]
+        assert sorted([*splits["train"]["row"], *held_out]) == list(range(2, 92))
+        validated += held_out
+        if "group" in keys:
+            assert not set(splits["train"]["group"]) & set(splits["validation"]["group"])
+        else:
+            assert len(held_out) == 30
+        if not keys:
+            assert Counter(splits["validation"]["label"]) == {0: 10, 1: 20}
+    assert sorted(validated) == list(range(2, 92))
+
+
+def test_too_few_rows_for_the_folds(tmp_path):
+    error = refusal(files_task(tmp_path, train=AB * 3, task={"split": {"fold": [1, 4]}}))
+    assert "too few rows of any label in 6 rows for 4 folds" in error.reason
+    groups = [(f"text {at}", "ab"[at % 2], f"author {at % 2}") for at in range(20)]
+    keys = {"text": ["text"], "split": {"fold": [1, 3], "group": "author"}}
+    error = refusal(files_task(tmp_path, ("text", "label", "author"), train=groups, task=keys))
+    assert "too few groups of author in 20 rows for 3 folds" in error.reason
