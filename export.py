@@ -284,12 +284,15 @@ def compare_lengths(model, columns, max_length, torch_forward, onnx_forward):
     Each length alone, then all in one batch. torch_forward, onnx_forward: forward functions of Predictors.
     """
     generator, lengths = np.random.default_rng(0), sorted({1, 2, max_length // 2, max_length})
-    type_count = getattr(model.config, "type_vocab_size", None) or 1
-    limits = {"input_ids": model.get_input_embeddings().num_embeddings, "token_type_ids": type_count}
-    batch = {name: [generator.integers(0, limits[name], length) for length in lengths] for name in columns}
-    # No padding token: RoBERTa does not count it among the positions.
-    pad_token_id, size = model.config.pad_token_id, limits["input_ids"]
-    batch["input_ids"] = [np.where(ids == pad_token_id, (ids + 1) % size, ids) for ids in batch["input_ids"]]
+    config, ids = model.config, np.arange(model.get_input_embeddings().num_embeddings)
+    # No padding token: RoBERTa does not count it among the positions. The end token once: BART's head reads it.
+    ends = np.intersect1d(ids, np.array(config.eos_token_id if config.eos_token_id is not None else []))
+    values = {"input_ids": np.setdiff1d(ids, [*ends, -1 if config.pad_token_id is None else config.pad_token_id])}
+    values["token_type_ids"] = np.arange(getattr(config, "type_vocab_size", None) or 1)
+    batch = {name: [generator.choice(values[name], length) for length in lengths] for name in columns}
+    if len(ends):
+        for sequence in batch["input_ids"]:
+            sequence[-1] = ends[0]
     batches = [{name: [rows[example]] for name, rows in batch.items()} for example in range(len(lengths))]
     if max_length <= TOKENS_IN_A_BATCH:
         batches.append(batch)

@@ -15,7 +15,7 @@ import torch
 import transformers
 from conftest import WORDS, make_rows, run_script, write_table
 from sklearn.metrics import f1_score
-from test_families import FAMILIES
+from test_families import BOTH, FAMILIES
 
 import export
 from classifier import predictor
@@ -521,3 +521,31 @@ def test_a_tokenizer_of_another_model_is_noticed_when_an_export_is_loaded(copy):
     file.write_text(json.dumps(content))
     with pytest.raises(BadInput, match=r"tokenizer\.json has token ids up to 500, but config\.json a vocabulary of"):
         predictor.load(copy / "model" / "onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt2", "bart"])
+def test_models_that_generate_text_export_as_classifiers(family, tmp_path, vocabulary, monkeypatch):
+    """Their forward returns keys and values, too, and BART's head reads the last end token."""
+    tokens = {"vocab_size": len(WORDS) + 5, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+    sizes = {"gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 40}, "bart": BOTH | {"d_model": 32}}
+    names = {"id2label": dict(enumerate(LABELS)), "label2id": {name: number for number, name in enumerate(LABELS)}}
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family, **tokens, **sizes[family], **names, init_std=0.3)
+    model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    tokenizer = transformers.BertTokenizer(str(vocabulary))
+    rows = make_rows(30)
+    write_table(tmp_path / "validation.csv", rows)
+    files = {"train": str(tmp_path / "validation.csv"), "validation": str(tmp_path / "validation.csv")}
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    save_task(
+        Task(name="mine", text=ONE, labels=LABELS, files=files, max_length=32), {}, tmp_path / "model" / "task.json"
+    )
+    run_main(monkeypatch, "--model", tmp_path / "model")
+    texts = [text for text, _ in rows]
+    with torch.no_grad():
+        expected = [model(**tokenizer(text, return_tensors="pt")).logits.numpy() for text in texts]
+    logits = predictor.load(tmp_path / "model" / "onnx").logits([texts])
+    np.testing.assert_allclose(logits, np.concatenate(expected), rtol=1e-4, atol=1e-4)
+    assert np.ptp(np.concatenate(expected), axis=0).min() > 0.01
