@@ -69,6 +69,7 @@ def test_tokenising_may_take_longer_than_a_collective(review_task, monkeypatch):
     assert state(folder)["status"] == "done"
 
 
+@pytest.mark.slow
 def test_early_stopping_is_decided_once(review_task):
     flags = ["--learning_rate", 0, "--eval_every", 3, "--early_stopping_patience", 2, "--epochs", 20]
     folder = train_quickly(review_task, *flags)
@@ -155,6 +156,7 @@ processes.start = started
 """
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_not_finite_changes_no_weight(review_task):
     done, _, _ = train(review_task, "--log_every", 6, change=NO_UPDATE)
     assert done.returncode == 1

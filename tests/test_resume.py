@@ -294,7 +294,7 @@ def assert_equal(run, whole):
 # ---------------------------------------------------------------------------------------------------------- the matrix
 
 
-@pytest.mark.slow(after=2)
+@pytest.mark.slow(after=1)
 @pytest.mark.parametrize("cell", cells(), ids=names_of)
 def test_a_run_that_was_stopped_is_equal_to_one_that_was_not(tasks, whole, launch, tmp_path, cell):
     where, how, processes, told, workers, accumulates, dropout = cell
@@ -360,7 +360,7 @@ dropout.Masks.set_batch = signalling
 """
 
 
-@pytest.mark.slow(after=1)
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGUSR1", "SIGINT"])
 def test_a_signal_to_all_processes_of_a_run_spares_those_that_load_batches(tasks, whole, launch, tmp_path, how):
     """Clusters and terminals signal the whole group."""
@@ -385,7 +385,7 @@ dropout.Masks.set_batch = noting
 """
 
 
-@pytest.mark.slow(after=1)
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_another_number_of_processes_sees_the_remaining_examples_of_the_plan(
     tasks, whole, launch, tmp_path, before, after
@@ -410,6 +410,7 @@ def test_another_number_of_processes_sees_the_remaining_examples_of_the_plan(
     assert results_of(tmp_path / "run")["train_examples"] == ROWS * EPOCHS
 
 
+@pytest.mark.slow
 def test_what_changes_no_number_may_change(tasks, whole, launch, tmp_path):
     flags = ["--task", "on.yaml", "--threads", 1, "--output_dir", tmp_path / "run"]
     change = stopping(IN_A_STEP.format(step=20))
@@ -460,6 +461,7 @@ def test_resume_never_wants_an_empty_folder_and_trains_there(tasks, whole, launc
     assert contents_of(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_run_is_gone_on_from_in_a_new_folder(tasks, whole, launch, tmp_path):
     flags = ["--task", "on.yaml", *FLAGS]
     change = stopping(IN_A_STEP.format(step=20))
@@ -500,7 +502,7 @@ dropout.Dropout.forward = forward
 """
 
 
-@pytest.mark.slow(after=1)
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "processes"), [("SIGTERM", 2), ("SIGKILL", 1)])
 def test_a_model_that_draws_from_torchs_generator_goes_on_with_the_same_draws(
     tasks, whole, launch, tmp_path, how, processes
@@ -516,7 +518,7 @@ def test_a_model_that_draws_from_torchs_generator_goes_on_with_the_same_draws(
     assert_equal(tmp_path / "run", expected)
 
 
-@pytest.mark.slow(after=1)
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_scale_of_fp16_survives(tasks, whole, launch, tmp_path, processes):
     """It is halved in the first steps; a run that began with it anew would skip steps once more."""
@@ -534,6 +536,7 @@ def test_the_scale_of_fp16_survives(tasks, whole, launch, tmp_path, processes):
     assert_equal(tmp_path / "run", expected)
 
 
+@pytest.mark.slow
 def test_early_stopping_counts_on(tasks, launch, tmp_path):
     """A model that learns nothing is best at its first evaluation; two more of them do not help."""
     flags = ["--task", "off.yaml", *FLAGS, "--learning_rate", 0, "--early_stopping_patience", 2, "--epochs", 9]
@@ -669,6 +672,7 @@ def test_killed_while_a_checkpoint_is_written(tasks, whole, launch, tmp_path, mo
     assert_equal(tmp_path / "run", whole("on"))
 
 
+@pytest.mark.slow
 def test_killed_while_a_checkpoint_is_written_for_the_second_time(tasks, whole, launch, tmp_path):
     """Resumed at a step and told at once to end, a run saves that step again: it is never without it."""
     flags = ["--task", "on.yaml", *FLAGS, "--keep_checkpoints", 1, "--output_dir", tmp_path / "run"]

@@ -360,6 +360,7 @@ def test_two_processes_agree_on_uneven_batches_class_weights_and_label_smoothing
     assert_same_training(review_task.parent / "whole", review_task.parent / "two")
 
 
+@pytest.mark.slow
 def test_more_processes_than_examples_in_a_step(review_task, train):
     make_regression(review_task)
     flags = ["--batch_size", 1, "--max_steps", 12, "--eval_every", 5, "--log_every", 1]
@@ -462,6 +463,7 @@ def test_losses_and_rates_are_those_of_a_loop_in_plain_torch(review_task, vocabu
     assert values_of(run, "learning_rate") == pytest.approx(expected["learning_rate"], rel=1e-9, abs=1e-15)
 
 
+@pytest.mark.slow
 def test_lines_between_are_means_over_their_examples(review_task, train):
     train(review_task, "--log_every", 1, "--epochs", 1, output="each")
     train(review_task, "--log_every", 5, "--epochs", 1, output="some")
@@ -631,6 +633,7 @@ def test_an_output_folder_that_is_a_file_is_refused(review_task, refused):
 
 
 # A tokenizer changes its own state when it cuts the first texts: no part of the key of the cache may depend on it.
+@pytest.mark.slow
 def test_a_second_run_takes_all_tokens_from_the_cache(review_task, train):
     write_table(review_task.parent / "train.csv", make_rows(200, 1234))  # rows that no other test has tokenised
     write_table(review_task.parent / "validation.csv", make_rows(50, 1235))
@@ -667,6 +670,7 @@ def test_overwrite_starts_again_and_removes_what_the_run_left_alone(finished, ru
 # ----------------------------------------------------------------------------------------------- length of a training
 
 
+@pytest.mark.slow
 def test_max_steps_and_parts_of_an_epoch(review_task, train):
     train(review_task, "--max_steps", 5, output="steps")
     assert read_results(review_task.parent / "steps")["steps"] == 5
@@ -906,6 +910,7 @@ def test_tensorboard_gets_what_the_metrics_file_gets(review_task, train):
     assert (score.step, score.value) == (4, pytest.approx(lines_of(folder, "eval")[0]["scores"]["accuracy"]))
 
 
+@pytest.mark.slow
 def test_a_mistake_under_accelerate_launch_is_said_plainly_and_all_cores_are_used(review_task):
     before = files_under(review_task.parent)
     done = run_script(
@@ -923,6 +928,7 @@ def test_a_mistake_under_accelerate_launch_is_said_plainly_and_all_cores_are_use
     assert f"cpu, 1 process, precision no (--mixed_precision), {cores} thread" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_threads_that_were_chosen_are_those_in_use(review_task, train):
     torch.set_num_threads(2)
     train(review_task, "--max_steps", 1, output="one")
@@ -939,6 +945,7 @@ def test_a_mistake_under_torchrun_is_said_once(review_task):
     assert files_under(review_task.parent) == before
 
 
+@pytest.mark.slow
 def test_two_processes_that_accelerate_would_run_as_one_are_refused(review_task):
     before = files_under(review_task.parent)
     launcher = (*ACCELERATE, "--cpu", "--num_processes", "2")
@@ -1014,6 +1021,7 @@ def test_variants_of_a_label_and_rare_classes_are_warned_of(reviews, review_task
     assert "classes with fewer than 16 rows in train: Positive (2)" in printed
 
 
+@pytest.mark.slow
 def test_hundreds_of_classes_with_odd_names_break_no_line(tmp_path, tiny_bert, run_inside):
     names = ["a line\nbreak", "a pipe|", "tab\t", "x" * 300, "房間 👍", *(f"class {number}" for number in range(295))]
     rows = [(text, names[number % 300]) for number, (text, _) in enumerate(make_rows(900))]
