@@ -26,6 +26,7 @@ import common
 from classifier import processes
 from classifier.chunks import LogitChunks, split_into_chunks
 from classifier.data import writer
+from classifier.data.encodings import utf_16_of
 from classifier.data.labels import prediction_columns, prediction_rows
 from classifier.data.reader import check_file, count_rows, lines_of_text, read_header, read_rows, table_format
 from classifier.data.tasks import parse_delimiter
@@ -207,7 +208,11 @@ def arriving_lines(stream, encoding):
         decoder, text = codecs.getincrementaldecoder("utf-8-sig" if encoding == "utf-8" else encoding)(), ""
     except LookupError:
         raise BadInput(f"--encoding {encoding}: unknown", "Known are utf-8, gb18030, latin-1, utf-16, ...") from None
+    is_first = encoding == "utf-8"
     while arrived := stream.read1(2**18):
+        if is_first and (likely := utf_16_of(arrived[:1000])):
+            raise BadInput(f"standard input: looks like {likely}, not utf-8", f"Give --encoding {likely}.")
+        is_first = False
         *lines, text = (text + decoder.decode(arrived)).split("\n")
         if lines:
             yield lines

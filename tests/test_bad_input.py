@@ -199,9 +199,9 @@ FILES = [
     ),
     case(
         "Latin-1",
-        {"train.csv": GERMAN.encode("latin-1")},
+        {"train.csv": GERMAN.encode("cp1252")},
         ("HERE/train.csv, line 2: ", 'column "text"', "0xfc is not UTF-8", "'Das Fr'", "byte 17 of the file"),
-        "--encoding latin-1",
+        "--encoding cp1252",
     ),
     case(
         "UTF-16",

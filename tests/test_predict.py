@@ -673,6 +673,9 @@ def test_bytes_that_are_no_text_are_refused_at_standard_input(trained, run_insid
     assert code == 2 and "standard input: is not utf-8" in errors
     code, _, errors = run_inside("predict.py", *flags, "--encoding", "utf-99", cwd=tmp_path)
     assert code == 2 and "--encoding utf-99: unknown" in errors
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("good\nbad\n".encode("utf-16-le"))))
+    code, _, errors = run_inside("predict.py", *flags, cwd=tmp_path)
+    assert code == 2 and "standard input: looks like utf-16-le, not utf-8" in errors
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("good\r\nbad".encode("utf-8-sig"))))
     code, printed, _ = run_inside("predict.py", *flags, cwd=tmp_path)
     assert code == 0 and [line.split("\t")[0] for line in printed.splitlines()[1:]] == ["good", "bad"]

@@ -4,20 +4,18 @@ Rows come with their line numbers. No type is guessed: "None", "00456" and "1e5"
 not a clean table raises BadInput with the file, the line, the value, and how to fix it.
 """
 
-import codecs
 import csv
 import gzip
-import io
 import json
 import os
 import re
 import zipfile
 import zlib
-from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
-from classifier.messages import BadInput, BadRow, NoRows, list_names, location, nearest
+from classifier.data.encodings import SURROGATE, diagnose_encoding, open_bytes, text_stream
+from classifier.messages import BadInput, BadRow, NoRows, location, nearest
 
 # Characters in a field. Python's default limit of 131,072 is too low for documents; without a limit, one unclosed quote
 # turns the rest of the file into a single field.
@@ -25,7 +23,6 @@ LONGEST_FIELD = 10_000_000
 csv.field_size_limit(LONGEST_FIELD)
 
 DELIMITERS = {"csv": ",", "tsv": "\t"}
-SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character, or a byte that could not be decoded
 BLANKS = " \t\r\n"  # the whitespace of JSON
 
 
@@ -62,11 +59,11 @@ def read_rows(path, columns=None, quoting=None, encoding="utf-8", delimiter=None
                 if kind == "parquet":
                     rows = _parquet_rows(path, raw)
                 elif kind in DELIMITERS:
-                    rows = _delimited_rows(path, _text_stream(raw, encoding), kind, columns, quoting, delimiter)
+                    rows = _delimited_rows(path, text_stream(raw, encoding), kind, columns, quoting, delimiter)
                 elif kind == "txt":
-                    rows = lines_of_text(path, _text_stream(raw, encoding), texts)
+                    rows = lines_of_text(path, text_stream(raw, encoding), texts)
                 else:
-                    rows = _json_rows(path, _text_stream(raw, encoding), kind)
+                    rows = _json_rows(path, text_stream(raw, encoding), kind)
                 for line, row, text in rows:
                     if not isinstance(row, BadRow) and (problem := _find_problem(row, text)):
                         row = BadRow(path, line, problem)
@@ -77,7 +74,7 @@ def read_rows(path, columns=None, quoting=None, encoding="utf-8", delimiter=None
                     if "is not UTF-8, after" in row.problem and not is_scanned:  # once, as it reads the file again
                         is_scanned = True
                         # In JSON every undecodable byte makes a bad row, so the file's first one is in this row.
-                        offset, fix = _diagnose_encoding(path, 0 if kind in ("json", "jsonl") else line)
+                        offset, fix = diagnose_encoding(path, 0 if kind in ("json", "jsonl") else line)
                         row = BadRow(path, line, row.problem + offset, fix)
                     first_bad = first_bad or row
                     if on_bad_row == "fail":
@@ -85,7 +82,7 @@ def read_rows(path, columns=None, quoting=None, encoding="utf-8", delimiter=None
                     if on_bad_row == "yield":
                         yield line, row
             except UnicodeError as error:
-                raise BadInput(f"{path}: is not {encoding} ({error})", f"{_diagnose_encoding(path)[1]}.") from None
+                raise BadInput(f"{path}: is not {encoding} ({error})", f"{diagnose_encoding(path)[1]}.") from None
     except (FileNotFoundError, NotADirectoryError):
         file = Path(str(path).partition("::")[0])
         siblings = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
@@ -114,7 +111,7 @@ def read_header(path, encoding="utf-8", delimiter=None):
             return parquet.read_schema(raw).names
         if kind not in DELIMITERS:
             return []
-        lines = csv.reader(_text_stream(raw, encoding), delimiter=delimiter or DELIMITERS[kind])
+        lines = csv.reader(text_stream(raw, encoding), delimiter=delimiter or DELIMITERS[kind])
         return next(filter(None, lines), [])
 
 
@@ -139,48 +136,7 @@ def check_file(path):
         next(read_rows(path, texts=["text"]), None)
 
 
-# ------------------------------------------------------------------------------------------------- bytes and characters
-
-
-@contextmanager
-def open_bytes(path):
-    """Open a file, a .gz file, or a member of a zip archive (ARCHIVE.zip::MEMBER) to read bytes."""
-    if "\0" in str(path):
-        raise FileNotFoundError(path)  # open() would raise ValueError
-    archive, _, member = str(path).partition("::")
-    if member:
-        with zipfile.ZipFile(archive) as files:
-            # On Windows, a path may be typed with backslashes, and some programs wrote them into archives.
-            members = {name.replace("\\", "/"): name for name in files.namelist()}
-            if member.replace("\\", "/") not in members:
-                names = [name for name in members if not name.endswith("/")]
-                raise BadInput(
-                    f"{archive}: has no member {member}{nearest(member, names)}", f"Members: {list_names(names)}."
-                )
-            try:
-                raw = files.open(members[member.replace("\\", "/")])
-            except RuntimeError as error:  # encrypted, or an unsupported compression (NotImplementedError)
-                raise BadInput(f"{path}: cannot be unpacked ({error})", "Unpack it and name the file itself.") from None
-            with raw, gzip.open(raw) if member.lower().endswith(".gz") else raw as stream:
-                yield stream
-    else:
-        with gzip.open(path) if str(path).lower().endswith(".gz") else open(path, "rb") as stream:
-            yield stream
-
-
-def _text_stream(raw, encoding):
-    """Return a text stream. In UTF-8, an undecodable byte becomes a lone surrogate, which is later found in its row."""
-    # newline="" leaves line ends inside quoted fields alone; utf-8-sig drops a byte order mark.
-    try:
-        if codecs.lookup(encoding).name not in ("utf-8", "utf-8-sig"):
-            return io.TextIOWrapper(raw, encoding, newline="")
-    except (LookupError, ValueError):  # TextIOWrapper rejects codecs that do not decode bytes, such as rot13
-        raise BadInput(f"--encoding {encoding}: unknown", "Known are utf-8, gb18030, latin-1, utf-16, ...") from None
-    start = raw.peek(1000)[:1000]
-    if likely := _utf_16(start):
-        offset = 0 if likely == "utf-16" else start.index(0)
-        raise UnicodeError(f"byte {offset} of the file is {start[offset]:#04x}")
-    return io.TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="")
+# ---------------------------------------------------------------------------------------------------------- characters
 
 
 def _find_problem(row, text=None):
@@ -208,43 +164,6 @@ def _undecodable(string, text=None):
     is_byte = "\udc80" <= match[0] <= "\udcff" and (text is None or match[0] in text)
     what = f"byte {ord(match[0]) - 0xDC00:#04x} is not UTF-8" if is_byte else "an unpaired surrogate (half a character)"
     return f"{what}, after {string[: match.start()][-20:]!r}"
-
-
-def _diagnose_encoding(path, line=0):
-    """Return (the offset of the first byte from a line on that is not UTF-8, as text; advice on the encoding)."""
-    with open_bytes(path) as raw:
-        utf_16 = _utf_16(raw.peek(1000)[:1000])
-        before = io.TextIOWrapper(raw, "utf-8", errors="surrogateescape", newline="").read(100_000)
-    offset, after = 0, ""
-    with open_bytes(path) as raw:
-        stream = io.TextIOWrapper(raw, "utf-8", errors="surrogateescape", newline="")
-        blocks = stream if line else iter(lambda: stream.read(1 << 16), "")  # a JSON list may be one long line
-        for number, text in enumerate(blocks, start=1):
-            match = SURROGATE.search(text) if number >= line and not text.isascii() else None
-            offset += len(text[: match.start() if match else None].encode("utf-8", "surrogateescape"))
-            if match:
-                after = text[match.start() :] + stream.read(100_000)
-                break
-    place, broken = f" (byte {offset:,} of the file)", len(SURROGATE.findall(before + after))
-    if not utf_16 and len(re.findall(r"[^\0-\x7f]", before + after)) > 2 * broken > 0:
-        return place, "Most of the file is UTF-8 and this byte is damaged: fix it"
-    # Chinese in GB18030 comes in pairs of high bytes; the accents of Latin-1 stand alone.
-    high = re.findall(rb"[\x80-\xff]+", after.encode("utf-8", "surrogateescape"))
-    likely = utf_16 or ("gb18030" if sum(map(len, high)) > 1.5 * len(high) else "latin-1" if broken else "utf-8")
-    advice = f"The file looks like {likely}: give --encoding {likely}"
-    return place, advice if likely == "utf-8" else f"{advice}, or convert it to UTF-8"
-
-
-def _utf_16(start):
-    """Return which UTF-16 a file is in by its first bytes, or None."""
-    if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        return "utf-16"
-    is_utf8 = not SURROGATE.search(start.decode("utf-8", "surrogateescape")[:-3])  # the last character may be cut off
-    units = [start[position : position + 2] for position in range(0, len(start), 2)]
-    # In Chinese text only line ends hold NUL. A NUL in UTF-8 is a slip, but not at the start of the file.
-    if not is_utf8 and (b"\n\0" in units or b"\0\n" in units):
-        return "utf-16-le" if b"\n\0" in units else "utf-16-be"
-    return {0: "utf-16-be", 1: "utf-16-le"}.get(start[:2].find(0))
 
 
 # ------------------------------------------------------------------------------------------------------ the formats
@@ -307,7 +226,7 @@ def _check_header(path, line, header, quoted, separator, is_given):
     if problem := _find_problem(dict(zip(header, header, strict=True))):
         advice = "Fix the header"
         if "is not UTF-8, after" in problem:
-            offset, advice = _diagnose_encoding(path, line)
+            offset, advice = diagnose_encoding(path, line)
             problem += offset
         raise BadInput(f"{path}, line {line}, header: {problem}", f"{advice}.")
     _check_names(f"{path}, line {line}: the header names the column", header)
@@ -406,7 +325,7 @@ def _list_elements(path, stream, block_size=1 << 16):
                 continue
             # msg: json's message without a position, which would be that in the block.
             reason = f"{location(path, number)}: is not JSON ({getattr(error, 'msg', error)})"
-            offset, advice = _diagnose_encoding(path) if _undecodable(text) else ("", "Fix the file at this place")
+            offset, advice = diagnose_encoding(path) if _undecodable(text) else ("", "Fix the file at this place")
             raise BadInput(reason + (offset and f", and the file is not UTF-8{offset}"), f"{advice}.") from None
         yield number, value, text[start:end]
         number, after_last = number + 1, end

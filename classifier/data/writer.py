@@ -15,7 +15,8 @@ import uuid
 from contextlib import contextmanager
 from pathlib import Path
 
-from classifier.data.reader import open_bytes, table_format
+from classifier.data.encodings import open_bytes
+from classifier.data.reader import table_format
 from classifier.files import atomic_file
 from classifier.messages import BadInput, list_names
 

@@ -222,7 +222,7 @@ def test_other_encodings_are_read_when_named(tmp_path, kind, encoding, text):
 @pytest.mark.parametrize("ending", ["", ".gz"])
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "json"])
 @pytest.mark.parametrize(
-    ("encoding", "text"), [("gb18030", CHINESE), ("latin-1", FRENCH), ("latin-1", GERMAN), ("latin-1", "¿Qué año?")]
+    ("encoding", "text"), [("gb18030", CHINESE), ("cp1252", FRENCH), ("cp1252", GERMAN), ("cp1252", "¿Qué año?")]
 )
 def test_another_encoding_is_told_with_its_place_and_likely_name(tmp_path, kind, ending, encoding, text):
     content = table(kind, [{"text": "中文"}, {"text": text}])
@@ -398,7 +398,7 @@ UTF_16 = [(*item, name) for item in WIDE.items() for name in ("utf-16", "utf-16-
         ("a.csv", "Title; more\na\n", "the header is one column", "If it is one column: --delimiter ','."),
         ("a.tsv", "text,label\na,b\n", "divided by '\\t'", "--delimiter ','"),
         ("a.csv", f"文本,标签\n{CHINESE},好\n".encode("gb18030"), "line 1, header: ", "--encoding gb18030,"),
-        ("a.csv", f"catégorie\n{FRENCH}\n".encode("latin-1"), "line 1, header: ", "--encoding latin-1,"),
+        ("a.csv", f"catégorie\n{FRENCH}\n".encode("cp1252"), "line 1, header: ", "--encoding cp1252,"),
         *((file, text.encode(name), "is not utf-8 (byte ", f"--encoding {name},") for file, text, name in UTF_16),
         ("a.zip::a.csv.gz", archive({"a.csv.gz": gzip.compress(WHOLE, mtime=0)[:-500]}), DAMAGED, "again"),
         ("a.zip::a.csv", archive({"a.csv": WHOLE})[:-9], DAMAGED, "again"),
@@ -482,7 +482,9 @@ def test_a_file_of_bad_rows_alone_is_refused_where_such_rows_are_skipped(tmp_pat
     assert [next(rows)[1].line, next(rows)[1].line] == [2, 3]
     with pytest.raises(BadInput, match=r"line 2: .*byte 11 of the file\) \(every row") as caught:
         next(rows)
-    assert caught.value.advice == "The file looks like gb18030: give --encoding gb18030, or convert it to UTF-8."
+    assert (
+        caught.value.advice == "The file looks like gb18030 ('好,1'): give --encoding gb18030, or convert it to UTF-8."
+    )
 
 
 @pytest.mark.parametrize(
