@@ -385,7 +385,7 @@ def prepare_model(model, tokenizer, seed=0):
     own_attention = model.config._attn_implementation
     masks = install(model, seed)
     packer = Packer(model, masks, tokenizer.pad_token_id, padding_side)
-    packer.probe = examples, expected.numpy()
+    packer.probe = examples, expected.numpy()  # for check_on_device
     for is_ours in (True, False):
         if not is_ours:
             uninstall(model)
