@@ -14,9 +14,9 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, TORCHRUN_2, lines_of, run_script
+from conftest import ROOT, lines_of, run_script
 from other_systems.make_inputs import make_inputs
-from test_preemption import ended, start, state_of
+from test_preemption import ended, start, start_2, state_of
 
 EMULATION = ROOT / "tests" / "emulated_device"
 pytestmark = [
@@ -187,9 +187,10 @@ def test_workers_are_spawned_on_a_mac(folder, compiled):
 @pytest.mark.slow
 def test_several_processes_on_a_mac_take_the_cpu(folder, compiled):
     flags = ("--task", "in/tiny.yaml", "--max_steps", 3, "--output_dir", "two")
-    done = run_script("train.py", *flags, cwd=folder, launcher=TORCHRUN_2, environment=variables("mps", compiled))
-    assert done.returncode == 0 and done.stdout.startswith("cpu, 2 processes"), done.stderr
-    assert done.stdout.count("several processes take the CPU: on Apple's GPUs they cannot communicate") == 1
+    processes = start_2(folder, *flags, change=INSTALL, environment=variables("mps", compiled))
+    (code, out, err), (other_code, *_) = map(ended, processes)
+    assert (code, other_code) == (0, 0) and out.startswith("cpu, 2 processes"), out + err
+    assert out.count("several processes take the CPU: on Apple's GPUs they cannot communicate") == 1
 
 
 @pytest.mark.slow

@@ -142,6 +142,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   bool queryEvent(void*) const override { return true; }
   void synchronizeEvent(void*) const override {}
 };
+
 // ------------------------------------------------------------------------------------------------------- the generator
 
 struct Generator final : at::CPUGeneratorImpl {
@@ -375,7 +376,8 @@ void compute(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     });
     if (value->isStorage() && value->toStorage().device_type() == our_type) *value = sides.to_cpu(value->toStorage());
     if (value->isDevice() && value->toDevice().type() == our_type) *value = Device(DeviceType::CPU);
-    TORCH_CHECK(our_type != DeviceType::CUDA || !value->isGenerator() || value->toGenerator().device().type() == our_type,
+    bool is_generator_of_cpu = value->isGenerator() && value->toGenerator().device().type() != our_type;
+    TORCH_CHECK(our_type != DeviceType::CUDA || !is_generator_of_cpu,
                 "Expected a 'cuda' device type for generator but found 'cpu'");
     if (value->isGenerator() && value->toGenerator().device().type() == our_type) {
       drawn = value->toGenerator();
@@ -423,8 +425,8 @@ at::Tensor attention(const at::Tensor& query, const at::Tensor& key, const at::T
 // Whether a parameter stays itself where its module moves (`parameter.data = ...`), so that an optimiser made before
 // the move still has it. torch says no for devices that it does not know, and expects them to override this.
 bool stays_itself(const at::Tensor& self, const at::Tensor& from) {
-  auto is_known = [](const at::Tensor& tensor) { return tensor.device().is_cpu() || tensor.device().type() == our_type; };
-  return parameters_stay && is_known(self) && is_known(from);
+  auto is_known = [](Device device) { return device.is_cpu() || device.type() == our_type; };
+  return parameters_stay && is_known(self.device()) && is_known(from.device());
 }
 
 // On CUDA torch has softmax itself widen fp16 to fp32, which the CPU's kernels do not.
