@@ -582,7 +582,13 @@ def test_a_model_whose_answers_depend_on_its_batch_is_warned_of(vocabulary, log_
 # --------------------------------------------------------------------------------- devices and precisions that cannot
 
 
-BF16 = SimpleNamespace(device=torch.device("cpu"), mixed_precision="bf16")
+class Elsewhere(str):
+    """A name of the CPU, for torch; for our code another device."""
+
+    type = "npu"
+
+
+BF16 = SimpleNamespace(device=Elsewhere("cpu"), mixed_precision="bf16")
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "gpt2"])
@@ -617,3 +623,10 @@ def test_a_device_on_which_padded_examples_have_other_numbers_is_told(log_lines)
     assert [
         re.findall("two (packed|padded) examples differ from the CPU's by 2.0e-01", line) for line in log_lines
     ] == [["packed"], ["padded"]]
+
+
+def test_on_a_cpu_nothing_is_computed_again():
+    _, model, packer = make_models("bert")
+    model.forward = None
+    check_on_device(model, packer, SimpleNamespace(device=torch.device("cpu"), mixed_precision="bf16"))
+    assert packer.is_packed
