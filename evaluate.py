@@ -111,7 +111,7 @@ def other_predictions(path, task, splits, fingerprints, args, accelerator):
     """Return {split: predictions} of the model or the file that --compare names, for the examples of splits."""
     from classifier.model import inference
     from classifier.model.models import load_model, model_folder, with_head_labels
-    from classifier.model.packing import prepare_model
+    from classifier.model.packing import prepare_to_infer
 
     if not Path(path).exists():
         raise BadInput(
@@ -125,8 +125,7 @@ def other_predictions(path, task, splits, fingerprints, args, accelerator):
     settings = {key: getattr(saved_task, key) for key in ("max_length", "truncate", "thresholds")}
     other_task = with_head_labels(model, facts, replace(task, **settings))
     other_task, examples = tokenize_splits(other_task, splits, fingerprints, model, tokenizer)
-    packer = prepare_model(model, tokenizer)
-    model = accelerator.prepare_model(model, evaluation_mode=True)
+    model, packer = prepare_to_infer(model, tokenizer, accelerator)
     predictions = {}
     for name in splits:
         logits = inference.compute_logits(model, examples[name], accelerator, args.eval_batch_size, packer)
@@ -313,7 +312,7 @@ def main():
         check_file(args.file)
     from classifier.model import inference
     from classifier.model.models import base_model, load_model, model_folder, saved_metrics, with_head_labels
-    from classifier.model.packing import prepare_model
+    from classifier.model.packing import prepare_to_infer
 
     # --- the data, and the model in the precision of its training
     folder = model_folder(args.model)
@@ -348,8 +347,7 @@ def main():
 
     # --- logits and scores
     task, examples = tokenize_splits(task, scored, current, model, tokenizer)
-    packer = prepare_model(model, tokenizer)
-    model = accelerator.prepare_model(model, evaluation_mode=True)
+    model, packer = prepare_to_infer(model, tokenizer, accelerator)
     for name, rows in scored.items():
         logits = inference.compute_logits(model, examples[name], accelerator, batch_size, packer)
         labels, lengths = column_array(rows, "label"), column_array(examples[name], "length")

@@ -136,7 +136,7 @@ def run_name(task_name, changed):
 
 
 def build_optimizer(model, args):
-    """Return a fused AdamW. Weight decay applies to matrices only, not to biases and norm weights."""
+    """Return AdamW, fused where the device has that. Weight decay is for matrices, not for biases and norm weights."""
     from torch.optim import AdamW
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -144,7 +144,16 @@ def build_optimizer(model, args):
         {"params": [parameter for parameter in trained if parameter.ndim >= 2], "weight_decay": args.weight_decay},
         {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
     ]
-    return AdamW(groups, args.learning_rate, tuple(args.adam_betas), args.adam_epsilon, fused=True)
+    is_fused = next(model.parameters()).device.type in ("cpu", "cuda", "mps", "xpu")  # others may have none
+    return AdamW(groups, args.learning_rate, tuple(args.adam_betas), args.adam_epsilon, fused=is_fused)
+
+
+def may_step(optimizer, grad_norm):
+    """Return whether to take a step: not where the gradient is not finite. A fused AdamW skips such a step itself."""
+    if optimizer.defaults["fused"]:  # so that the host need not wait for the number; others refuse found_inf
+        optimizer.found_inf = (~grad_norm.isfinite()).float()
+        return True
+    return bool(grad_norm.isfinite())
 
 
 def build_scheduler(optimizer, args, total_steps):
@@ -232,6 +241,7 @@ def main():
             model.activation_checkpointing_enable({"use_reentrant": False})
         model = accelerator.prepare(model.train())  # before the optimiser: some devices replace the parameters
         plain_model = accelerator.unwrap_model(model)  # for evaluation: DDP's forward waits for the other processes
+        packing.check_on_device(plain_model, packer, accelerator)
         plain_optimizer = build_optimizer(plain_model, args)
         scheduler = build_scheduler(plain_optimizer, args, total_steps)
         optimizer = accelerator.prepare(plain_optimizer)
@@ -290,8 +300,7 @@ def main():
                     break
 
                 # --- one optimiser step: the examples of plan[state.step], in micro-batches
-                batch = plan[state.step]
-                micro_batches = next(steps)
+                batch, micro_batches = plan[state.step], next(steps)
                 step_losses = []
                 for number, micro_batch in enumerate(micro_batches, start=1):
                     inputs, labels = send_to_device((micro_batch["inputs"], micro_batch["labels"]), accelerator.device)
@@ -307,9 +316,9 @@ def main():
                     step_losses.append((micro_batch, losses.detach()))
                 grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
                 state.learning_rate = scheduler.get_last_lr()[0]
-                if accelerator.scaler is None:  # skip a step whose gradient is not finite, as a scaler does:
-                    plain_optimizer.found_inf = (~grad_norm.isfinite()).float()  # torch's fused AdamW reads this
-                optimizer.step()
+                # A step whose gradient is not finite changes nothing; a scaler sees to that itself.
+                if accelerator.scaler or may_step(plain_optimizer, grad_norm):
+                    optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad()
                 state.step += 1

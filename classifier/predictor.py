@@ -87,7 +87,7 @@ def load(path, accelerator=None, batch_size=64, threads=None):
     from accelerate.utils.memory import clear_device_cache
 
     from classifier.model.models import load_model, model_folder, with_head_labels
-    from classifier.model.packing import prepare_model
+    from classifier.model.packing import prepare_to_infer
 
     folder = model_folder(path)
     model, tokenizer, facts = load_model(folder)
@@ -100,9 +100,9 @@ def load(path, accelerator=None, batch_size=64, threads=None):
     )
     task = with_head_labels(model, facts, task)
     task = replace(task, max_length=task.max_length or longest_input(model, tokenizer))
-    packer = prepare_model(model, tokenizer)
     accelerator = accelerator or Accelerator()
-    model = accelerator.prepare_model(model, evaluation_mode=True).eval()
+    model, packer = prepare_to_infer(model, tokenizer, accelerator)
+    model.eval()
 
     def forward(batch):
         lengths = [len(ids) for ids in batch["input_ids"]]

@@ -3,13 +3,15 @@
 A packed batch is one sequence: the tokens of all its examples, concatenated. Linear layers, norms and activations see
 real tokens only. Three changes keep the numbers right: attention stays within each example (packed_attention), position
 ids restart at each example, and at the end of the encoder the first token of each example becomes a row, which is what
-heads read. `matches_padded` finds models that need more than that; they run padded.
+heads read. `matches_padded` finds models that need more than that; they run padded. So does a device on which packed
+examples have other numbers (check_on_device).
 """
 
 from functools import partial
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
@@ -21,6 +23,12 @@ from classifier.model.padding import cannot_compute, eval_logits, pad, probe_exa
 
 GROUP_LIMIT = 2**19  # attention weights in a group of more than one example: they fit into a core's cache
 LONG = 96  # tokens from which torch's own attention is faster on a CPU, without dropout
+
+# The difference of logits on a device from a CPU's in fp32 that rounding explains, relative to the largest or, where
+# all are close to 0, as a new head's may be, to SMALL_LOGIT. Of a BERT of 12 layers it is 1e-6, in fp16 4e-4, in bf16
+# 0.01; where attention ignores its mask, it is 0.2 and more. fp32 on a GPU may be TF32, which rounds as fp16 does.
+LOGIT_TOLERANCE = {"no": 0.01, "fp16": 0.02, "bf16": 0.1}
+SMALL_LOGIT = 0.1
 
 
 class LengthGroup:
@@ -377,6 +385,7 @@ def prepare_model(model, tokenizer, seed=0):
     own_attention = model.config._attn_implementation
     masks = install(model, seed)
     packer = Packer(model, masks, tokenizer.pad_token_id, padding_side)
+    packer.probe = examples, expected.numpy()  # for check_on_device
     for is_ours in (True, False):
         if not is_ours:
             uninstall(model)
@@ -399,3 +408,37 @@ def prepare_model(model, tokenizer, seed=0):
     if not packer.is_packed:
         log.info("this model needs padding: examples of similar length are padded together")
     return packer
+
+
+def prepare_to_infer(model, tokenizer, accelerator):
+    """Return (the model on its device, its Packer), for evaluation and prediction. Raises BadInput as prepare_model."""
+    packer = prepare_model(model, tokenizer)
+    model = accelerator.prepare_model(model, evaluation_mode=True)
+    check_on_device(model, packer, accelerator)
+    return model, packer
+
+
+def check_on_device(model, packer, accelerator):
+    """Compare two examples' logits with those of prepare_model, which are a CPU's, padded, in fp32; warn of others.
+
+    model: prepared, without DDP's wrapper. Where packing is at fault on this device or in this precision, the model
+    runs padded from here on: torch's attention, for one, has given wrong numbers on Apple's GPUs, without an error
+    (github.com/pytorch/pytorch/issues/184180).
+    """
+    device, precision = accelerator.device, accelerator.mixed_precision
+    if device.type == "cpu":  # where prepare_model has compared them
+        return
+    examples, expected = packer.probe
+    size = max(abs(expected).max(), SMALL_LOGIT)
+    for is_packed in (True, False) if packer.is_packed else (False,):
+        packer.is_packed = is_packed
+        packer.set_batch(0, range(2), [len(ids) for ids in examples["input_ids"]], device)
+        logits = eval_logits(model, send_to_device(packer.collate(examples), device)).float().cpu().numpy()
+        difference = abs(logits - expected).max() / size
+        if difference < LOGIT_TOLERANCE[precision]:  # NaN is not below anything
+            return
+        log.warning(
+            f"WARNING: on this device ({device.type}, precision {precision}) the logits of two "
+            f"{'packed' if is_packed else 'padded'} examples differ from the CPU's by {difference:.1e} of the largest: "
+            + ("examples are padded instead" if is_packed else "its results may be wrong")
+        )

@@ -1,6 +1,8 @@
 """packing.py: packed examples have the numbers of the padded model, and a model that does not is detected."""
 
 import copy
+import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, BertTok
 from classifier.messages import BadInput, log
 from classifier.model import inference, packing, padding
 from classifier.model.models import freeze
-from classifier.model.packing import prepare_model
+from classifier.model.packing import check_on_device, prepare_model
 
 PADDING, VOCABULARY = 1, 50
 SMALL = {
@@ -575,3 +577,56 @@ def test_a_model_whose_answers_depend_on_its_batch_is_warned_of(vocabulary, log_
     model, tokenizer = make_classifier("fnet", {**SMALL, "type_vocab_size": 2}, vocabulary, "right")
     assert padding.choose_padding_side(model, tokenizer) == "right"
     assert any("depends on the padding" in line and "--eval_batch_size 1" in line for line in log_lines)
+
+
+# --------------------------------------------------------------------------------- devices and precisions that cannot
+
+
+class Elsewhere(str):
+    """A name of the CPU, for torch; for our code another device."""
+
+    type = "npu"
+
+
+BF16 = SimpleNamespace(device=Elsewhere("cpu"), mixed_precision="bf16")
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "gpt2"])
+def test_rounding_to_bf16_is_no_reason_to_pad(family, log_text):
+    _, model, packer = make_models(family, {**FAMILIES, **PADDED}[family])
+    was_packed = packer.is_packed
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        check_on_device(model, packer, BF16)
+    assert packer.is_packed == was_packed == (family in FAMILIES) and "WARNING" not in log_text()
+
+
+@pytest.mark.parametrize("amount", [0.5, np.nan])
+def test_where_packed_examples_have_other_numbers_they_are_padded_and_this_is_told(amount, log_lines):
+    plain, model, packer = make_models("bert")
+    examples, expected = packer.probe
+    assert abs(expected - plain(**padded(examples)).logits.detach().numpy()).max() < 1e-5
+    wrong = amount * abs(expected).max()
+    model.classifier.register_forward_hook(lambda module, given, output: output + (wrong if packer.is_packed else 0))
+    check_on_device(model, packer, BF16)
+    assert not packer.is_packed and len(log_lines) == 1
+    assert f"two packed examples differ from the CPU's by {amount:.1e} of the largest" in log_lines[0]
+    assert_equal(
+        packer_results(model, packer, make_examples([9, 4]), False), results(plain, padded(make_examples([9, 4])))
+    )
+
+
+def test_a_device_on_which_padded_examples_have_other_numbers_is_told(log_lines):
+    _, model, packer = make_models("bert")
+    model.classifier.register_forward_hook(lambda module, given, output: output * 1.2)
+    check_on_device(model, packer, BF16)
+    assert not packer.is_packed
+    assert [
+        re.findall("two (packed|padded) examples differ from the CPU's by 2.0e-01", line) for line in log_lines
+    ] == [["packed"], ["padded"]]
+
+
+def test_on_a_cpu_nothing_is_computed_again():
+    _, model, packer = make_models("bert")
+    model.forward = None
+    check_on_device(model, packer, SimpleNamespace(device=torch.device("cpu"), mixed_precision="bf16"))
+    assert packer.is_packed
