@@ -155,3 +155,37 @@ def test_multi_cpu_trains_on_two_processes(review_task):
     ended = run_script("train.py", *flags, cwd=review_task.parent, launcher=launcher)
     assert ended.returncode == 0, ended.stderr
     assert json.loads((review_task.parent / "run" / "results.json").read_text())["num_processes"] == 2
+
+
+ANSWERS = {  # what `accelerate config` may have written: (its file, the start of the first line that train.py prints)
+    "FSDP": (
+        {"distributed_type": "FSDP", "num_processes": 2, "use_cpu": True, "fsdp_config": {"fsdp_version": 2}},
+        "train.py: error: the launcher was told to use FSDP, ",
+    ),
+    "Megatron-LM": (
+        {"distributed_type": "MEGATRON_LM", "num_processes": 2, "use_cpu": True, "megatron_lm_config": {}},
+        "train.py: error: the launcher was told to use Megatron-LM, ",
+    ),
+    "several GPUs that are not there": ({"distributed_type": "MULTI_GPU", "num_processes": 2}, "cpu, 2 processes, "),
+    "an old file": ({"distributed_type": "NO", "num_processes": 1, "mixed_precision": "no"}, "cpu, 1 process, "),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_each_answer_of_accelerate_config_trains_or_is_refused_in_two_lines(review_task, answer):
+    content, first = ANSWERS[answer]
+    file = review_task.parent / "config.yaml"
+    file.write_text(json.dumps({"compute_environment": "LOCAL_MACHINE", **content}))
+    flags = ["--task", review_task, "--max_steps", 2, "--output_dir", "run"]
+    launcher = (*ACCELERATE, "--config_file", str(file))
+    hidden = {"CUDA_VISIBLE_DEVICES": ""}
+    ended = run_script("train.py", *flags, cwd=review_task.parent, launcher=launcher, environment=hidden)
+    if "error" in first:
+        lines = [line for line in ended.stderr.splitlines() if line.startswith("train.py: ")]
+        assert ended.returncode == 1 and len(lines) == 2 and lines[0].startswith(first), ended.stderr
+        assert "accelerate_configs/multi_gpu.yaml" in lines[1]
+        assert not (review_task.parent / "run").exists() and not ended.stdout
+    else:
+        assert ended.returncode == 0 and ended.stdout.startswith(first), ended.stderr
+        assert json.loads((review_task.parent / "run" / "state.json").read_text())["status"] == "done"
