@@ -12,7 +12,7 @@ import shutil
 import time
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from classifier.messages import BadInput, log
 
@@ -244,3 +244,8 @@ def safe_name(text, limit=60):
         name = f"{name.encode('utf-8')[:limit].decode('utf-8', 'ignore')},{digest(text)[:8]}"
     name = name.rstrip(" .") or "-"
     return f"-{name}" if RESERVED.fullmatch(name) else name
+
+
+def is_windows_path(text):
+    """Return whether text has a drive or backslashes, on whatever system."""
+    return "\\" in text or bool(PureWindowsPath(text).drive)

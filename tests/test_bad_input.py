@@ -671,6 +671,27 @@ FLAGS = [
         flags=(*BOTH, "--model", "./folder.cvs"),
     ),
     case(
+        "a mistyped folder with backslashes",
+        {},
+        '= .\\folder.cvs: no such folder (did you mean "folder.csv"?)',
+        "--model",
+        flags=(*BOTH, "--model", ".\\folder.cvs"),
+    ),
+    case(
+        "a folder on a drive",
+        {},
+        "= C:/models/mine: no such folder",
+        "--model",
+        flags=(*BOTH, "--model", "C:/models/mine"),
+    ),
+    case(
+        "a folder as a data set",
+        {},
+        "= --dataset C:\\data\\set: is a path, not an id of the Hub",
+        "--train_file",
+        flags=("--dataset", "C:\\data\\set"),
+    ),
+    case(
         "a model that is a file",
         {},
         "= train.csv: is a file, not a model folder",

@@ -445,6 +445,8 @@ def test_other_settings_and_other_data_are_refused(tasks, launch, tmp_path):
         assert refused.returncodes == [2] and words in refused.stderr, refused.stderr
         assert len(refused.stderr.splitlines()) == 2
     assert contents_of(folder) == before
+    same_rows = launch(*flags, "--train_file", "./train.csv", "--learning_rate", 0.001, cwd=folder)
+    assert "train_file" not in same_rows.stderr  # of files, the rows count
     write_table(folder / "train.csv", make_rows(ROWS, 99))
     refused = launch(*flags, cwd=folder)
     assert refused.returncodes == [2] and "data: other rows" in refused.stderr
