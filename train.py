@@ -260,7 +260,7 @@ def main():
         if args.freeze == "encoder":  # run it once over each split and train on its features
             packer, examples = inference.features_of_splits(plain_model, packer, examples, accelerator, args, state)
         remaining = plan[state.step :]
-        steps = iter(batching.step_loader(examples["train"], remaining, accelerator, size, packer, args.num_workers))
+        steps = batching.load_steps(examples["train"], remaining, accelerator, size, packer, args.num_workers)
 
         # --- what happens between two steps
         evaluated = splits_to_evaluate(args, examples)

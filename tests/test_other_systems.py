@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from conftest import ROOT
 from other_systems.make_inputs import make_inputs
@@ -135,3 +136,20 @@ def test_a_training_ends_well(folder, system, flags):
 def test_labels_that_the_locale_cannot_write_are_learnt_and_answered(folder):
     run_on("text", folder, "train.py", "--task", "in/world.yaml", "--output_dir", "run")
     run_on("text", folder, "predict.py", "--model", "run", "--text", "the film was good")
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_spawned_workers_start_ends_the_run_in_a_line(folder):
+    environment = {**os.environ, "EMULATE": "spawn", "PYTHONPATH": str(EMULATION), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "train.py"), "--task", "in/tiny.yaml", "--output_dir", "run"]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(
+        [*command, "--num_workers", "2"], cwd=folder, env=environment, start_new_session=True, **pipes
+    )
+    while len(psutil.Process(process.pid).children(recursive=True)) < 2:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal signals the whole group
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75 and "Traceback" not in errors and errors.count("\n") == 1, errors
+    assert state_of(folder / "run")["status"] == "preempted"

@@ -8,6 +8,7 @@ micro-batch size changes which examples make a step, and to resume after step N 
 import signal
 from functools import partial
 from itertools import count
+from multiprocessing import resource_tracker
 
 import numpy as np
 import torch
@@ -72,7 +73,7 @@ def choose_min_saving(packer, device):
 
 
 def divide(batch, lengths, rank, number_of_processes, micro_batch_size, min_saving):
-    """Return the micro-batches of one process as step_loader computes them: a list of (ids, weight).
+    """Return the micro-batches of one process as load_steps computes them: a list of (ids, weight).
 
     batch: ids of a global batch; lengths: (examples,), of the whole split; min_saving: from the function of that name.
     """
@@ -107,8 +108,8 @@ def padding_fraction(examples, batches, accelerator, micro_batch_size, packer):
     return 1 - sum(int(lengths[batch].sum()) for batch in batches) / computed
 
 
-def step_loader(examples, batches, accelerator, micro_batch_size, packer, num_workers=0):
-    """Return a DataLoader that yields this process's micro-batches of each global batch, as a list.
+def load_steps(examples, batches, accelerator, micro_batch_size, packer, num_workers=0):
+    """Return a DataLoader's iterator: for each global batch, the list of this process's micro-batches.
 
     A micro-batch is a dict of `ids`, `lengths`, `inputs` (tensors for the model), `labels`, `weight` and counts, all
     on the CPU. Do not pass the loader to accelerator.prepare(), which would divide it among the processes again.
@@ -117,7 +118,7 @@ def step_loader(examples, batches, accelerator, micro_batch_size, packer, num_wo
     lengths = column_array(examples, "length")
     saving = choose_min_saving(packer, accelerator.device)
     divided = [divide(batch, lengths, rank, number_of_processes, micro_batch_size, saving) for batch in batches]
-    return DataLoader(
+    loader = DataLoader(
         divided,
         batch_size=None,
         collate_fn=partial(collate_step, examples, packer),  # not a closure: it is pickled for worker processes
@@ -127,6 +128,31 @@ def step_loader(examples, batches, accelerator, micro_batch_size, packer, num_wo
         # Without its own generator the loader would draw from torch's, and change the model's dropout.
         generator=torch.Generator(),
     )
+    return start_loader(loader)
+
+
+def start_loader(loader):
+    """Return an iterator over a DataLoader. A signal waits until its workers are started; they never get any.
+
+    A spawned worker imports for seconds before it can ignore signals, and its death would end the run.
+    """
+    if not loader.num_workers:
+        return iter(loader)
+    received = []
+    handlers = {number: signal.signal(number, lambda number, _: received.append(number)) for number in SIGNALS}
+    can_block = hasattr(signal, "pthread_sigmask")  # not on Windows
+    if can_block:
+        resource_tracker.ensure_running()  # the first worker would start it, which unblocks signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if can_block else None  # which workers inherit
+    try:
+        return iter(loader)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if can_block:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number in received[:1]:
+            signal.raise_signal(number)
 
 
 def ignore_signals(_):
@@ -136,7 +162,7 @@ def ignore_signals(_):
 
 
 def collate_step(examples, packer, micro_batches):
-    """Return the micro-batches of one step, each given as (ids, weight), as the dicts that step_loader yields."""
+    """Return the micro-batches of one step, each given as (ids, weight), as the dicts that load_steps yields."""
     step = []
     for ids, weight in micro_batches:
         rows = examples[ids]

@@ -296,7 +296,7 @@ def log_dry_run(args, accelerator, model, packer, plan, examples, progress):
 
 def _check_against_cpu(accelerator, model, packer, plan, examples, micro_batch_size):
     """Return the difference of the device's numbers from the CPU's, as text, and warn if it is too large."""
-    loader = batching.step_loader(examples["train"], plan[:1], accelerator, micro_batch_size, packer)
+    loader = batching.load_steps(examples["train"], plan[:1], accelerator, micro_batch_size, packer)
     micro_batch = next(iter(loader))[0]
     logits, gradients = inference.compare_with_cpu(model, packer, micro_batch, accelerator.autocast())
     text = f"largest difference from fp32 on the CPU: logits {logits:.1e}, gradients {gradients:.1e}"

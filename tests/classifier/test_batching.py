@@ -143,7 +143,7 @@ def test_tokens_with_padding_are_those_that_the_loader_lays_out(
     device, said, counted, passes = torch.device("cpu"), 0, 0, 0
     for rank in range(processes):
         process = SimpleNamespace(process_index=rank, num_processes=processes, device=device)
-        for micro_batches in batching.step_loader(examples, batches, process, micro_batch_size, packer):
+        for micro_batches in batching.load_steps(examples, batches, process, micro_batch_size, packer):
             said += sum(part["positions"] for part in micro_batches)
             counted += sum(part["inputs"]["input_ids"].numel() for part in micro_batches if part["weight"])
             passes += sum(part["weight"] for part in micro_batches)
@@ -189,7 +189,7 @@ def test_steps_of_a_padded_model_are_cut_by_length(accelerator, packer):
     examples = Dataset.from_dict({"input_ids": [[5] * n for n in lengths], "length": lengths, "label": [0] * 64})
     plan = batching.make_plan(64, 32, seed=0, steps=2)
     packer.is_packed = False
-    for batch, parts in zip(plan, batching.step_loader(examples, plan, accelerator, 32, packer), strict=True):
+    for batch, parts in zip(plan, batching.load_steps(examples, plan, accelerator, 32, packer), strict=True):
         assert [set(part["lengths"]) for part in parts] == [{60}, {8}]
         assert sorted(np.concatenate([part["ids"] for part in parts])) == sorted(batch)
         assert sum(part["positions"] for part in parts) == sum(lengths[i] for i in batch.tolist())
@@ -211,13 +211,13 @@ def test_pad_is_what_the_tokenizer_would_make(model_and_tokenizer):
 
 
 @pytest.mark.parametrize("is_packed", [False, True])
-def test_step_loader_yields_the_plan_with_its_labels(rows, model_and_tokenizer, packer, accelerator, is_packed):
+def test_load_steps_yields_the_plan_with_its_labels(rows, model_and_tokenizer, packer, accelerator, is_packed):
     """The examples of a step come longest first."""
     model, tokenizer = model_and_tokenizer
     packer.is_packed = is_packed
     examples, _ = tokenization.tokenize(TASK, rows, "loader", model, tokenizer)
     plan = batching.make_plan(len(rows), 16, seed=3, steps=5)
-    loader = batching.step_loader(examples, plan, accelerator, micro_batch_size=5, packer=packer)
+    loader = batching.load_steps(examples, plan, accelerator, micro_batch_size=5, packer=packer)
     state = torch.random.get_rng_state()
     for batch, micro_batches in zip(plan, loader, strict=True):
         lengths = {example: len(tokenizer(rows[example]["text"])["input_ids"]) for example in batch.tolist()}
@@ -248,7 +248,7 @@ def test_step_loader_yields_the_plan_with_its_labels(rows, model_and_tokenizer, 
 def test_workers_yield_what_the_process_itself_would(rows, model_and_tokenizer, packer, accelerator):
     examples, _ = tokenization.tokenize(TASK, rows, "workers", *model_and_tokenizer)
     plan = batching.make_plan(len(rows), 16, seed=3, steps=5)
-    here, there = (batching.step_loader(examples, plan, accelerator, 5, packer, num_workers) for num_workers in (0, 2))
+    here, there = (batching.load_steps(examples, plan, accelerator, 5, packer, num_workers) for num_workers in (0, 2))
     for ours, theirs in zip(here, there, strict=True):
         assert [part["ids"].tolist() for part in ours] == [part["ids"].tolist() for part in theirs]
         for one, other in zip(ours, theirs, strict=True):
@@ -261,7 +261,7 @@ def test_a_loader_of_the_rest_of_a_plan_goes_on_where_the_whole_one_would(
 ):
     examples, _ = tokenization.tokenize(TASK, rows, "rest", *model_and_tokenizer)
     plan = batching.make_plan(len(rows), 16, seed=3, steps=7)
-    whole, rest = (list(batching.step_loader(examples, part, accelerator, 16, packer)) for part in (plan, plan[4:]))
+    whole, rest = (list(batching.load_steps(examples, part, accelerator, 16, packer)) for part in (plan, plan[4:]))
     for ours, theirs in zip(whole[4:], rest, strict=True):
         assert torch.equal(ours[0]["inputs"]["input_ids"], theirs[0]["inputs"]["input_ids"])
 

@@ -289,7 +289,7 @@ def dry_run_table(
         mixed_precision="bf16",
         autocast=lambda: None,
     )
-    monkeypatch.setattr(batching, "step_loader", lambda *arguments: [[{"inputs": {}, "labels": None}]])
+    monkeypatch.setattr(batching, "load_steps", lambda *arguments: [[{"inputs": {}, "labels": None}]])
     plan = batching.make_plan(100, 4, seed=1, steps=100)
     model = torch.nn.Linear(1000, 1000, bias=False)
     packer = SimpleNamespace(is_packed=is_packed)
