@@ -15,7 +15,7 @@ from classifier.data.labels import UNLABELLED, predictions_from_logits
 from classifier.data.splits import check_files, load_splits
 from classifier.data.tasks import CHOICES, SPLIT_NAMES
 from classifier.evaluation import metrics, selection
-from classifier.messages import BadInput, log
+from classifier.messages import BadInput, log, nearest
 
 # ------------------------------------------------------------------------------------------------------------- flags
 
@@ -176,18 +176,30 @@ def example_losses(task, logits, labels, label_smoothing=0.0, class_weights=None
     return losses if class_weights is None else losses * class_weights[labels]
 
 
-def class_weights(kind, task, labels, device=None):
-    """Return the weight of each class, shape (labels,), or None for kind "none".
+def class_weights(words, task, labels, device=None):
+    """Return the weight of each class, shape (labels,), with a mean of 1 over the examples; None for "none".
 
-    "balanced": inversely proportional to its frequency, with a mean of 1 over the examples.
+    words: "balanced", inversely proportional to the frequency; or "a=1,b=5", where classes that are not named count 1.
+    Raises BadInput for other words.
     """
     import torch
 
-    if kind == "none":
+    if words == "none":
         return None
-    counts = np.bincount(labels, minlength=len(task.labels))
-    weights = len(labels) / ((counts > 0).sum() * np.maximum(counts, 1))
-    return torch.tensor(weights, dtype=torch.float32, device=device)
+    weights = 1 / np.maximum(np.bincount(labels, minlength=len(task.labels)), 1)
+    if words != "balanced":
+        weights = np.ones(len(task.labels))
+        for word in words.split(","):
+            name, _, number = word.rpartition("=")
+            try:
+                weights[task.labels.index(name)] = float(number)
+            except ValueError:
+                number = "nan"
+            if not 0 < float(number) < math.inf:
+                reason = f"--class_weights {word}: not a label of this task and a number above 0"
+                example = f"{task.labels[0]}=1,{task.labels[-1]}=5"
+                raise BadInput(reason + nearest(name, task.labels), f"Write balanced, or for example {example}.")
+    return torch.tensor(weights / weights[labels].mean(), dtype=torch.float32, device=device)
 
 
 def score_logits(task, logits, labels, majority):

@@ -35,6 +35,7 @@ from classifier.data.writer import write_csv
 from classifier.evaluation import intervals, metrics
 from classifier.files import safe_name, write_json
 from classifier.messages import BadInput, Preempted, RunFailed, format_duration, format_score, log
+from classifier.training.lock import holder
 
 ROOT = Path(__file__).resolve().parent
 GRIDS = {  # Devlin et al. 2019, appendix A.3
@@ -65,12 +66,7 @@ def build_parser():
     parser = common.argument_parser(__doc__)
     add = parser.add_argument_group("sweep (all other flags are train.py's)").add_argument
     add("--seeds", type=common.positive_int, metavar="N", help="train with the seeds 0 to N - 1")
-    add(
-        "--folds",
-        type=common.positive_int,
-        metavar="N",
-        help="cross-validation: each of N folds of train validates once",
-    )
+    add("--folds", type=common.positive_int, metavar="N", help="validate on each of N parts of train once")
     words = "each combination of these values; bert: the grid of the BERT paper"
     add("--grid", nargs="+", metavar="FLAG=A,B|bert", help=words)
     add("--workers", type=common.positive_int, default=1, metavar="N", help="runs at a time (default: 1)")
@@ -127,9 +123,9 @@ def shard_of_runs(runs, shard):
     if not shard:
         return runs
     number, _, shards = shard.partition("/")
-    if not (number.isdecimal() and shards.isdecimal() and int(number) < int(shards)):
-        raise BadInput(f"--shard {shard}: not I/N", "Write 0/4 to 3/4 for four shards.")
-    return runs[int(number) :: int(shards)]
+    if not (number.isdecimal() and shards.isdecimal() and 1 <= int(number) <= int(shards)):
+        raise BadInput(f"--shard {shard}: not I/N", "Write 1/4 to 4/4 for four shards.")
+    return runs[int(number) - 1 :: int(shards)]
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -153,6 +149,10 @@ class Trainings:
 
     def train(self, run):
         """Train to the end; return the exit code."""
+        if other := holder(run.folder):  # of a sweep that was killed
+            log.info(f"{run.folder.name}: process {other['pid']} on {other['host']} still trains it")
+        while holder(run.folder) and not self.is_ending:
+            time.sleep(2)
         if self.is_ending:
             return 75
         environment = dict(os.environ)
@@ -165,6 +165,8 @@ class Trainings:
         with open(log_file, "ab") as output:
             process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
             self.processes.add(process)
+            if self.is_ending:  # since it was asked
+                process.terminate()
             code = process.wait()
             self.processes.discard(process)
         return code

@@ -70,7 +70,8 @@ def build_parser():
 
     add = parser.add_argument_group("loss").add_argument
     add("--label_smoothing", type=fraction, default=0.0, help="(default: 0.0)")
-    add("--class_weights", choices=["none", "balanced"], default="none", help="balanced: by inverse frequency")
+    words = "balanced: by inverse frequency (default: none)"
+    add("--class_weights", default="none", metavar="none|balanced|A=1,B=5", help=words)
 
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval_every", default="epoch", metavar="epoch|N", help="each epoch, or N steps (default: epoch)")

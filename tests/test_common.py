@@ -200,6 +200,20 @@ def test_balanced_weights_are_inverse_to_the_frequencies():
     assert weights[[0, 0, 0, 1]].mean() == pytest.approx(1)
 
 
+def test_weights_of_classes_by_name_have_a_mean_of_one():
+    first, last = MANY.labels[0], MANY.labels[-1]
+    labels = np.array([0, 0, 1, 2])
+    weights = common.class_weights(f"{first}=3,{last}=0.5", MANY, labels)
+    assert weights.tolist() == pytest.approx([3 / 1.875, 1 / 1.875, 0.5 / 1.875])  # (3 + 3 + 1 + 0.5) / 4 = 1.875
+    assert common.class_weights("none", MANY, labels) is None
+
+
+@pytest.mark.parametrize("words", ["nobody=1", "1", "{}=0", "{}=-1", "{}=many", "{}=inf", "{}=1,", "balance"])
+def test_weights_that_cannot_be_read_are_refused(words):
+    with pytest.raises(BadInput, match=r"--class_weights .*: not a label of this task and a number above 0"):
+        common.class_weights(words.format(MANY.labels[0]), MANY, np.array([0, 1, 2]))
+
+
 def test_losses_of_several_labels_are_the_binary_cross_entropy_that_transformers_takes(tiny_bert):
     """One loss per example, the mean over its labels; their mean is the loss of transformers' own multi-label head."""
     generator = torch.Generator().manual_seed(0)

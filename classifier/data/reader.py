@@ -87,14 +87,16 @@ def read_rows(path, columns=None, quoting=None, encoding="utf-8", delimiter=None
         file = Path(str(path).partition("::")[0])
         siblings = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
         raise BadInput(f"{path}: no such file{nearest(file.name, siblings)}", "Check the path of the file.") from None
-    except IsADirectoryError:
-        raise BadInput(f"{path}: is a folder, not a file", "Name a file inside it.") from None
     except (gzip.BadGzipFile, zipfile.BadZipFile, EOFError, zlib.error) as error:
         reason = f"{path}: is not a complete .gz or .zip file ({error})"
         raise BadInput(reason, "Download or compress it again.") from None
     except OSError as error:
+        if os.path.isdir(str(path).partition("::")[0]):  # Windows raises PermissionError for a folder
+            raise BadInput(f"{path}: is a folder, not a file", "Name a file inside it.") from None
         reason = f"{path}: cannot be read ({error.strerror or error})"
-        raise BadInput(reason, "Check the path and the permissions.") from None
+        is_refused = isinstance(error, PermissionError)  # on Windows, also where another program has it open
+        advice = "Is it open in another program? Close it there, or check" if is_refused else "Check the path and"
+        raise BadInput(reason, f"{advice} the permissions.") from None
     if first_bad and not has_good:  # a problem of the whole file, such as its encoding, must not look like no rows
         raise BadInput(f"{first_bad.reason} (every row of this file is bad)", first_bad.fix)
     if not has_good:

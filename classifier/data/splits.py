@@ -96,7 +96,7 @@ def _file_splits(task, refresh):
                 task = replace(task, text=[_only_text_column(first, task, path)])
         except OSError:
             next(read_rows(path))  # raises BadInput with the reason
-        member, labels = path.partition("::")[2], [task.label, task.problem, task.separator]
+        member, labels = path.partition("::")[2].replace("\\", "/"), [task.label, task.problem, task.separator]
         key = digest("rows", content, member, table_format(path), task.text, labels, options)
         # "lists": cells that hold lists were read as strings once.
         table = digest(key, "lists", task.split.get("group"), task.on_bad_row, name.startswith("test"))

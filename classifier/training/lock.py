@@ -19,14 +19,7 @@ SILENCE = 90  # seconds without a heartbeat after which a run counts as dead
 @contextmanager
 def locked(folder):
     """Create a run's folder and hold its lock. Raises BadInput if another run holds it, or it is not writable."""
-    path = folder / "lock.json"
-    claim = {
-        "host": socket.gethostname(),
-        "system": _system(),
-        "pid": os.getpid(),
-        "job": os.environ.get("SLURM_JOB_ID"),
-        "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
-    }
+    path, claim = folder / "lock.json", _claim()
     new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -45,6 +38,24 @@ def locked(folder):
         if _read(path) == claim:
             path.unlink(missing_ok=True)
         _remove_empty(new_folders)  # of a run that failed before it wrote anything
+
+
+def holder(folder):
+    """Return {"host", "pid", ...} of the live run that holds a folder; None where there is none."""
+    path = folder / "lock.json"
+    found = _read(path)
+    return found if found and not _is_dead(path, found, _claim()) else None
+
+
+def _claim():
+    """Return what this process writes into a lock."""
+    return {
+        "host": socket.gethostname(),
+        "system": _system(),
+        "pid": os.getpid(),
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+    }
 
 
 def _remove_empty(folders):

@@ -11,6 +11,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from classifier.data import encodings
 from classifier.data.reader import count_rows, read_rows, table_format
 from classifier.messages import BadInput, BadRow
 
@@ -542,3 +543,14 @@ def test_other_forms_of_pandas_are_named(tmp_path, orient, indent):
     path.write_text(json.dumps(forms[orient], indent=indent))
     error = refusal(path)
     assert "as pandas writes it" in error.reason and len(error.reason) < 200 and 'orient="records"' in error.advice
+
+
+def test_a_file_that_windows_refuses_is_open_elsewhere_or_a_folder(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(encodings, "open", refuse, raising=False)
+    error = refusal(put(tmp_path / "a.csv", "text\na\n"))
+    assert "cannot be read (Permission denied)" in error.reason and "open in another program" in error.advice
+    (tmp_path / "b.csv").mkdir()
+    assert "is a folder, not a file" in refusal(tmp_path / "b.csv").reason
