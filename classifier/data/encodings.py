@@ -20,7 +20,9 @@ COMMON = {
     "gb18030": rb"[\xb0-\xd7][\xa1-\xfe]|[\xa1\xa3][\xa1-\xfe]",  # simplified Chinese: level 1, and marks
     "cp932": rb"[\x82\x83][\x40-\xf1]|[\x88-\x97][\x40-\xfc]|\x81[\x40-\x5b]",  # Japanese: kana, level 1, marks
     "cp1256": rb"[\xc1-\xd6\xd8-\xdb\xdd-\xdf\xe1\xe3-\xe6\xec\xed]{2,}|\xa1",  # Arabic words
-    "cp1251": rb"[\xc0-\xff\xa8\xb8]{2,}",  # Cyrillic words
+    # Cyrillic words, also Ukrainian ones, of two letters or more: small but for the first, or all capital.
+    "cp1251": rb"(?<![\x80-\xff])(?:[\xa5\xa8\xaa\xaf\xb2\xb3\xb4\xb8\xba\xbf\xc0-\xff][\xb3\xb4\xb8\xba\xbf\xe0-\xff]+"
+    rb"|[\xa5\xa8\xaa\xaf\xb2\xc0-\xdf]{2,})(?![\x80-\xff])",
     # Single accents, quotes and dashes among the letters of ASCII:
     "cp1252": rb"(?<![\x80-\xff])[\x80\x82\x84\x85\x8a\x91-\x97\x9a\x9c\xa1\xab\xb4\xbb\xbf-\xff]{1,2}(?![\x80-\xff])",
 }
@@ -121,6 +123,8 @@ def likely_encodings(data):
     for name, common in COMMON.items():
         if decodes(data, name):
             fractions[name] = sum(len(HIGH.findall(match)) for match in re.findall(common, data)) / number
+    if number == 1 and fractions.get("cp1252"):  # a single accent or quote is likelier than half of a single character
+        return ["cp1252"]
     likely = sorted((name for name in fractions if fractions[name] > 0.5), key=lambda name: -fractions[name])
     own = codecs.lookup(locale.getencoding()).name
     others = [own] if own not in ("utf-8", "ascii", *likely) and decodes(data, own) else []
