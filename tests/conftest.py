@@ -52,23 +52,20 @@ SLOWEST = [
 ]
 
 
-# Of a test that takes long and has many cases, SLOW=1 runs so many more than the README's command, FULL=1 all.
-MORE_CASES = 4
+MORE_CASES = 2  # of a slow test with many cases, those that SLOW=1 adds to the README's command; FULL=1 runs all
 
 
 def pytest_collection_modifyitems(items):
     slow, full = (os.environ.get(name) == "1" for name in ("SLOW", "FULL"))
-    reason = (
-        "takes long; FULL=1 in the environment runs it" if slow else "takes long; SLOW=1 in the environment runs it"
-    )
-    skip, cases = pytest.mark.skip(reason=reason), Counter()
+    cases = Counter()
     for item in items:
-        marker = item.get_closest_marker("slow")
-        test = (item.path, item.originalname)
+        marker, test = item.get_closest_marker("slow"), (item.path, item.originalname)
         limit = marker.kwargs.get("after", 0) + (MORE_CASES if slow else 0) if marker else math.inf
-        if cases[test] >= limit and not full:
-            item.add_marker(skip)
+        is_late = cases[test] >= limit
         cases[test] += 1
+        if (is_late or item.get_closest_marker("full")) and not full:
+            needed = "SLOW=1" if is_late and not slow else "FULL=1"
+            item.add_marker(pytest.mark.skip(reason=f"takes long; {needed} in the environment runs it"))
     items.sort(key=lambda item: SLOWEST.index(item.path.stem) if item.path.stem in SLOWEST else len(SLOWEST))
 
 

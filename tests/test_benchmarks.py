@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_stays_level_from_10_000_to_100_000_rows(tmp_path):
     command = [sys.executable, ROOT / "benchmarks/scale.py", "--rows", "10000", "100000", "--steps", "50"]
@@ -43,7 +43,7 @@ def test_the_equivalence_table_is_of_equal_runs(tmp_path):
     assert all(float(row[2]) > 0 for row in rows if row[0] != "1 process")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_seeds_are_trained_once_and_their_scores_are_those_of_the_runs(review_task):
     command = [sys.executable, ROOT / "benchmarks/seeds.py", "--task", review_task, "--output_dir", "runs"]
     command += ["--seeds", "2", "--layouts", "fp32"]
@@ -106,7 +106,7 @@ def test_the_start_is_timed(review_task):
     assert not (review_task.parent / "run").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_predicting_is_timed_side_by_side(review_task, tiny_bert):
     flags = ["--data", "reviews.yaml=400", "--model", str(tiny_bert), "--only", "pipeline"]
     content, (_, cells) = run_speed("predict_speed.py", review_task.parent, *flags)

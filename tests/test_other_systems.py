@@ -19,7 +19,6 @@ from test_preemption import ended, start, state_of
 
 EMULATION = ROOT / "tests" / "other_systems"
 EMULATED = f"runpy.run_path({str(EMULATION / 'sitecustomize.py')!r})"
-ONLY_FULL = pytest.mark.skipif(os.environ.get("FULL") != "1", reason="takes long; .ci/run --full runs it")
 QUESTION = [f"--{split}_file=in/question.csv" for split in ("train", "validation", "test")]
 
 
@@ -114,7 +113,7 @@ def test_metrics_that_another_program_has_open_do_not_end_the_run(folder):
 # -------------------------------------------------------------------------------- what must be emulated from the start
 
 
-@ONLY_FULL
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("system", "flags"),
     [
@@ -132,7 +131,7 @@ def test_a_training_ends_well(folder, system, flags):
         assert_complete(folder / "run")
 
 
-@ONLY_FULL
+@pytest.mark.full
 def test_labels_that_the_locale_cannot_write_are_learnt_and_answered(folder):
     run_on("text", folder, "train.py", "--task", "in/world.yaml", "--output_dir", "run")
     run_on("text", folder, "predict.py", "--model", "run", "--text", "the film was good")

@@ -116,7 +116,8 @@ def test_four_processes_download_each_file_once(hub, own_cache, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("task", "metric", "rows"), [("cola", "matthews_correlation", 1043), ("stsb", "pearson", 1500)]
+    ("task", "metric", "rows"),
+    [("cola", "matthews_correlation", 1043), pytest.param("stsb", "pearson", 1500, marks=pytest.mark.full)],
 )
 def test_other_tasks_run_through_the_same_way(hub, task, metric, rows, tmp_path):
     arguments = ["--task", task, "--model", MINILM, "--limit", "train=320", "--epochs", 1, "--learning_rate", "1e-4"]
@@ -212,6 +213,7 @@ def own_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mnli", "qnli", "qqp", "rte", "wnli", "sst2"])
 def test_a_glue_task_in_the_form_of_the_hub(small, made_hub, own_cache, name, tmp_path):
     _, results = train(small(name, tmp_path), "--epochs", 1, cwd=tmp_path, launcher=made_hub)

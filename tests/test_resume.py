@@ -695,7 +695,7 @@ def test_killed_while_a_checkpoint_is_written_for_the_second_time(tasks, whole, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_the_punisher_changes_nothing(tmp_path, processes):
     kills, steps = (25, 1200) if os.environ.get("FULL") == "1" else {1: (3, 480), 2: (2, 300)}[processes]
     rounds = punish(tmp_path, kills, processes, seed=processes, steps=steps)

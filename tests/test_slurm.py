@@ -82,7 +82,7 @@ def assert_same(run, whole):
     assert weights[0] == weights[1]
 
 
-@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("nodes", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_a_job_that_is_stopped_in_the_middle_ends_as_if_it_had_not_been(cluster, submit, review_task, nodes):
     folder = review_task.parent
     job, log = submit("--output_dir", "run", options=[f"--nodes={nodes}"])
