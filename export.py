@@ -285,9 +285,11 @@ def compare_lengths(model, columns, max_length, torch_forward, onnx_forward):
     """
     generator, lengths = np.random.default_rng(0), sorted({1, 2, max_length // 2, max_length})
     config, ids = model.config, np.arange(model.get_input_embeddings().num_embeddings)
-    # No padding token: RoBERTa does not count it among the positions. The end token once: BART's head reads it.
-    ends = np.intersect1d(ids, np.array(config.eos_token_id if config.eos_token_id is not None else []))
-    values = {"input_ids": np.setdiff1d(ids, [*ends, -1 if config.pad_token_id is None else config.pad_token_id])}
+    # No padding token: RoBERTa does not count it among the positions. The end token once, at the end, where it is not
+    # also that of padding: BART's head reads it.
+    padding, ends = (np.array([] if id is None else id) for id in (config.pad_token_id, config.eos_token_id))
+    values = {"input_ids": np.setdiff1d(ids, np.append(padding, ends))}
+    ends = np.setdiff1d(np.intersect1d(ids, ends), padding)
     values["token_type_ids"] = np.arange(getattr(config, "type_vocab_size", None) or 1)
     batch = {name: [generator.choice(values[name], length) for length in lengths] for name in columns}
     if len(ends):

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -198,6 +199,10 @@ def describe_failure(run, code):
     errors = [line.removeprefix("train.py: ") for line in lines if line.startswith("train.py: ")][-2:]
     reason, advice = [*errors, "", ""][:2] if errors else (f"train.py ended with exit code {code}", "")
     reason = f"{run.folder.name}: {reason.removeprefix('error: ')}"
+    if code == 2 and not run.folder.exists():  # refused before it began: nothing is left behind
+        log_file.unlink()
+        with suppress(OSError):
+            log_file.parent.rmdir()
     return BadInput(reason, advice) if code == 2 else RunFailed(f"{reason}\n{advice} See {log_file}.")
 
 
@@ -310,7 +315,6 @@ def collect_folds(folder, runs, task):
             rows += [{"fold": run.changes["fold"], **row} for row in csv.DictReader(file)]
     columns = list(rows[0])
     write_csv(folder / "out_of_fold.csv", columns, ([row[name] for name in columns] for row in rows))
-    task = tasks.read_saved_task(runs[0].folder / "model")[0]
     if task.is_multi_label:
         return {}
     if task.is_regression:
@@ -344,10 +348,10 @@ def main():
     folder = Path(args.output_dir or Path("runs", safe_name(",".join([task.name, *words]))))
     processes.log_to(sys.stdout)
     runs = plan_runs(args, task, folder)
+    some = shard_of_runs(runs, args.shard)
     folder.mkdir(parents=True, exist_ok=True)
     log.info(f"{len(runs)} runs of train.py, {args.workers} at a time, in {folder}")
     trainings = Trainings(flags, args.workers)
-    some = shard_of_runs(runs, args.shard)
     # The first alone: it reads and tokenises the data, which the others find in the cache. If it is complete already,
     # train.py checks that flags and data are those of before.
     trainings.train_all(some[:1])

@@ -183,3 +183,4 @@ def test_what_cannot_be_swept_is_refused(flags, message, review_task, reviews):
     done = sweep(reviews, "--task", review_task, *flags, code=2)
     assert message in done.stderr and "Traceback" not in done.stderr + done.stdout
     assert done.stderr.count("\n") == 2
+    assert not (reviews / "sweep").exists()

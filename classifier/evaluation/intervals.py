@@ -10,7 +10,7 @@ would change, and not what another seed would. benchmarks/coverage.py simulates 
 import numpy as np
 
 from classifier.evaluation import metrics
-from classifier.evaluation.metrics import CORRELATIONS, DIRECTION, FORMULAS, REGRESSION, Counts, why_undefined
+from classifier.evaluation.metrics import DIRECTION, FORMULAS, REGRESSION, Counts, why_undefined
 
 LEVEL, POWER = 0.95, 0.8
 MEANING = "(intervals: of other texts like these, not of other seeds)"
@@ -92,7 +92,8 @@ def _share(name, predictions, references, corrected=None, more_variance=0.0):
     effective sample size of a survey (Korn and Graubard 1998); for accuracy these are the rows.
     The variance is taken with two more rows, a right and a wrong one, since without errors there would be none.
     """
-    low, scale = (-1, 2) if name in CORRELATIONS else (0, 1)
+    low, high = metrics.limits(name)
+    scale = high - low
     score = FORMULAS[name](metrics.count_classes(predictions, references)) if corrected is None else corrected
     score = float(np.clip((score - low) / scale, 0, 1))
     wrong, right, times = _wrong_row(predictions, references)
@@ -170,8 +171,8 @@ def difference_intervals(names, predictions, others, references):
                 norm.ppf((1 + LEVEL) / 2),
             )
         margin = quantile * np.sqrt(variance)
-        # No two shares differ by more than 1, and no two correlations by more than 2.
-        limit = {"mse": np.inf, **dict.fromkeys(CORRELATIONS, 2)}.get(name, 1)
+        low, high = metrics.limits(name)
+        limit = high - low
         bounds = np.clip([score - other_score - margin, score - other_score + margin], -limit, limit)
         result[name] = bounds.tolist()
     return result

@@ -68,9 +68,7 @@ def describe_changes(before, settings, fingerprints):
     """Return how settings and data differ from a run's, as text; empty if they do not. before: its state.json."""
     before = {**before["settings"], "data": before["data"]}
     now = {**settings, "data": fingerprints}
-    files = {
-        f"{split}_file" for split in SPLIT_NAMES
-    }  # of these the rows count, in `data`, and not how a path is typed
+    files = {f"{split}_file" for split in SPLIT_NAMES}  # their rows count, in `data`, not how a path is typed
     return "; ".join(
         "data: other rows" if name == "data" else f"{name}: {before.get(name)} before, {now.get(name)} now"
         for name in sorted({*before, *now} - files)
