@@ -350,7 +350,7 @@ def main():
     runs = plan_runs(args, task, folder)
     some = shard_of_runs(runs, args.shard)
     folder.mkdir(parents=True, exist_ok=True)
-    log.info(f"{len(runs)} runs of train.py, {args.workers} at a time, in {folder}")
+    log.info(f"runs of train.py in {folder}: {len(runs)}, {args.workers} at a time")
     trainings = Trainings(flags, args.workers)
     # The first alone: it reads and tokenises the data, which the others find in the cache. If it is complete already,
     # train.py checks that flags and data are those of before.
@@ -412,9 +412,8 @@ def write_report(folder, task, content):
         tables["Out of fold"] = out_of_fold
     if "test" in content:
         tables["Test"] = {name: describe_statistics(name, content["test"][name]) for name in task.metrics}
-    number = sum(len(each["runs"]) for each in content["settings"])
     write_json(folder / "results.json", content)
-    page.write_sweep_page(folder, {"title": f"{task.name}: {number} runs"}, metric, rows, tables)
+    page.write_sweep_page(folder, {"title": f"{task.name}: several runs"}, metric, rows, tables)
     log.info(f"written: {folder}/report.html, results.json")
 
 

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from conftest import ROOT, lines_of, make_rows, run_script, write_table
 
-from classifier.training.lock import holder
+from classifier.training.lock import holder, locked
 
 FEW = ("--max_steps", 4, "--threads", 1)
 
@@ -101,6 +101,18 @@ def test_a_sweep_killed_twice_ends_as_an_undisturbed_one(review_task, reviews):
         one, other = (reviews / name / f"seed={seed}" for name in ("sweep", "other"))
         assert [line["loss"] for line in lines_of(one)] == [line["loss"] for line in lines_of(other)]
         assert validation_score(one) == validation_score(other)
+
+
+@pytest.mark.slow
+def test_a_run_that_another_process_still_trains_is_waited_for(review_task, reviews):
+    command = [sys.executable, str(ROOT / "sweep.py"), "--task", str(review_task), "--seeds", "1"]
+    command += [*map(str, FEW), "--output_dir", "sweep"]
+    with locked(reviews / "sweep" / "seed=0"):
+        process = subprocess.Popen(command, cwd=reviews, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert process.stdout.readline().startswith("runs of train.py in sweep: 1")
+        assert process.stdout.readline().startswith(f"seed=0: process {os.getpid()} on ")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
 
 
 @pytest.mark.slow
