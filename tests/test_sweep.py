@@ -107,6 +107,7 @@ def test_a_sweep_killed_twice_ends_as_an_undisturbed_one(review_task, reviews):
 def test_a_run_that_another_process_still_trains_is_waited_for(review_task, reviews):
     command = [sys.executable, str(ROOT / "sweep.py"), "--task", str(review_task), "--seeds", "1"]
     command += [*map(str, FEW), "--output_dir", "sweep"]
+    (reviews / "sweep").mkdir()
     with locked(reviews / "sweep" / "seed=0"):
         process = subprocess.Popen(command, cwd=reviews, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         assert process.stdout.readline().startswith("runs of train.py in sweep: 1")
