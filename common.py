@@ -15,7 +15,7 @@ from classifier.data.labels import UNLABELLED, predictions_from_logits
 from classifier.data.splits import check_files, load_splits
 from classifier.data.tasks import CHOICES, SPLIT_NAMES
 from classifier.evaluation import metrics, selection
-from classifier.messages import BadInput, log, nearest
+from classifier.messages import BadInput, log
 
 # ------------------------------------------------------------------------------------------------------------- flags
 
@@ -39,6 +39,7 @@ def _is_positive_int(text):
 positive_int = _number_type("positive_int", int, _is_positive_int, "a whole number above 0")
 non_negative_int = _number_type("non_negative_int", int, str.isdecimal, "a whole number from 0")
 non_negative_float = _number_type("float", float, lambda text: 0 <= float(text) < math.inf, "a number from 0")
+positive_fraction = _number_type("float", float, lambda text: 0 < float(text) <= 1, "above 0 and up to 1")
 fraction = _number_type("fraction", float, lambda text: 0 <= float(text) < 1, "from 0 to below 1")
 
 
@@ -159,47 +160,31 @@ def check_unchanged(names, before, now, advice):
 # -------------------------------------------------------------------------------------------------- losses and scores
 
 
-def example_losses(task, logits, labels, label_smoothing=0.0, class_weights=None):
+def example_losses(task, logits, labels, label_smoothing=0.0, class_weights=None, focal_gamma=0.0):
     """Return the loss of each example, shape (examples,).
 
     That is the cross entropy; in regression the squared error; in multi-label the binary cross entropy, averaged over
     the labels. logits: (examples, outputs), float32. labels: (examples,), ids or floats; in multi-label (examples,
-    labels) of 0 and 1. class_weights: (labels,) or None.
+    labels) of 0 and 1. class_weights: of labels.weights_of_classes, or None. focal_gamma: a loss counts (1 - p) **
+    gamma, p being the probability of what is right (Lin et al. 2017, https://arxiv.org/abs/1708.02002).
     """
     from torch.nn import functional
 
     if task.is_regression:
         return functional.mse_loss(logits.squeeze(-1), labels.to(logits.dtype), reduction="none")
     if task.is_multi_label:
-        return functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none").mean(-1)
-    losses = functional.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
-    return losses if class_weights is None else losses * class_weights[labels]
-
-
-def class_weights(words, task, labels, device=None):
-    """Return the weight of each class, shape (labels,), with a mean of 1 over the examples; None for "none".
-
-    words: "balanced", inversely proportional to the frequency; or "a=1,b=5", where classes that are not named count 1.
-    Raises BadInput for other words.
-    """
-    import torch
-
-    if words == "none":
-        return None
-    weights = 1 / np.maximum(np.bincount(labels, minlength=len(task.labels)), 1)
-    if words != "balanced":
-        weights = np.ones(len(task.labels))
-        for word in words.split(","):
-            name, _, number = word.rpartition("=")
-            try:
-                weights[task.labels.index(name)] = float(number)
-            except ValueError:
-                number = "nan"
-            if not 0 < float(number) < math.inf:
-                reason = f"--class_weights {word}: not a label of this task and a number above 0"
-                example = f"{task.labels[0]}=1,{task.labels[-1]}=5"
-                raise BadInput(reason + nearest(name, task.labels), f"Write balanced, or for example {example}.")
-    return torch.tensor(weights / weights[labels].mean(), dtype=torch.float32, device=device)
+        targets = labels.to(logits.dtype)
+        losses = functional.binary_cross_entropy_with_logits(
+            logits, targets, reduction="none", pos_weight=class_weights
+        )
+        wrong = (logits.sigmoid() - targets).abs()
+    else:
+        losses = functional.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
+        losses = losses if class_weights is None else losses * class_weights[labels]
+        wrong = 1 - logits.softmax(-1).gather(-1, labels.long()[:, None]).squeeze(-1)
+    if focal_gamma:
+        losses = losses * wrong.clamp_min(1e-6) ** focal_gamma  # the slope of a power is infinite at 0
+    return losses.mean(-1) if task.is_multi_label else losses
 
 
 def score_logits(task, logits, labels, majority):

@@ -4,10 +4,12 @@
     python sweep.py --train_file my.csv --folds 5           # cross-validation, and labels that may be wrong
     python sweep.py --task rte --grid learning_rate=2e-5,5e-5 batch_size=16,32 --seeds 3
     python sweep.py --task cola --grid bert --workers 2     # the 18 settings of the BERT paper, two runs at a time
+    python sweep.py --task cola --search 30                 # 30 settings that Optuna chooses, hopeless ones ended early
 
 Each run is one of train.py, in a folder of its own; all other flags are train.py's. After an interruption the same
 command goes on: finished runs are not repeated. With --shard I/N the tasks of a Slurm array share the runs; the same
-command without it then sums up. With --final_test the runs of the best setting are scored on the test split.
+command without it then sums up. A search is shared by all that run its command at the same time. With --final_test the
+runs of the best setting are scored on the test split.
 
 Writes into --output_dir: results.json, report.html and runs.png with a dot for each run, a log of each run, and with
 --folds out_of_fold.csv and label_issues.csv, the examples whose labels the model doubts most.
@@ -16,48 +18,34 @@ Writes into --output_dir: results.json, report.html and runs.png with a dot for 
 import csv
 import itertools
 import json
-import os
-import signal
 import statistics
 import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import load_file
 
 import common
 from classifier import processes
 from classifier.data import tasks
+from classifier.data.cache import column_array
+from classifier.data.splits import load_splits
 from classifier.data.writer import write_csv
-from classifier.evaluation import intervals, metrics
+from classifier.evaluation import intervals, metrics, selection
 from classifier.files import safe_name, write_json
-from classifier.messages import BadInput, Preempted, RunFailed, format_duration, format_score, log
-from classifier.training.lock import holder
+from classifier.messages import BadInput, RunFailed, format_score, log
+from classifier.training import search
+from classifier.training.run_folder import PREDICTIONS
+from classifier.training.trainings import Run, Trainings, describe_run
 
 ROOT = Path(__file__).resolve().parent
 GRIDS = {  # Devlin et al. 2019, appendix A.3
     "bert": ["batch_size=16,32", "learning_rate=5e-5,3e-5,2e-5", "epochs=2,3,4"],
 }
 MOST_RUNS = 1000
-
-
-@dataclass
-class Run:
-    """One training of a sweep."""
-
-    setting: dict  # {flag: value}, of --grid
-    changes: dict  # {flag: value}: the setting, and the seed or fold
-    folder: Path
-
-    @property
-    def results(self):
-        """What train.py wrote at its end; None before."""
-        path = self.folder / "results.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 # ------------------------------------------------------------------------------------------------------ what is trained
@@ -70,6 +58,8 @@ def build_parser():
     add("--folds", type=common.positive_int, metavar="N", help="validate on each of N parts of train once")
     words = "each combination of these values; bert: the grid of the BERT paper"
     add("--grid", nargs="+", metavar="FLAG=A,B|bert", help=words)
+    words = f"N settings by Optuna, from --grid with ranges FLAG=LOW..HIGH (default: {' '.join(search.SPACE)})"
+    add("--search", type=common.positive_int, metavar="N", help=words)
     add("--workers", type=common.positive_int, default=1, metavar="N", help="runs at a time (default: 1)")
     add("--shard", metavar="I/N", help="train every N-th run, from the I-th, and sum nothing up")
     add("--final_test", action="store_true", help="score the runs of the best setting on the test split")
@@ -82,10 +72,12 @@ def parse_arguments():
     args, flags = build_parser().parse_known_args()
     data_parser = common.argument_parser(__doc__, data=True)
     task = tasks.task_from_args(data_parser.parse_known_args(flags)[0], "demo")
-    if not (args.seeds or args.folds or args.grid):
-        raise BadInput("nothing is swept", "Give --seeds 5, --folds 5, or --grid learning_rate=2e-5,5e-5.")
+    if not (args.seeds or args.folds or args.grid or args.search):
+        raise BadInput("nothing is swept", "Give --seeds 5, --folds 5, --search 20 or --grid learning_rate=2e-5,5e-5.")
     if args.seeds and args.folds:
         raise BadInput("--seeds and --folds: an interval would mix up both", "Give one of the two.")
+    if args.search and (args.seeds or args.folds or args.shard):
+        raise BadInput("--search draws each setting once", "Drop --seeds, --folds and --shard.")
     for name in ("--seed", "--fold", "--resume", "--dry_run", "--overwrite"):
         if any(flag == name or flag.startswith(f"{name}=") for flag in flags):
             raise BadInput(f"{name}: is not for a sweep", "Drop it; train.py takes it for a single run.")
@@ -93,30 +85,37 @@ def parse_arguments():
 
 
 def read_grid(words):
-    """Return [(flag, [values])] from the values of --grid. Raises BadInput."""
+    """Return [(flag, [values] or a range LOW..HIGH)] from the values of --grid. Raises BadInput."""
     grid = []
     for word in itertools.chain.from_iterable(GRIDS.get(word, [word]) for word in words or []):
         flag, _, values = word.partition("=")
         if not flag or not all(values.split(",")):
             raise BadInput(f"--grid {word}: neither FLAG=A,B nor {', '.join(GRIDS)}", "Write learning_rate=2e-5,5e-5.")
-        grid.append((flag.removeprefix("--"), values.split(",")))
+        grid.append((flag.removeprefix("--"), values if search.is_range(values) else values.split(",")))
     return grid
 
 
 def plan_runs(args, task, folder):
     """Return the Runs of a sweep, in the order in which they are trained."""
     grid = read_grid(args.grid)
+    for flag, values in grid:
+        if isinstance(values, str):
+            raise BadInput(f"--grid {flag}={values}: a range is for --search", "Write values: learning_rate=2e-5,5e-5.")
     settings = [dict(zip(dict(grid), values, strict=True)) for values in itertools.product(*dict(grid).values())]
     seeds = [{"seed": seed} for seed in range(args.seeds or 0)]
     folds = [{"fold": f"{fold}/{args.folds}"} for fold in range(1, (args.folds or 0) + 1)]
     runs = []
     for setting, again in itertools.product(settings, seeds or folds or [{}]):
-        changes = {**setting, **again}
-        name = safe_name(",".join(f"{key}={value}".replace("/", " of ") for key, value in changes.items()))
-        runs.append(Run(setting, changes, folder / name))
+        runs.append(make_run(folder, setting, {**setting, **again}))
     if len(runs) > MOST_RUNS or len({run.folder for run in runs}) < len(runs):
         raise BadInput(f"{len(runs)} runs, or two of the same setting", f"Sweep over up to {MOST_RUNS} different ones.")
     return runs
+
+
+def make_run(folder, setting, changes):
+    """Return the Run of a setting, in a folder that is named after its changes."""
+    name = safe_name(",".join(f"{key}={value}".replace("/", " of ") for key, value in changes.items()))
+    return Run(setting, changes, folder / name)
 
 
 def shard_of_runs(runs, shard):
@@ -129,96 +128,45 @@ def shard_of_runs(runs, shard):
     return runs[int(number) - 1 :: int(shards)]
 
 
-# ------------------------------------------------------------------------------------------------------------- training
+def train_runs(runs, trainings):
+    """Train what is not complete yet.
+
+    The first run alone: it reads and tokenises the data, which the others find in the cache. If it is complete already,
+    train.py checks that flags and data are those of before.
+    """
+    trainings.train_all(runs[:1])
+    unfinished = [run for run in runs[1:] if run.results is None]
+    if len(unfinished) < len(runs) - 1:
+        log.info(f"{len(runs) - 1 - len(unfinished)} others are complete already")
+    trainings.train_all(unfinished)
 
 
-class Trainings:
-    """Runs train.py for each of several runs, some at a time, and ends them all when a signal asks for it."""
+def search_runs(args, task, trainings, folder):
+    """Train settings that Optuna draws until there are enough; return (finished Runs, how many were ended early)."""
+    is_minimal = bool(task.metrics) and metrics.DIRECTION[task.metrics[0]] == "min"
+    study = search.Search(folder, read_grid(args.grid or search.SPACE), args.search, is_minimal)
 
-    def __init__(self, flags, workers):
-        self.flags, self.workers = flags, workers
-        self.processes, self.is_ending = set(), False
-        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), self.end)
+    def train_trials(_):
+        with ExitStack() as claims:
+            while found := study.take(claims):
+                trial, setting = found
+                run = make_run(folder, setting, setting)
+                is_finished = trainings.train(run, partial(study.is_hopeless, trial, run.folder))
+                study.tell(trial, run.score if is_finished else None)
+                log.info(describe_run(run) if is_finished else f"{run.folder.name}: ended early")
+                claims.close()
 
-    def end(self, *_):
-        """Let each training save and end."""
-        self.is_ending = True
-        for process in list(self.processes):
-            process.terminate()
-
-    def train(self, run):
-        """Train to the end; return the exit code."""
-        if other := holder(run.folder):  # of a sweep that was killed
-            log.info(f"{run.folder.name}: process {other['pid']} on {other['host']} still trains it")
-        while holder(run.folder) and not self.is_ending:
-            time.sleep(2)
-        if self.is_ending:
-            return 75
-        environment = dict(os.environ)
-        if self.workers > 1:
-            cores = processes.available_cores()
-            environment |= {"OMP_NUM_THREADS": str(max(1, cores // self.workers)), "OMP_WAIT_POLICY": "PASSIVE"}
-        changes = [word for name, value in run.changes.items() for word in (f"--{name}", str(value))]
-        command = [sys.executable, str(ROOT / "train.py"), *self.flags, *changes, "--output_dir", str(run.folder)]
-        log_file = run.folder.with_name(f"{run.folder.name}.log")
-        with open(log_file, "ab") as output:
-            process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-            self.processes.add(process)
-            if self.is_ending:  # since it was asked
-                process.terminate()
-            code = process.wait()
-            self.processes.discard(process)
-        return code
-
-    def train_all(self, runs):
-        """Train all runs; log a line for each. Raises what ended one of them too early."""
-        started, failure = time.monotonic(), None
-        with ThreadPoolExecutor(self.workers) as pool:
-            futures = {pool.submit(self.train, run): run for run in runs}
-            for number, future in enumerate(as_completed(futures), start=1):
-                run, code = futures[future], future.result()
-                if code not in (0, 75) and not failure:
-                    failure = describe_failure(run, code)
-                    self.end()
-                elif code == 0:
-                    left = (time.monotonic() - started) / number * (len(runs) - number)
-                    time_left = f", about {format_duration(left)} left" if number < len(runs) else ""
-                    log.info(f"{describe_run(run)} ({number} of {len(runs)}{time_left})")
-        if failure:
-            raise failure
-        if self.is_ending:
-            raise Preempted("stopped; the same command goes on")
+    trainings.call_for_each(train_trials, range(args.workers))
+    settings, number = study.settings()
+    return [make_run(folder, setting, setting) for setting in settings], number
 
 
-def describe_failure(run, code):
-    """Return the exception that a failed training ends the sweep with: its own last two lines, and where its log is."""
-    log_file = run.folder.with_name(f"{run.folder.name}.log")
-    lines = log_file.read_text(encoding="utf-8", errors="replace").splitlines()
-    errors = [line.removeprefix("train.py: ") for line in lines if line.startswith("train.py: ")][-2:]
-    reason, advice = [*errors, "", ""][:2] if errors else (f"train.py ended with exit code {code}", "")
-    reason = f"{run.folder.name}: {reason.removeprefix('error: ')}"
-    if code == 2 and not run.folder.exists():  # refused before it began: nothing is left behind
-        log_file.unlink()
-        with suppress(OSError):
-            log_file.parent.rmdir()
-    return BadInput(reason, advice) if code == 2 else RunFailed(f"{reason}\n{advice} See {log_file}.")
-
-
-def describe_run(run):
-    """Return a finished run in a line: its name, its first score and its time."""
-    results = run.results
-    name, score = next(iter(next(iter(results["scores"].values())).items()))
-    return f"{run.folder.name}: {name} {format_score(score)}, {results['train_seconds']:.0f} s"
+# -------------------------------------------------------------------------------------------------------------- summary
 
 
 def chosen_score(results, name):
     """Return a metric of the split that chose a run's model."""
     return next(iter(results["scores"].values()))[name]
-
-
-# -------------------------------------------------------------------------------------------------------------- summary
 
 
 def summarise(task, runs, with_interval=True):
@@ -263,6 +211,48 @@ def statistics_of(name, values, with_interval=True):
         if half and with_interval:
             content["interval"] = [max(low, content["mean"] - half), min(high, content["mean"] + half)]
     return content
+
+
+def summarise_settings(task, runs, with_interval):
+    """Return ([setting], [its statistics]); log a line for each."""
+    settings = list({json.dumps(run.setting): run.setting for run in runs}.values())
+    summaries = []
+    for setting in settings:
+        summary = summarise(task, [run for run in runs if run.setting == setting], with_interval)
+        number = len(summary["collapsed"])
+        collapsed = f"; {number} of {len(summary['runs'])} runs collapsed" if number else ""
+        scores = describe_statistics(task.metrics[0], summary["scores"][task.metrics[0]])
+        log.info(f"{describe_setting(setting)}: {scores}{collapsed}")
+        summaries.append(summary)
+    return settings, summaries
+
+
+def correct_for_choice(task, runs, best):
+    """Return the scores of the best run, corrected for its choice among all evaluations of all runs, and intervals."""
+    split = next(iter(best.results["scores"]))
+    labels = column_array(load_splits(task)[1][split], "label")
+    candidates, chosen = [], 0
+    for run in runs:
+        predictions = load_file(run.folder / PREDICTIONS)
+        steps = sorted(predictions, key=int)
+        if run is best:
+            chosen = len(candidates) + steps.index(str(run.results["best_step"]))
+        candidates += [predictions[step] for step in steps]
+    scores, bounds = selection.corrected_scores(task, candidates, labels, chosen)
+    return {"candidates": len(candidates), "corrected_scores": scores, "corrected_intervals": bounds}
+
+
+def describe_correction(metric, content):
+    """Return in a line what the choice of the best setting costs."""
+    if "corrected_scores" not in content:
+        return "its mean is too good by what the choice is worth: use --final_test"
+    score, interval = content["corrected_scores"][metric], content["corrected_intervals"][metric]
+    number = content["candidates"]
+    return f"corrected for the choice among {number} evaluations: {metric} {format_score(score)}{in_words(interval)}"
+
+
+def in_words(interval):
+    return f", 95 % interval {format_score(interval[0])} to {format_score(interval[1])}" if interval else ""
 
 
 def describe_setting(setting):
@@ -343,55 +333,45 @@ def write_label_issues(path, rows, columns):
 
 def main():
     args, task, flags = parse_arguments()
-    swept = {"seeds": args.seeds, "folds": args.folds, "grid": args.grid and "+".join(args.grid)}
+    swept = {"seeds": args.seeds, "folds": args.folds, "search": args.search}
+    swept["grid"] = args.grid and "+".join(args.grid)
     words = [f"{name}={value}".replace(",", "+") for name, value in swept.items() if value]
     folder = Path(args.output_dir or Path("runs", safe_name(",".join([task.name, *words]))))
     processes.log_to(sys.stdout)
-    runs = plan_runs(args, task, folder)
+    runs = [] if args.search else plan_runs(args, task, folder)
     some = shard_of_runs(runs, args.shard)
     folder.mkdir(parents=True, exist_ok=True)
-    log.info(f"runs of train.py in {folder}: {len(runs)}, {args.workers} at a time")
+    log.info(f"runs of train.py in {folder}: {args.search or len(runs)}, {args.workers} at a time")
     trainings = Trainings(flags, args.workers)
-    # The first alone: it reads and tokenises the data, which the others find in the cache. If it is complete already,
-    # train.py checks that flags and data are those of before.
-    trainings.train_all(some[:1])
-    task = common.with_metrics(tasks.read_saved_task(some[0].folder / "model")[0])
-    unfinished = [run for run in some[1:] if run.results is None]
-    if len(unfinished) < len(some) - 1:
-        log.info(f"{len(some) - 1 - len(unfinished)} others are complete already")
-    trainings.train_all(unfinished)
+    ended_early = 0
+    if args.search:
+        runs, ended_early = search_runs(args, task, trainings, folder)
+    else:
+        train_runs(some, trainings)
     if args.shard:
         return
+    task = common.with_metrics(tasks.read_saved_task(runs[0].folder / "model")[0])
 
-    settings = list({json.dumps(run.setting): run.setting for run in runs}.values())
-    summaries = [
-        summarise(task, [run for run in runs if run.setting == setting], with_interval=not args.folds)
-        for setting in settings
-    ]
-    for setting, summary in zip(settings, summaries, strict=True):
-        number = len(summary["collapsed"])
-        collapsed = f"; {number} of {len(summary['runs'])} runs collapsed" if number else ""
-        scores = describe_statistics(task.metrics[0], summary["scores"][task.metrics[0]])
-        log.info(f"{describe_setting(setting)}: {scores}{collapsed}")
+    settings, summaries = summarise_settings(task, runs, with_interval=not args.folds)
     best = choose_setting(summaries, task)
     content = {
         "task": task.name,
         "flags": flags,
         "settings": [{"setting": each, **summary} for each, summary in zip(settings, summaries, strict=True)],
         "best": settings[best],
+        "ended_early": ended_early,
     }
+    best_runs = [run for run in runs if run.setting == settings[best]]
     if len(settings) > 1:
-        log.info(f"best of {len(settings)} settings on validation, where the choice makes it look better than it is: ")
-        log.info(f"    {describe_setting(settings[best])}")
-    runs = [run for run in runs if run.setting == settings[best]]
+        log.info(f"best of {len(settings)} settings on validation: {describe_setting(settings[best])}")
+        content |= correct_for_choice(task, runs, best_runs[0]) if len(runs) == len(settings) else {}
+        log.info("    " + describe_correction(task.metrics[0], content))
     if args.folds:
-        content["out_of_fold"] = collect_folds(folder, runs, task)
+        content["out_of_fold"] = collect_folds(folder, best_runs, task)
         for name, score in content["out_of_fold"].get("scores", {}).items():
-            bounds = content["out_of_fold"]["intervals"][name]
-            words = f", 95 % interval {format_score(bounds[0])} to {format_score(bounds[1])}" if bounds else ""
-            log.info(f"out of fold: {name} {format_score(score)}{words}")
+            log.info(f"out of fold: {name} {format_score(score)}{in_words(content['out_of_fold']['intervals'][name])}")
     if args.final_test:
-        evaluations = [json.loads((evaluate(run, "test") / "evaluation.json").read_text("utf-8")) for run in runs]
+        evaluations = [json.loads((evaluate(run, "test") / "evaluation.json").read_text("utf-8")) for run in best_runs]
         content["test"] = {
             name: statistics_of(name, [each["scores"][name] for each in evaluations]) for name in task.metrics
         }
@@ -408,6 +388,8 @@ def write_report(folder, task, content):
         {"name": describe_setting(each["setting"]), **each, **each["scores"][metric]} for each in content["settings"]
     ]
     tables = {"Command": {"flags of train.py": " ".join(content["flags"])}}
+    if "corrected_scores" in content:
+        tables["Corrected"] = {"the best setting": describe_correction(metric, content)}
     if out_of_fold := content.get("out_of_fold", {}).get("scores"):
         tables["Out of fold"] = out_of_fold
     if "test" in content:

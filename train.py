@@ -20,12 +20,12 @@ import common
 from classifier import processes
 from classifier.data.cache import column_array
 from classifier.data.facts import log_data_facts
-from classifier.data.labels import majority_prediction
+from classifier.data.labels import majority_prediction, weights_of_classes
 from classifier.data.writer import write_bad_rows
 from classifier.evaluation.metrics import is_better
 from classifier.files import safe_name, sha256
-from classifier.messages import BadInput, log
-from common import fraction, non_negative_float, non_negative_int, positive_int, positive_int_or_auto
+from classifier.messages import BadInput
+from common import fraction, non_negative_float, non_negative_int, positive_fraction, positive_int, positive_int_or_auto
 
 # What imports torch is imported inside the functions: it takes seconds, and --help and bad input are answered at once.
 
@@ -59,6 +59,8 @@ def build_parser():
 
     add = parser.add_argument_group("optimiser").add_argument
     add("--learning_rate", type=non_negative_float, default=2e-5, help="peak learning rate (default: 2e-05)")
+    words = "each layer's learning rate, as a part of that of the layer above (default: 1.0)"
+    add("--layerwise_lr_decay", type=positive_fraction, default=1.0, metavar="D", help=words)
     add("--weight_decay", type=non_negative_float, default=0.01, help="on matrices only (default: 0.01)")
     add("--adam_betas", type=fraction, nargs=2, default=[0.9, 0.999], metavar="B", help="(default: 0.9 0.999)")
     add("--adam_epsilon", type=non_negative_float, default=1e-8, help="(default: 1e-08)")
@@ -72,6 +74,8 @@ def build_parser():
     add("--label_smoothing", type=fraction, default=0.0, help="(default: 0.0)")
     words = "balanced: by inverse frequency (default: none)"
     add("--class_weights", default="none", metavar="none|balanced|A=1,B=5", help=words)
+    words = "above 0, examples that are nearly right count less; 2 is usual (default: 0.0)"
+    add("--focal_gamma", type=non_negative_float, default=0.0, metavar="G", help=words)
 
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval_every", default="epoch", metavar="epoch|N", help="each epoch, or N steps (default: epoch)")
@@ -110,8 +114,10 @@ def parse_arguments():
         raise BadInput(f"--epochs {args.epochs}: not above 0 and up to a million", "Give a number such as 3 or 0.5.")
     if args.seed >= 2**32:
         raise BadInput(f"--seed {args.seed}: NumPy's limit is 2**32 - 1", "Give a smaller one.")
-    if (task.is_regression or task.is_multi_label) and (args.label_smoothing or args.class_weights != "none"):
-        raise BadInput("--label_smoothing and --class_weights are for tasks with one class for each text", "Drop them.")
+    if task.is_regression and (args.focal_gamma or args.class_weights != "none"):
+        raise BadInput("--class_weights and --focal_gamma are for labels, not for numbers", "Drop them.")
+    if (task.is_regression or task.is_multi_label) and args.label_smoothing:
+        raise BadInput("--label_smoothing is for tasks with one class for each text", "Drop it.")
     from classifier.training.preemption import save_interval
 
     save_interval(args.save_every, steps_per_epoch=1)
@@ -134,36 +140,6 @@ def run_name(task_name, changed):
             value = "+".join(map(str, value)) if isinstance(value, list) else str(value).replace(",", "+")
             parts.append(f"{key}={Path(value).name}")  # the last part of a model's name
     return safe_name(",".join(parts))
-
-
-def build_optimizer(model, args):
-    """Return AdamW, fused where the device has that. Weight decay is for matrices, not for biases and norm weights."""
-    from torch.optim import AdamW
-
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for parameter in trained if parameter.ndim >= 2], "weight_decay": args.weight_decay},
-        {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
-    ]
-    is_fused = next(model.parameters()).device.type in ("cpu", "cuda", "mps", "xpu")  # others may have none
-    return AdamW(groups, args.learning_rate, tuple(args.adam_betas), args.adam_epsilon, fused=is_fused)
-
-
-def may_step(optimizer, grad_norm):
-    """Return whether to take a step: not where the gradient is not finite. A fused AdamW skips such a step itself."""
-    if optimizer.defaults["fused"]:  # so that the host need not wait for the number; others refuse found_inf
-        optimizer.found_inf = (~grad_norm.isfinite()).float()
-        return True
-    return bool(grad_norm.isfinite())
-
-
-def build_scheduler(optimizer, args, total_steps):
-    from transformers import get_scheduler
-
-    warmup_steps = math.ceil(args.warmup_ratio * total_steps) if args.warmup_steps is None else args.warmup_steps
-    if warmup_steps > total_steps:
-        log.warning(f"WARNING: the warm-up of {warmup_steps} steps is longer than the run of {total_steps} steps")
-    return get_scheduler(args.scheduler, optimizer, warmup_steps, total_steps)
 
 
 def load_splits(task, args):
@@ -201,6 +177,7 @@ def main():
     from classifier.evaluation import report
     from classifier.model import inference, models, packing, tokenization
     from classifier.training import batching, checkpoint, run_folder
+    from classifier.training.optimizer import build_optimizer, build_scheduler, may_step
     from classifier.training.preemption import SignalWatch, save_interval
     from classifier.training.progress import Progress, log_dry_run, start_trackers, tracker_names
 
@@ -246,7 +223,7 @@ def main():
         plain_optimizer = build_optimizer(plain_model, args)
         scheduler = build_scheduler(plain_optimizer, args, total_steps)
         optimizer = accelerator.prepare(plain_optimizer)
-        class_weights = common.class_weights(args.class_weights, task, train_labels, accelerator.device)
+        class_weights = weights_of_classes(args.class_weights, task, train_labels, accelerator.device)
 
         # --- resume from the last checkpoint, or begin
         path, limit = processes.on_main_process(
@@ -310,7 +287,9 @@ def main():
                     # Processes sum their gradients once per step, at the last micro-batch.
                     with nullcontext() if number == len(micro_batches) else accelerator.no_sync(model):
                         logits = model(**inputs).logits
-                        losses = common.example_losses(task, logits, labels, args.label_smoothing, class_weights)
+                        losses = common.example_losses(
+                            task, logits, labels, args.label_smoothing, class_weights, args.focal_gamma
+                        )
                         losses = losses * micro_batch["weight"]  # 0 where this process has no example in the step
                         # The mean over all examples of the step: DDP averages over processes, so multiply by them.
                         accelerator.backward(losses.sum() / len(batch) * accelerator.num_processes)

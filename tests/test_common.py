@@ -194,24 +194,27 @@ def test_one_prediction_for_all_is_told(task, logits, labels, constant):
     json.dumps(result["constant"])  # it is kept in a checkpoint
 
 
-def test_balanced_weights_are_inverse_to_the_frequencies():
-    weights = common.class_weights("balanced", MANY, np.array([0, 0, 0, 1]))  # nobody has class 2
-    torch.testing.assert_close(weights[:2], torch.tensor([4 / (2 * 3), 4 / 2]))
-    assert weights[[0, 0, 0, 1]].mean() == pytest.approx(1)
+def test_focal_losses_are_those_of_the_formula_and_have_a_slope_everywhere():
+    """(1 - p) ** gamma times the cross entropy, for classes and, label by label, for several labels."""
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(9, 3, generator=generator), torch.arange(9) % 3
+    right = logits.softmax(-1)[range(9), labels]
+    focal = common.example_losses(TWO, logits, labels, focal_gamma=2.0)
+    torch.testing.assert_close(focal, -((1 - right) ** 2) * right.log())
+    several = torch.randint(2, (9, 3), generator=generator)
+    right = torch.where(several == 1, logits.sigmoid(), 1 - logits.sigmoid())
+    focal = common.example_losses(MANY, logits, several, focal_gamma=0.5)
+    torch.testing.assert_close(focal, -((1 - right) ** 0.5 * right.log()).mean(-1))
+    sure = torch.tensor([[1000.0, 0.0]], requires_grad=True)
+    common.example_losses(TWO, sure, torch.tensor([0]), focal_gamma=0.5).sum().backward()
+    assert sure.grad.isfinite().all()
 
 
-def test_weights_of_classes_by_name_have_a_mean_of_one():
-    first, last = MANY.labels[0], MANY.labels[-1]
-    labels = np.array([0, 0, 1, 2])
-    weights = common.class_weights(f"{first}=3,{last}=0.5", MANY, labels)
-    assert weights.tolist() == pytest.approx([3 / 1.875, 1 / 1.875, 0.5 / 1.875])  # (3 + 3 + 1 + 0.5) / 4 = 1.875
-    assert common.class_weights("none", MANY, labels) is None
-
-
-@pytest.mark.parametrize("words", ["nobody=1", "1", "{}=0", "{}=-1", "{}=many", "{}=inf", "{}=1,", "balance"])
-def test_weights_that_cannot_be_read_are_refused(words):
-    with pytest.raises(BadInput, match=r"--class_weights .*: not a label of this task and a number above 0"):
-        common.class_weights(words.format(MANY.labels[0]), MANY, np.array([0, 1, 2]))
+def test_weights_of_several_labels_count_their_positives():
+    logits = torch.tensor([[1.0, -2.0, 0.5]])
+    losses = common.example_losses(MANY, logits, torch.tensor([[1, 0, 1]]), class_weights=torch.tensor([3.0, 2.0, 1.0]))
+    p = logits.sigmoid()[0]
+    torch.testing.assert_close(losses[0], -(3 * p[0].log() + (1 - p[1]).log() + p[2].log()) / 3)
 
 
 def test_losses_of_several_labels_are_the_binary_cross_entropy_that_transformers_takes(tiny_bert):

@@ -174,7 +174,55 @@ def test_a_grid_is_every_combination_and_the_best_on_validation_is_tested(review
     assert tested == [runs[scores.index(max(scores))]]
     test = read(tested[0] / "evaluation-test" / "evaluation.json")["scores"]["accuracy"]
     assert content["test"]["accuracy"]["values"] == [test] and f"test: accuracy {test:.4f}" in done.stdout
-    assert "the choice makes it look better than it is" in done.stdout
+    corrected = content["corrected_scores"]["accuracy"]
+    assert content["candidates"] == 6  # evaluations of two runs of three epochs
+    assert corrected <= max(scores)
+    assert f"corrected for the choice among 6 evaluations: accuracy {corrected:.4f}, 95 % interval" in done.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_search_and_its_best_setting_is_tested(review_task, reviews):
+    """Each trial is trained once, within its ranges; the best by the runs' own results is the one that is tested."""
+    space = ["learning_rate=1e-6..1e-2", "epochs=1..2", "batch_size=16,32"]
+    flags = ["--task", str(review_task), "--search", "4", "--grid", *space, "--threads", "1", "--final_test"]
+    command = [sys.executable, str(ROOT / "sweep.py"), *flags, "--output_dir", "sweep"]
+    other = subprocess.Popen(command, cwd=reviews, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    sweep(reviews, *flags)
+    output, _ = other.communicate(timeout=300)
+    assert other.returncode == 0, output
+    done = sweep(reviews, *flags)  # sums up what both have done, and trains nothing
+    folder = reviews / "sweep"
+    runs = {run.parent.name: read(run) for run in folder.glob("*/results.json")}
+    assert 1 <= len(runs) <= 4
+    for name, results in runs.items():
+        values = dict(part.split("=") for part in name.split(","))
+        assert 1e-6 <= float(values["learning_rate"]) <= 1e-2
+        assert results["settings"]["epochs"] == int(values["epochs"]) in (1, 2)
+        assert results["settings"]["batch_size"] == int(values["batch_size"]) in (16, 32)
+    content = read(folder / "results.json")
+    best = max(results["scores"]["validation"]["accuracy"] for results in runs.values())
+    name = ",".join(f"{key}={value}" for key, value in content["best"].items())
+    assert runs[name]["scores"]["validation"]["accuracy"] == best
+    assert [run.parent.name for run in folder.glob("*/evaluation-test")] == [name]
+    assert content["ended_early"] == 0 and "corrected for the choice" in done.stdout
+    assert not (folder / "trials").exists()
+
+
+@pytest.mark.slow
+def test_a_trial_that_a_killed_search_left_is_trained_to_its_end(review_task, reviews):
+    flags = ["--task", str(review_task), "--search", "1", "--grid", "learning_rate=1e-4..1e-2", "--threads", "1"]
+    flags += ["--epochs", "12", "--save_every", "3"]
+    command = [sys.executable, str(ROOT / "sweep.py"), *flags, "--output_dir", "sweep"]
+    process = subprocess.Popen(command, cwd=reviews, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while not list((reviews / "sweep").glob("learning_rate=*/checkpoints/step-*[0-9]")):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    sweep(reviews, *flags)
+    (run,) = (reviews / "sweep").glob("learning_rate=*/results.json")
+    assert read(run)["epochs"] == 12
+    assert read(reviews / "sweep" / "results.json")["best"] == {"learning_rate": run.parent.name.split("=")[1]}
 
 
 @pytest.mark.slow(after=2)
@@ -188,6 +236,9 @@ def test_a_grid_is_every_combination_and_the_best_on_validation_is_tested(review
         (["--grid", "learning_rate"], "--grid learning_rate: neither FLAG=A,B nor bert"),
         (["--grid", "epochs=1,1"], "2 runs, or two of the same setting"),
         (["--seeds", 2, "--shard", "3/2"], "--shard 3/2: not I/N"),
+        (["--grid", "learning_rate=1e-5..1e-4"], "--grid learning_rate=1e-5..1e-4: a range is for --search"),
+        (["--search", 3, "--grid", "learning_rate=1e-4..1e-5"], "1e-4..1e-5: not LOW..HIGH"),
+        (["--search", 3, "--seeds", 3], "--search draws each setting once"),
         (["--folds", 500], "too few rows of any label in 200 rows for 500 folds"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",

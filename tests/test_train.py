@@ -879,15 +879,21 @@ def test_defaults_of_a_task_are_checked_like_flags(review_task, refused, default
     assert next(iter(defaults)) in errors
 
 
-@pytest.mark.parametrize("flag", [("--class_weights", "balanced"), ("--label_smoothing", "0.1")])
-@pytest.mark.parametrize("kind", ["regression", "multi-label"])
-def test_class_weights_and_label_smoothing_are_for_one_class_a_text(review_task, refused, kind, flag):
+@pytest.mark.parametrize(
+    ("kind", "flag", "message"),
+    [
+        ("regression", ("--class_weights", "balanced"), "--class_weights and --focal_gamma are for labels"),
+        ("regression", ("--focal_gamma", "2"), "--class_weights and --focal_gamma are for labels"),
+        ("regression", ("--label_smoothing", "0.1"), "--label_smoothing is for tasks with one class for each text"),
+        ("multi-label", ("--label_smoothing", "0.1"), "--label_smoothing is for tasks with one class for each text"),
+    ],
+)
+def test_losses_of_classes_are_refused_for_other_problems(review_task, refused, kind, flag, message):
     if kind == "regression":
         make_regression(review_task)
     else:
         change_task(review_task, problem="multi_label", metrics=None)
-    errors = refused("--task", review_task, *flag, cwd=review_task.parent)
-    assert "--label_smoothing and --class_weights are for tasks with one class for each text" in errors
+    assert message in refused("--task", review_task, *flag, cwd=review_task.parent)
 
 
 def test_a_tracker_that_is_not_installed_is_refused(review_task, refused):

@@ -361,6 +361,37 @@ def prediction_rows(task, logits):
         yield [*values, *map(int, applies)] if isinstance(task.label, list) else values
 
 
+def weights_of_classes(words, task, labels, device=None):
+    """Return the weight of each class, shape (labels,), with a mean of 1 over the examples; None for "none".
+
+    In multi-label it is how often each positive counts, not averaged. words: "balanced", inversely proportional to the
+    frequency (in multi-label negatives / positives); or "a=1,b=5", where classes that are not named count 1. Raises
+    BadInput for other words.
+    """
+    import torch
+
+    if words == "none":
+        return None
+    weights = np.ones(len(task.labels))
+    if words == "balanced":
+        positives = labels.sum(axis=0) if task.is_multi_label else np.bincount(labels, minlength=len(task.labels))
+        weights = np.maximum(len(labels) - positives, 1) if task.is_multi_label else weights
+        weights = weights / np.maximum(positives, 1)
+    else:
+        for word in words.split(","):
+            name, _, number = word.rpartition("=")
+            try:
+                weights[task.labels.index(name)] = float(number)
+            except ValueError:
+                number = "nan"
+            if not 0 < float(number) < math.inf:
+                reason = f"--class_weights {word}: not a label of this task and a number above 0"
+                example = f"{task.labels[0]}=1,{task.labels[-1]}=5"
+                raise BadInput(reason + nearest(name, task.labels), f"Write balanced, or for example {example}.")
+    scale = 1 if task.is_multi_label else weights[labels].mean()
+    return torch.tensor(weights / scale, dtype=torch.float32, device=device)
+
+
 def majority_prediction(task, labels):
     """Return the best prediction without a text: the most frequent label id; in regression the mean.
 

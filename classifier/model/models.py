@@ -228,20 +228,23 @@ def are_positions(names, task):
     return is_same
 
 
+def pretrained_parts(model):
+    """Return (embeddings, layers) of the encoder as lists of modules, the lowest layer first; empty if not found."""
+    from torch.nn import ModuleList
+
+    encoder, number = model.base_model, model.config.num_hidden_layers
+    embeddings = [module for name, module in encoder.named_children() if "embed" in name]
+    lists = (module for module in encoder.modules() if isinstance(module, ModuleList) and len(module) == number)
+    return embeddings, list(next(lists, []))
+
+
 def freeze(model, part):
     """Freeze a pretrained part: none, encoder, embeddings, or N (embeddings and the first N layers).
 
     Its dropout stays off, even after model.train(): what is not trained needs no noise.
     """
-    from torch.nn import ModuleList
-
-    encoder = model.base_model
-    embeddings = [module for name, module in encoder.named_children() if "embed" in name]
-    layers = next(
-        (list(m) for m in encoder.modules() if isinstance(m, ModuleList) and len(m) == model.config.num_hidden_layers),
-        [],
-    )
-    parts = {"none": [], "encoder": [encoder], "embeddings": embeddings}
+    embeddings, layers = pretrained_parts(model)
+    parts = {"none": [], "encoder": [model.base_model], "embeddings": embeddings}
     parts |= {str(number): embeddings + layers[:number] for number in range(1, len(layers) + 1)}
     if part not in parts:
         raise BadInput(f"--freeze {part}: no such part of this model", f"Parts: {', '.join(parts)}.")

@@ -9,9 +9,10 @@ import pytest
 from data_help import AB, FORMATS, FakeHub, files_task, hub_table, hub_task, put_table, refusal, text_task
 
 from classifier.data.cache import column_array
-from classifier.data.labels import is_number, is_whole, label_ids, label_strings
+from classifier.data.labels import is_number, is_whole, label_ids, label_strings, weights_of_classes
 from classifier.data.splits import load_splits
 from classifier.data.tasks import Task
+from classifier.messages import BadInput
 from common import with_metrics
 
 REGRESSION = {"labels": "regression"}
@@ -578,3 +579,36 @@ def test_columns_of_labels_on_the_hub(empty_cache, monkeypatch):
     hub["validation"] = hub_table([1, 0], second=[0, 1])
     _, splits, _, _ = load_splits(hub_task(["first", "other"], label=["label", "second"], **MULTI))
     assert column_array(splits["train"], "label").tolist() == [[1, 0], [0, 0], [1, 1], [0, 1]]
+
+
+# ---------------------------------------------------------------------------------------------------------- weights
+
+
+ABC = Task("abc", labels=["a", "b", "c"])
+
+
+def test_balanced_weights_are_inverse_to_the_frequencies():
+    weights = weights_of_classes("balanced", ABC, np.array([0, 0, 0, 1]))  # nobody has class 2
+    assert weights[:2].tolist() == pytest.approx([4 / (2 * 3), 4 / 2])
+    assert weights[[0, 0, 0, 1]].mean() == pytest.approx(1)
+
+
+def test_weights_of_classes_by_name_have_a_mean_of_one():
+    first, last = ABC.labels[0], ABC.labels[-1]
+    labels = np.array([0, 0, 1, 2])
+    weights = weights_of_classes(f"{first}=3,{last}=0.5", ABC, labels)
+    assert weights.tolist() == pytest.approx([3 / 1.875, 1 / 1.875, 0.5 / 1.875])  # (3 + 3 + 1 + 0.5) / 4 = 1.875
+    assert weights_of_classes("none", ABC, labels) is None
+
+
+@pytest.mark.parametrize("words", ["nobody=1", "1", "{}=0", "{}=-1", "{}=many", "{}=inf", "{}=1,", "balance"])
+def test_weights_that_cannot_be_read_are_refused(words):
+    with pytest.raises(BadInput, match=r"--class_weights .*: not a label of this task and a number above 0"):
+        weights_of_classes(words.format(ABC.labels[0]), ABC, np.array([0, 1, 2]))
+
+
+def test_weights_of_several_labels_are_negatives_to_positives():
+    task = Task("abc", labels=["a", "b", "c"], problem="multi_label")
+    labels = np.array([[1, 1, 0], [0, 1, 0], [0, 1, 1], [0, 1, 0]])
+    assert weights_of_classes("balanced", task, labels).tolist() == [3, 0.25, 3]
+    assert weights_of_classes("b=5", task, labels).tolist() == [1, 5, 1]

@@ -115,12 +115,12 @@ def test_how_a_table_is_written(tmp_path, name, content, keys):
 
 
 def test_the_encoding_is_that_of_the_task(tmp_path):
-    content = "text,label\n很好,好\n很差,差\n"
+    content = "text,label\n房间很干净,好\n服务真的太差了,差\n"
     tasks = [text_task(tmp_path, content.encode(code), f"{code}.csv", encoding=code) for code in ("utf-8", "gb18030")]
     for task in tasks:
         task.files["validation"] = task.files["train"]
         task, splits, _, _ = load_splits(task)
-        assert task.labels == ["好", "差"] and splits["train"]["text"][:] == ["很好", "很差"]
+        assert task.labels == ["好", "差"] and splits["train"]["text"][:] == ["房间很干净", "服务真的太差了"]
     assert "--encoding gb18030" in refusal(Task("mine", files=tasks[1].files)).advice
 
 
