@@ -222,8 +222,16 @@ def score_splits(task, splits, compute_logits, majority):
     return {name: score_logits(task, logits[name], labels[name], majority) for name in splits}
 
 
-def fit_thresholds(task, evaluations, split, majority):
-    """Return (task, evaluations) with thresholds of several labels that are fitted to a split."""
-    task = selection.fit_thresholds(task, evaluations[split]["logits"], evaluations[split]["labels"])
+def fit_probabilities(task, evaluations, split, majority):
+    """Return (task, evaluations) with what is fitted to a split: a temperature, and what to make of probabilities.
+
+    In multi-label that is a threshold for each label; else the probability above which labels are right often enough.
+    """
+    if task.is_regression:
+        return task, evaluations
+    logits, labels = evaluations[split]["logits"], evaluations[split]["labels"]
+    task = selection.fit_temperature(task, logits, labels)
+    fit = selection.fit_thresholds if task.is_multi_label else selection.fit_min_probabilities
+    task = fit(task, logits, labels)
     logits_and_labels = {name: (scored["logits"], scored["labels"]) for name, scored in evaluations.items()}
     return task, {name: score_logits(task, *pair, majority) for name, pair in logits_and_labels.items()}

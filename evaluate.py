@@ -122,7 +122,7 @@ def other_predictions(path, task, splits, fingerprints, args, accelerator):
     folder = model_folder(path)
     model, tokenizer, facts = load_model(folder, refresh=args.refresh)
     saved_task = tasks.read_saved_task(folder)[0] or task
-    settings = {key: getattr(saved_task, key) for key in ("max_length", "truncate", "thresholds")}
+    settings = {key: getattr(saved_task, key) for key in ("max_length", "truncate", "thresholds", "temperature")}
     other_task = with_head_labels(model, facts, replace(task, **settings))
     other_task, examples = tokenize_splits(other_task, splits, fingerprints, model, tokenizer)
     model, packer = prepare_to_infer(model, tokenizer, accelerator)

@@ -44,7 +44,7 @@ from classifier.messages import (
     log,
     nearest,
 )
-from classifier.predictor import load, onnx_file, start_exported
+from classifier.predictor import least_probability, load, onnx_file, start_exported
 
 SECONDS_BETWEEN_LINES = 10
 OUTPUT_KINDS = {"txt": "tsv", "json": "jsonl", "parquet": "jsonl"}  # for inputs in a format that is not written
@@ -61,6 +61,10 @@ def build_parser():
     outputs = "csv, tsv, jsonl (.gz), parquet; for several files a folder (default: standard output)"
     add("--output", metavar="FILE", help=outputs)
     add("--top_k", type=common.positive_int, metavar="K", help="only the K likeliest labels, likeliest first")
+    words = "leave predicted_label empty where the probability is lower"
+    add("--min_probability", type=common.fraction, metavar="P", help=words)
+    words = "the same, so that this share of the labels is right, by the validation examples of the training"
+    add("--target_accuracy", type=common.fraction, metavar="A", help=words)
     add("--shard", type=parse_shard, metavar="I/N", help="every N-th of several files, starting at the I-th")
     bad_rows = "skip: leave bad rows out and list them next to --output (default: %(default)s)"
     add("--on_bad_row", choices=["fail", "skip"], default="fail", help=bad_rows)
@@ -114,26 +118,24 @@ def added_columns(task, top_k):
     if not top_k or task.is_regression:
         return prediction_columns(task)
     ranks = range(1, min(top_k, len(task.labels)) + 1)
-    return [
-        "predicted_label",
-        "probability",
-        *(f"{kind}_{rank}" for rank in ranks for kind in ("label", "probability")),
-    ]
+    ranked = [f"{kind}_{rank}" for rank in ranks for kind in ("label", "probability")]
+    return ["predicted_label", "probability", *ranked]
 
 
-def with_predictions(task, rows, logits, columns, top_k):
+def with_predictions(task, rows, logits, columns, args):
     """Yield rows with the added columns. logits: (rows, outputs)."""
     for row, values in zip(rows, prediction_rows(task, logits), strict=True):
-        if top_k and not task.is_regression:
-            values = [*values[:2], *(value for pair in likeliest(task, values, top_k) for value in pair)]
+        if args.top_k and not task.is_regression:
+            values = [*values[:2], *(value for pair in likeliest(task, values, args.top_k) for value in pair)]
+        if args.min_probability and values[1] < args.min_probability:
+            values[0] = ""
         yield {**row, **dict(zip(columns, values, strict=True))}
 
 
 def likeliest(task, values, top_k):
     """Return (label, probability) of the likeliest labels. values: a row of labels.prediction_rows."""
-    ranked = sorted(
-        zip(values[2 : 2 + len(task.labels)], task.labels, strict=True), reverse=True
-    )  # in multi-label, of independent labels
+    chances = values[2 : 2 + len(task.labels)]  # in multi-label, of independent labels
+    ranked = sorted(zip(chances, task.labels, strict=True), reverse=True)
     return [(label, probability) for probability, label in ranked[:top_k]]
 
 
@@ -154,15 +156,17 @@ def text_row(task, args):
     return 1, dict(zip(task.text, texts, strict=True))
 
 
-def print_prediction(task, logits, top_k):
+def print_prediction(task, logits, args):
     """Print the labels of one text with their probabilities, likeliest first; in regression the value."""
     (values,) = prediction_rows(task, logits)
     if task.is_regression:
         print(f"{values[0]:.4f}")
         return
-    for label, probability in likeliest(task, values, top_k or MOST_NAMES):
+    if args.min_probability and values[1] < args.min_probability:
+        log.info(f"no label: the likeliest is below {args.min_probability:.4f}")
+    for label, probability in likeliest(task, values, args.top_k or MOST_NAMES):
         print(f"{probability:.4f}  {escape(label)}")
-    if not top_k and len(task.labels) > MOST_NAMES:
+    if not args.top_k and len(task.labels) > MOST_NAMES:
         log.info(f"and {len(task.labels) - MOST_NAMES:,} more: --top_k {len(task.labels)}")
 
 
@@ -181,7 +185,7 @@ def predict_stream(predictor, args, columns):
     with output as write:
         for batch in batches:
             rows, logits = [row for _, row in batch], compute_logits(predictor, batch)
-            for row in with_predictions(task, rows, logits, columns, args.top_k):
+            for row in with_predictions(task, rows, logits, columns, args):
                 write(row)
             sys.stdout.flush()
 
@@ -228,7 +232,7 @@ def predict_file(predictor, source, output, args, columns, accelerator):
     task, started = predictor.task, time.perf_counter()
     settings = chunk_settings(predictor, source, args, accelerator.mixed_precision)
     chunks = LogitChunks(output, settings, accelerator)
-    entry, bad_rows, number = {}, [], 0
+    entry, bad_rows, number, unlabelled = {}, [], 0, 0
     try:
         rows = read_rows_to_label(source, task, columns, args, [])
         with progress_bar(source, accelerator) as report:
@@ -236,8 +240,9 @@ def predict_file(predictor, source, output, args, columns, accelerator):
         if accelerator.is_main_process:
             with writer.open_writer(output, source) as write:
                 for rows, logits in chunks.read(read_rows_to_label(source, task, columns, args, bad_rows)):
-                    for row in with_predictions(task, rows, logits, columns, args.top_k):
+                    for row in with_predictions(task, rows, logits, columns, args):
                         write(row)
+                        unlabelled += row.get("predicted_label") == ""
                     number += len(rows)
     except CannotWrite:  # the chunks stay: once there is room, the same command resumes
         raise
@@ -248,10 +253,11 @@ def predict_file(predictor, source, output, args, columns, accelerator):
         writer.write_bad_rows(f"{output}.bad_rows.csv", bad_rows)
         chunks.remove()
         seconds = max(time.perf_counter() - started, 1e-9)
-        skipped = f", {len(bad_rows)} bad rows skipped" if bad_rows else ""
-        log.info(f"{output}: {number:,} rows in {format_duration(seconds)}, {number / seconds:,.0f} rows/s{skipped}")
+        notes = f", {len(bad_rows)} bad rows skipped" if bad_rows else ""
+        notes += f", {unlabelled:,} without a label (below {args.min_probability:.4f})" if args.min_probability else ""
+        log.info(f"{output}: {number:,} rows in {format_duration(seconds)}, {number / seconds:,.0f} rows/s{notes}")
         entry = {"input": str(source), "rows": number, "bad_rows": len(bad_rows), "sha256": sha256(output)}
-        entry["settings"] = digest(settings, args.top_k)
+        entry["settings"] = output_digest(settings, args)
     accelerator.wait_for_everyone()
     return entry
 
@@ -265,6 +271,11 @@ def chunk_settings(predictor, source, args, precision):
         "mixed_precision": precision,
         "reading": [args.encoding, args.delimiter, args.on_bad_row],
     }
+
+
+def output_digest(settings, args):
+    """Return a digest of what an output depends on. settings: of chunk_settings."""
+    return digest(settings, args.top_k, args.min_probability)
 
 
 @contextmanager
@@ -303,7 +314,7 @@ def predict_files(predictor, args, columns, accelerator):
     manifest, missing = {}, []
     for source in sources:
         output = folder / outputs[source]
-        settings = digest(chunk_settings(predictor, source, args, accelerator.mixed_precision), args.top_k)
+        settings = output_digest(chunk_settings(predictor, source, args, accelerator.mixed_precision), args)
         entries = [earlier[output.name] for earlier in manifests if output.name in earlier]
         entries = {entry["sha256"]: entry for entry in entries if entry["settings"] == settings}
         entry = entries.get(sha256(output)) if entries and output.is_file() else None
@@ -342,7 +353,7 @@ def write_without_rows(predictor, source, output, args, columns, accelerator):
         log.info(f"{output}: 0 rows, as in {source}")
         settings = chunk_settings(predictor, source, args, accelerator.mixed_precision)
         entry = {"input": str(source), "rows": 0, "bad_rows": 0, "sha256": sha256(output)}
-        entry["settings"] = digest(settings, args.top_k)
+        entry["settings"] = output_digest(settings, args)
     accelerator.wait_for_everyone()
     return entry
 
@@ -367,6 +378,8 @@ def check_arguments(args):
     """Raise BadInput for flags that contradict each other, and for files that do not exist."""
     if (args.text is None) == (args.input is None):
         raise BadInput("give either --text or --input", "See --help.")
+    if args.min_probability and args.target_accuracy:
+        raise BadInput("--min_probability and --target_accuracy are two ways to say the same", "Give one of them.")
     if is_pattern(args.input):
         if not args.output:
             raise BadInput(f"--input {args.input}: names several files", "Name a folder for them: --output out/.")
@@ -406,8 +419,9 @@ def main():
     if exported:
         log.info(f"{exported}: loaded in {time.perf_counter() - started:.2f} s")
     columns = added_columns(predictor.task, args.top_k)
+    args.min_probability = least_probability(predictor.task, args.min_probability, args.target_accuracy)
     if args.text is not None and not args.output:
-        print_prediction(predictor.task, compute_logits(predictor, [text_row(predictor.task, args)]), args.top_k)
+        print_prediction(predictor.task, compute_logits(predictor, [text_row(predictor.task, args)]), args)
     elif not is_file:
         predict_stream(predictor, args, columns)
     elif is_pattern(args.input):

@@ -314,8 +314,7 @@ def main():
         checkpoint.load_best(folder, accelerator, state, plain_model, tokenizer, task, fingerprints)
         evaluated |= {name: rows for name, rows in examples.items() if name.startswith("test")}
         evaluations = common.score_splits(task, evaluated, compute_logits, majority)
-        if task.is_multi_label:
-            task, evaluations = common.fit_thresholds(task, evaluations, choosing_split, majority)
+        task, evaluations = common.fit_probabilities(task, evaluations, choosing_split, majority)
         results = report.collect_results(args, task, model_facts, progress, evaluations, data_facts, accelerator)
         if accelerator.is_main_process:
             report.write_report(folder, task, results, evaluations, splits, examples)

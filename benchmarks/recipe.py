@@ -41,12 +41,11 @@ def imdb(data):
         return [(row["review"].replace("<br />", " ")[:4000], row["sentiment"]) for row in csv.DictReader(file)]
 
 
-def imdb_rare(data):
-    """The same, one positive among ten."""
-    rows = imdb(data)
-    positive = [row for row in rows if row[1] == "1"]
-    negative = [row for row in rows if row[1] == "0"]
-    return negative + positive[: len(negative) // 9]
+def docstrings_rare(data):
+    """Is a docstring of this one package, as one in ten is?"""
+    rows = [(text, str(int(label == "scipy"))) for text, label in docstrings(6)]
+    others = [row for row in rows if row[1] == "0"]
+    return others + [row for row in rows if row[1] == "1"][: len(others) // 9]
 
 
 def cola(data):
@@ -84,7 +83,7 @@ def docstrings(classes):
 
 SETS = {  # name: (rows, what it is for, tokens)
     "imdb": (imdb, "choose", 128),
-    "imdb 1:9": (imdb_rare, "choose", 128),
+    "docstrings, 1:9": (docstrings_rare, "choose", None),
     "docstrings, 6": (lambda data: docstrings(6), "choose", None),
     "cola": (cola, "choose", None),
     "mrpc": (mrpc, "confirm", None),

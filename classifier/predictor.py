@@ -67,6 +67,28 @@ class Predictor:
         return {name: [row[at] for row in rows] for at, name in enumerate(prediction_columns(self.task))}
 
 
+def least_probability(task, given, target_accuracy):
+    """Return the probability below which no label is given, None where each text gets one.
+
+    given: that probability, or None; target_accuracy: None, or the share of the labels that is to be right, by the
+    validation examples of the training. Raises BadInput where they cannot promise it.
+    """
+    if not (given or target_accuracy):
+        return None
+    if task.is_regression or task.is_multi_label:
+        raise BadInput("--min_probability and --target_accuracy need one label for each text", "Drop them.")
+    if given:
+        return given
+    fitted = {float(target): least for target, least in (task.min_probabilities or {}).items()}
+    target = min((each for each in fitted if each >= target_accuracy), default=None)
+    if target is None or fitted[target] is None:
+        reason = f"--target_accuracy {target_accuracy}: the validation examples of this model do not promise that"
+        promised = [each for each, least in fitted.items() if least is not None]
+        raise BadInput(reason, f"They promise up to {promised[-1]}." if promised else "Give --min_probability.")
+    log.info(f"labels below a probability of {fitted[target]:.4f} are left empty, for an accuracy of {target}")
+    return fitted[target]
+
+
 def onnx_file(path):
     """Return the .onnx file at a path, which may be a folder with model.onnx; None for any other model."""
     file = Path(path) if str(path).endswith(".onnx") else Path(path) / "model.onnx"

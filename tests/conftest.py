@@ -193,6 +193,17 @@ def lines_of(folder, kind="train"):
     return [line for line in map(json.loads, lines) if line["type"] == kind]
 
 
+def temperature_of(folder):
+    """Return what a model's logits are divided by before they become probabilities."""
+    return json.loads((Path(folder) / "task.json").read_text(encoding="utf-8"))["temperature"]
+
+
+def at_temperature(chances, folder):
+    """Return the probabilities {label: p} of a softmax as they are at the temperature of a model's folder."""
+    powers = {label: p ** (1 / temperature_of(folder)) for label, p in chances.items()}
+    return {label: power / sum(powers.values()) for label, power in powers.items()}
+
+
 @pytest.fixture(scope="session")
 def real_data():
     """The folder of real data and models that REAL_DATA names; see README.md."""

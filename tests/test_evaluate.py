@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import TORCHRUN_2, bert_config, make_rows, run_script, write_table
+from conftest import TORCHRUN_2, bert_config, make_rows, run_script, temperature_of, write_table
 from scipy.stats import pearsonr
 from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -149,7 +149,7 @@ def test_the_test_split_each_row_once_in_order_with_the_scores_of_scikit_learn(c
     tokenizer = AutoTokenizer.from_pretrained(copy / "run" / "model")
     with torch.no_grad():
         logits = torch.cat([model(**tokenizer(row["text"], return_tensors="pt")).logits for row in source])
-    expected = logits.softmax(-1).numpy()
+    expected = (logits / temperature_of(copy / "run" / "model")).softmax(-1).numpy()
     columns = ("probability_negative", "probability_positive")
     probabilities = np.array([[float(row[column]) for column in columns] for row in rows])
     assert probabilities == pytest.approx(expected, abs=1e-5)
@@ -338,7 +338,8 @@ def test_rules_of_the_training_hold_again(reviews, vocabulary, run_inside, evalu
         [row["sentence"] for row in rows], truncation=True, max_length=9, padding=True, return_tensors="pt"
     )
     with torch.no_grad():
-        expected = model(**inputs).logits.softmax(-1)[:, 1].numpy()
+        logits = model(**inputs).logits
+    expected = (logits / temperature_of(reviews / "run" / "model")).softmax(-1)[:, 1].numpy()
     assert [float(row["probability_positive"]) for row in rows] == pytest.approx(expected.tolist(), abs=1e-5)
     # A limit that is asked for here goes before, and is no change of the data.
     evaluate("--model", "run", "--limit", "validation=10", "--output_dir", "ten", cwd=reviews)

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import yaml
-from conftest import bert_config, lines_of, make_rows, write_table
+from conftest import bert_config, lines_of, make_rows, temperature_of, write_table
 from sklearn.metrics import f1_score
 from sklearn.preprocessing import MultiLabelBinarizer
 from test_preemption import ended, start, start_2
@@ -135,7 +135,8 @@ def test_evaluation_equals_scikit_learn_on_its_predictions(folder, run):
     probabilities = np.array([[float(row[f"probability_{name}"]) for name in LABELS] for row in rows])
     thresholds = read_json(folder / "run/model/task.json")["thresholds"]
     assert len(thresholds) == 4 and ((probabilities > thresholds) == predicted).all()
-    entropy = -(truth * np.log(probabilities) + (1 - truth) * np.log(1 - probabilities))
+    logits = np.log(probabilities / (1 - probabilities)) * temperature_of(folder / "run/model")
+    entropy = np.log1p(np.exp(logits)) - truth * logits
     assert evaluation["loss"] == pytest.approx(entropy.mean(), rel=1e-5)
     joint = np.where(predicted, probabilities, 1 - probabilities).prod(axis=1)
     assert [float(row["probability"]) for row in rows] == pytest.approx(joint.tolist())
@@ -143,18 +144,23 @@ def test_evaluation_equals_scikit_learn_on_its_predictions(folder, run):
 
 def test_prediction_equals_a_pipeline_of_transformers(folder, run):
     classify = pipeline("text-classification", model=str(folder / "run" / "model"), top_k=None)
+    temperature = temperature_of(folder / "run/model")
+
+    def cooled(p):
+        return 1 / (1 + (1 / p - 1) ** (1 / temperature))
+
     texts = [text for text, _ in make_rows(20, 9)]
     write_table(folder / "in.csv", [(text,) for text in texts], header=("text",))
     run("predict.py", "--mixed_precision", "no", "--model", "run", "--input", "in.csv", "--output", "out.csv")
     rows, thresholds = read_table(folder / "out.csv"), read_json(folder / "run/model/task.json")["thresholds"]
     assert list(rows[0]) == ["text", *NEW]
     for row, text in zip(rows, texts, strict=True):
-        answer = {each["label"]: each["score"] for each in classify([text])[0]}
+        answer = {each["label"]: cooled(each["score"]) for each in classify([text])[0]}
         assert {name: float(row[f"probability_{name}"]) for name in LABELS} == pytest.approx(answer, abs=1e-5)
         applies = [name for name, threshold in zip(LABELS, thresholds, strict=True) if answer[name] > threshold]
         assert row["predicted_label"] == "|".join(applies)
     printed = run("predict.py", "--mixed_precision", "no", "--model", "run", "--text", texts[0])
-    answer = {each["label"]: each["score"] for each in classify([texts[0]])[0]}
+    answer = {each["label"]: cooled(each["score"]) for each in classify([texts[0]])[0]}
     expected = sorted(((f"{value:.4f}", label) for label, value in answer.items()), reverse=True)
     assert [tuple(line.split()) for line in printed.splitlines()] == expected
 

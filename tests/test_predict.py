@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow
 import pytest
 import yaml
-from conftest import ACCELERATE, ROOT, TORCHRUN_2, bert_config, make_rows, run_script, write_table
+from conftest import ACCELERATE, ROOT, TORCHRUN_2, at_temperature, bert_config, make_rows, run_script, write_table
 from data_help import put_table
 from pyarrow import parquet
 from transformers import pipeline
@@ -78,8 +78,9 @@ def expected(trained):
     """What transformers' own pipeline answers: a function of texts (or pairs, as dicts) -> [{label: probability}]."""
     classify = pipeline("text-classification", model=str(trained / "model"), top_k=None)
 
-    def ask(inputs):
-        return [{answer["label"]: answer["score"] for answer in classify([text])[0]} for text in inputs]
+    def ask(inputs, has_task=True):
+        answers = [{answer["label"]: answer["score"] for answer in classify([text])[0]} for text in inputs]
+        return [at_temperature(answer, trained / "model") for answer in answers] if has_task else answers
 
     return ask
 
@@ -377,6 +378,28 @@ def test_the_likeliest_labels_alone(predict, expected, tmp_path):
 def write_many(path, number=20_000):
     """Write rows of five parts, where there are 20,000."""
     return write_table(path, [(str(row), text) for row, (text, _) in enumerate(make_rows(number, 4))], ("id", "text"))
+
+
+def test_labels_below_a_probability_are_left_empty(predict, refused, trained, tmp_path):
+    rows = [(text,) for text, _ in make_rows(60, 3)]
+    write_table(tmp_path / "in.csv", rows, header=("text",))
+    predict("--input", "in.csv", "--output", "all.csv")
+    everything = read_table((tmp_path / "all.csv").read_text())
+    middle = sorted(float(row["probability"]) for row in everything)[30]
+    predict("--input", "in.csv", "--output", "out.csv", "--min_probability", middle)
+    for row, full in zip(read_table((tmp_path / "out.csv").read_text()), everything, strict=True):
+        is_sure = float(full["probability"]) >= middle
+        assert row == {**full, "predicted_label": full["predicted_label"] if is_sure else ""}
+    task = json.loads((trained / "model" / "task.json").read_text())
+    task["min_probabilities"] = {"0.9": middle, "0.95": None}
+    model = tmp_path / "model"
+    shutil.copytree(trained / "model", model)
+    (model / "task.json").write_text(json.dumps(task))
+    predict("--input", "in.csv", "--output", "target.csv", "--target_accuracy", 0.85, model=model)
+    assert (tmp_path / "target.csv").read_text() == (tmp_path / "out.csv").read_text()
+    errors = refused("--input", "in.csv", "--output", "no.csv", "--target_accuracy", 0.95, model=model)
+    assert "do not promise that" in errors and "They promise up to 0.9." in errors
+    assert "two ways to say the same" in refused("--text", "a", "--target_accuracy", 0.9, "--min_probability", 0.5)
 
 
 @pytest.mark.slow
@@ -707,6 +730,7 @@ def test_pairs(pairs, predict, refused, run_inside, tmp_path, monkeypatch):
     classify = pipeline("text-classification", model=str(pairs / "model"), top_k=None)
     answers = [classify({"text": first, "text_pair": second}) for second, first in rows]
     answers = [{answer["label"]: answer["score"] for answer in answers_to_one} for answers_to_one in answers]
+    answers = [at_temperature(answer, pairs / "model") for answer in answers]
     assert_probabilities(found, answers)
 
     printed = predict("--text", rows[0][1], "--text_pair", rows[0][0], "--top_k", 1, model=pairs)
@@ -755,7 +779,7 @@ def test_a_classifier_without_our_files_is_read_as_it_is(trained, expected, pred
     for name in ("task.json", "metrics.json", "README.md"):
         (tmp_path / "foreign" / name).unlink()
     text = "the garden was dull ."
-    (answer,) = expected([text])
+    (answer,) = expected([text], has_task=False)
     printed = predict("--text", text, "--top_k", 1, model="foreign")
     assert printed.split()[0] == f"{max(answer.values()):.4f}"
 

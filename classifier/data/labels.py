@@ -312,10 +312,14 @@ def _arrow_column(ids):
 
 
 def probabilities(task, logits):
-    """Return each label's probability, (examples, labels) in float64: the softmax, in multi-label the sigmoid."""
+    """Return each label's probability, (examples, labels) in float64: the softmax, in multi-label the sigmoid.
+
+    The logits are divided by the task's temperature, if it has one.
+    """
+    logits = logits.astype(np.float64) / (task.temperature or 1.0)
     if task.is_multi_label:
-        return 1 / (1 + np.exp(-np.clip(logits.astype(np.float64), -700, 700)))  # exp(710) overflows
-    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
+        return 1 / (1 + np.exp(-np.clip(logits, -700, 700)))  # exp(710) overflows
+    shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return shifted / shifted.sum(axis=-1, keepdims=True)
 
 

@@ -47,8 +47,10 @@ class Task:
     defaults: dict = field(default_factory=dict)  # values for flags of train.py
     source: str = ""
     licence: str = ""
-    # Of a trained model: the probability above which each label of a multi-label task applies; None: 0.5.
-    thresholds: list[float] | None = None
+    # Of a trained model; None: not fitted.
+    thresholds: list[float] | None = None  # the probability above which each label of a multi-label task applies
+    temperature: float | None = None  # logits are divided by it before they become probabilities
+    min_probabilities: dict | None = None  # {target accuracy: the probability above which labels keep it, or None}
 
     @property
     def is_regression(self):
@@ -73,7 +75,7 @@ KINDS = {  # of values in YAML, by the types of Task's fields: (name, check)
     dict: ("a mapping", lambda value: isinstance(value, dict)),
     bool: ("a truth value", lambda value: isinstance(value, bool)),
 }
-NOT_IN_YAML = ("name", "on_bad_row", "limit", "thresholds")
+NOT_IN_YAML = ("name", "on_bad_row", "limit", "thresholds", "temperature", "min_probabilities")
 KEYS = [key for key in fields(Task) if key.name not in NOT_IN_YAML]
 TYPES = {key.name: [KINDS[kind] for kind in get_args(key.type) or [key.type] if kind in KINDS] for key in KEYS}
 INNER_KEYS = {

@@ -9,10 +9,11 @@ import numpy as np
 
 from classifier.data.labels import probabilities
 from classifier.data.reader import read_rows
-from classifier.evaluation import intervals, metrics
+from classifier.evaluation import intervals, metrics, selection
 from classifier.messages import BadInput, format_name, format_score, format_scores, list_names, nearest
 
 CALIBRATION_BINS = 15
+TARGET_ACCURACIES = [0.8, 0.9, 0.95, 0.99]  # of the texts that are answered
 BATCH_OF_SCORES = 32  # examples per bar of the plot of scores by batch
 MOST_LISTED, MOST_CONFUSED = 20, 10  # classes, and slices of a column; pairs of classes
 
@@ -35,6 +36,7 @@ def analyse(task, evaluation, lengths, columns):
     content["never_predicted"] = [row["label"] for row in content["classes"] if row["support"] and not row["predicted"]]
     content["calibration"] = calibration(probabilities(task, evaluation["logits"]), predictions, labels)
     if not task.is_multi_label:
+        content["coverage"] = coverage(task, probabilities(task, evaluation["logits"]), labels)
         content["confusion"] = confusion_counts(len(task.labels), predictions, labels)
     if "matthews_correlation" in names:
         content["batches"] = batch_scores("matthews_correlation", predictions, labels)
@@ -105,6 +107,28 @@ def _calibration_by_chance(bins, draws=2000):
     right = np.random.default_rng(0).binomial(examples, confidence, (draws, len(bins)))
     errors = np.abs(right / examples - confidence) @ examples / examples.sum()
     return float(np.quantile(errors, intervals.LEVEL))
+
+
+def coverage(task, probabilities, labels):
+    """Return which share of the texts can be answered if 80, 90, 95 and 99 % of the answers are to be right.
+
+    Only texts above a probability are answered. It comes from the validation examples of the training, as predict.py
+    has it, where the model was not saved before that; else from these examples. An accuracy that cannot be promised
+    has None for it.
+    """
+    confidence, is_right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
+    rows = []
+    for target in TARGET_ACCURACIES:
+        fitted = (task.min_probabilities or {}).get(str(target), 0.0)
+        least = selection.min_probability(confidence, is_right, target) if fitted == 0.0 else fitted
+        row = {"target": target, "min_probability": least, "fitted_in_training": fitted != 0.0}
+        answered = confidence >= (2 if least is None else least)
+        row |= {"answered": float(answered.mean()), "accuracy": None, "interval": None}
+        if answered.any():
+            row["accuracy"] = float(is_right[answered].mean())
+            row["interval"] = intervals.binomial_interval(is_right[answered].sum(), answered.sum())
+        rows.append(row)
+    return rows
 
 
 def slices_by_value(values):
@@ -298,6 +322,7 @@ def format_evaluation(content):
         if content["never_predicted"]:
             lines.append(f"never predicted: {list_names(content['never_predicted'])}")
         lines.append(f"calibration: {format_calibration(content['calibration'])}")
+    lines += [format_coverage(row) for row in content.get("coverage", [])]
     for column, slices in content["slices"].items():
         lines += [f"by {column}", *(f"  {format_name(row['slice'])}: {_format_slice(row)}" for row in slices)]
     if "comparison" in content:
@@ -317,6 +342,18 @@ def format_calibration(calibration):
         f"confidence and accuracy differ by {error:.4f} on average; chance alone gives up to {chance:.4f} "
         f"with {sum(row['examples'] for row in calibration['bins'])} examples"
     )
+
+
+def format_coverage(row):
+    """Return in a line which share of the texts is answered for an accuracy. row: of coverage."""
+    words = f"to be right in {row['target']:.0%}: "
+    if row["min_probability"] is None:
+        return f"{words}too few examples, or too many errors, to promise that"
+    words += f"--min_probability {row['min_probability']:.4f} answers {row['answered']:.1%} of the texts"
+    if row["accuracy"] is None:
+        return words
+    low, high = row["interval"]
+    return f"{words}, {row['accuracy']:.1%} of them right ({low:.1%} to {high:.1%})"
 
 
 def _format_classes(classes):

@@ -411,6 +411,11 @@ def _format_limits(task, data):
         thresholds = join_some(f"{_card_name(label)} {value:.2f}" for label, value in pairs)
         thresholds += _where_all_are(task, "task.json")
         lines.append(f"Each label has its own decision threshold, which transformers' pipeline ignores: {thresholds}.")
+    if task.temperature:
+        lines.append(
+            f"For probabilities that fit the validation examples, its logits are divided by {task.temperature:.3f}; "
+            "transformers' pipeline ignores that."
+        )
     lines.append("The scores apply to texts like those of the splits above; the intervals show how precise they are.")
     return "\n".join(f"- {line}" for line in lines)
 

@@ -1,5 +1,7 @@
-"""Selection: thresholds chosen by rows, and what scores are worth on the very rows that chose something.
+"""Selection: what validation rows choose, and what scores are worth on the very rows that chose something.
 
+    fit_temperature(task, logits, labels)                -> a task whose probabilities fit
+    fit_min_probabilities(task, logits, labels)          -> a task that knows above which of them it is right
     fit_thresholds(task, logits, labels)                 -> a task with a threshold for each label
     corrected_scores(task, candidates, labels, chosen)   -> ({"f1": 0.8312}, {"f1": [0.7911, 0.8650]})
 
@@ -19,6 +21,66 @@ DRAWS, DRAWS_OF_THRESHOLDS = 500, 200
 NUMBERS_AT_A_TIME = 10**7
 ROWS_OF_SHARED = 20  # as many as the threshold that all labels share counts
 SHARED_LOGITS = np.linspace(-7, 7, 141)  # of the probabilities tried for it, among them 0.5
+
+# -------------------------------------------------------------------------------------------- probabilities that fit
+
+SPREAD_OF_LOG_TEMPERATURE = 0.5  # expected of models: with few rows a temperature stays near 1
+TARGETS = [0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.96, 0.97, 0.98, 0.99, 0.995]  # accuracies
+
+
+def fit_temperature(task, logits, labels):
+    """Return the task with the temperature with which its probabilities fit best (Guo et al. 2017, arXiv:1706.04599).
+
+    It minimises the log loss; no prediction changes. Few rows, all of them right, would make every prediction certain,
+    so that the logarithm of the temperature has a normal prior.
+    """
+    from scipy.optimize import minimize_scalar
+    from scipy.special import logsumexp
+
+    logits = logits.astype(np.float64)
+
+    def loss(log_temperature):
+        scaled = logits / np.exp(log_temperature)
+        if task.is_multi_label:
+            losses = (np.logaddexp(0, scaled) - labels * scaled).mean(axis=1)
+        else:
+            losses = logsumexp(scaled, axis=1) - scaled[np.arange(len(labels)), labels]
+        return losses.sum() + (log_temperature / SPREAD_OF_LOG_TEMPERATURE) ** 2 / 2
+
+    best = minimize_scalar(loss, bounds=(-3, 3), method="bounded").x
+    return replace(task, temperature=float(np.exp(best)))
+
+
+def fit_min_probabilities(task, logits, labels):
+    """Return the task with the least probability for each of several accuracies: labels above it are right as often.
+
+    task: of one label for each text. None stands for an accuracy that these rows cannot promise.
+    """
+    chances = probabilities(task, logits)
+    found = (chances.max(axis=1), chances.argmax(axis=1) == labels)
+    return replace(task, min_probabilities={str(target): min_probability(*found, target) for target in TARGETS})
+
+
+def min_probability(confidence, is_right, target):
+    """Return the least probability above which at least a target share of predictions is right; None if there is none.
+
+    confidence, is_right: (rows,). That holds with a probability of 95 % for the choice among several cuts: each is
+    tested by the exact binomial test, and they share the 5 % (Angelopoulos et al. 2021, arXiv:2110.01052).
+    """
+    from scipy.stats import binom
+
+    order, level = np.argsort(-confidence, kind="stable"), 1 - intervals.LEVEL
+    confidence, is_right = confidence[order], is_right[order]
+    ends = np.append(np.flatnonzero(confidence[1:] < confidence[:-1]) + 1, len(confidence))  # rows above a cut
+    fewest = np.log(level) / np.log(target)  # rows, all of them right, that show it
+    cuts = len(confidence) * 0.85 ** np.arange(200)
+    cuts = cuts[cuts >= fewest]
+    for cut in cuts:
+        rows = int(ends[ends <= cut].max(initial=0))
+        if rows and binom.sf(is_right[:rows].sum() - 1, rows, target) <= level / len(cuts):
+            return float(confidence[rows - 1])
+    return None
+
 
 # ---------------------------------------------------------------------------------------------------------- thresholds
 

@@ -1,6 +1,7 @@
 """analysis.py against scikit-learn and hand-computed values; predictions by text; what two scores allow to say."""
 
 import csv
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -65,6 +66,23 @@ def test_calibration_by_hand():
     # Each label of several is a prediction of its own: here two that are sure and right, one that is wrong.
     result = analysis.calibration(np.array([[1.0, 0.0, 1.0]]), np.array([[1, 0, 1]]), np.array([[1, 0, 0]]))
     assert result["expected_calibration_error"] == pytest.approx(1 / 3)
+
+
+def test_coverage_by_hand():
+    """Of 200 texts, the surer half is right in 99 of 100, the other half in 70."""
+    confidence = np.concatenate([np.linspace(0.9, 1, 100), np.linspace(0.5, 0.6, 100)])
+    labels = np.zeros(200, int)
+    labels[0], labels[100:130] = 1, 1
+    probabilities = np.stack([confidence, 1 - confidence], axis=1)
+    by_target = {row["target"]: row for row in analysis.coverage(LETTERS, probabilities, labels)}
+    assert by_target[0.8]["answered"] > 0.5 and by_target[0.99]["min_probability"] is None
+    assert by_target[0.99]["answered"] == 0 and by_target[0.99]["accuracy"] is None
+    task = replace(LETTERS, min_probabilities={"0.95": 0.9, "0.99": None})
+    row = analysis.coverage(task, probabilities, labels)[2]
+    assert (row["min_probability"], row["answered"], row["accuracy"]) == (0.9, 0.5, 0.99)
+    assert row["fitted_in_training"] and row["interval"][0] < 0.95 < 0.99 < row["interval"][1]
+    words = analysis.format_coverage(row)
+    assert words.startswith("to be right in 95%: --min_probability 0.9000 answers 50.0% of the texts, 99.0% of")
 
 
 def test_a_model_that_says_how_sure_it_is_has_no_calibration_error():
@@ -137,7 +155,7 @@ def test_what_analyse_says_of_each_kind_of_task():
     lengths = np.arange(200) % 50 + 3
     result = common.score_logits(LETTERS, logits, labels, majority=0)
     content = analysis.analyse(LETTERS, result, lengths, {"source": ["web"] * 100 + ["book"] * 100})
-    assert set(content) == {"slices", "classes", "never_predicted", "calibration", "confusion"}
+    assert set(content) == {"slices", "classes", "never_predicted", "calibration", "coverage", "confusion"}
     assert [part["slice"] for part in content["slices"]["source"]] == ["book", "web"]
     assert sum(part["examples"] for part in content["slices"]["length"]) == 200
 

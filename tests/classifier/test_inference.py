@@ -8,7 +8,17 @@ from contextlib import nullcontext
 import pytest
 import torch
 import transformers
-from conftest import TORCHRUN_2, WORDS, bert_config, lines_of, make_rows, run_script, write_review_task, write_table
+from conftest import (
+    TORCHRUN_2,
+    WORDS,
+    bert_config,
+    lines_of,
+    make_rows,
+    run_script,
+    temperature_of,
+    write_review_task,
+    write_table,
+)
 from data_help import use_cache
 from safetensors.torch import load_file, save_file
 from test_families import FAMILIES
@@ -262,7 +272,8 @@ def test_the_saved_model_is_a_whole_one(task, train, run_inside):
     assert code == 0, errors
     with open(task.parent / "out.csv", encoding="utf-8") as file:
         probabilities = [float(row["probability_positive"]) for row in csv.DictReader(file)]
-    assert probabilities == pytest.approx(logits.softmax(-1)[:, 1].tolist(), abs=1e-5)
+    expected = (logits / temperature_of(folder / "model")).softmax(-1)[:, 1]
+    assert probabilities == pytest.approx(expected.tolist(), abs=1e-5)
 
 
 @pytest.mark.slow(after=1)

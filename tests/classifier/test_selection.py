@@ -2,12 +2,18 @@
 
 import numpy as np
 import pytest
-from sklearn.metrics import accuracy_score, f1_score
+from sklearn.metrics import accuracy_score, f1_score, log_loss
 
-from classifier.data.labels import predictions_from_logits
+from classifier.data.labels import predictions_from_logits, probabilities
 from classifier.data.tasks import Task
 from classifier.evaluation import intervals, metrics
-from classifier.evaluation.selection import corrected_scores, fit_thresholds
+from classifier.evaluation.selection import (
+    corrected_scores,
+    fit_min_probabilities,
+    fit_temperature,
+    fit_thresholds,
+    min_probability,
+)
 
 TAGS = Task("tags", text=["text"], labels=["x", "y", "z"], problem="multi_label", metrics=["f1_macro", "accuracy"])
 CLASSES = Task("classes", text=["text"], labels=["a", "b"], metrics=["accuracy", "f1_macro"])
@@ -16,6 +22,60 @@ NUMBERS = Task("numbers", text=["text"], labels="regression", metrics=["mse", "p
 
 def to_logits(probabilities):
     return np.log(probabilities / (1 - probabilities))
+
+
+# -------------------------------------------------------------------------------------------- probabilities that fit
+
+
+def draw_classes(generator, rows, scale):
+    """Draw two classes and logits whose true temperature is about scale / 2.2: the log ratio of two normals."""
+    labels = generator.integers(0, 2, rows)
+    evidence = generator.standard_normal((rows, 2))
+    evidence[np.arange(rows), labels] += 2.2
+    return scale * evidence, labels
+
+
+@pytest.mark.parametrize("scale", [1.1, 2.2, 4.4])
+def test_with_many_rows_the_temperature_is_the_true_one_and_labels_stay(scale):
+    logits, labels = draw_classes(np.random.default_rng(0), 20_000, scale)
+    task = fit_temperature(CLASSES, logits, labels)
+    assert task.temperature == pytest.approx(scale / 2.2, rel=0.05)
+    assert (predictions_from_logits(task, logits) == predictions_from_logits(CLASSES, logits)).all()
+    assert log_loss(labels, probabilities(task, logits)) < log_loss(labels, probabilities(CLASSES, logits)) + 1e-4
+    several = fit_temperature(TAGS, np.tile(logits[:, 1:] - logits[:, :1], 3), np.tile(labels[:, None], 3))
+    assert several.temperature == pytest.approx(scale / 2.2, rel=0.05)  # a logit is the difference of two
+
+
+def test_few_rows_that_are_all_right_do_not_make_it_certain():
+    logits, labels = np.array([[2.0, 0.0], [0.0, 3.0], [1.0, 0.0]]), np.array([0, 1, 0])
+    assert 0.5 < fit_temperature(CLASSES, logits, labels).temperature < 1
+
+
+@pytest.mark.parametrize("rows", [100, 1000])
+def test_a_promised_accuracy_is_kept_in_at_least_95_of_100_samples(rows):
+    generator, kept, answered = np.random.default_rng(0), [], []
+    fresh_logits, fresh_labels = draw_classes(generator, 100_000, 2.2)
+    confidence = probabilities(CLASSES, fresh_logits).max(axis=1)
+    is_right = fresh_logits.argmax(axis=1) == fresh_labels
+    assert is_right.mean() < 0.95
+    for _ in range(200):
+        least = fit_min_probabilities(CLASSES, *draw_classes(generator, rows, 2.2)).min_probabilities
+        assert least["0.5"] <= least["0.8"] <= (least["0.95"] or 1) <= (least["0.99"] or 1)
+        for target in (0.9, 0.95, 0.99):
+            if least[str(target)] is not None:
+                kept.append(is_right[confidence >= least[str(target)]].mean() >= target)
+        answered.append((confidence >= least["0.9"]).mean() if least["0.9"] else 0)
+    assert np.mean(kept) >= 0.95
+    assert np.mean(answered) > {100: 0.6, 1000: 0.95}[rows]  # it is no empty promise
+
+
+def test_what_few_rows_cannot_promise():
+    confidence = np.linspace(0.5, 1, 58)
+    assert min_probability(confidence, np.ones(58, bool), 0.95) is None  # 0.95 ** 58 is above 5 %
+    assert min_probability(np.linspace(0.5, 1, 200), np.zeros(200, bool), 0.5) is None
+    equal = np.full(200, 0.7)  # no cut among equals: half of them are right
+    assert min_probability(equal, np.arange(200) % 2 == 0, 0.8) is None
+    assert min_probability(equal, np.arange(200) % 10 > 0, 0.8) == 0.7
 
 
 # ---------------------------------------------------------------------------------------------------------- thresholds
