@@ -6,6 +6,7 @@ The loss is example_losses(), the scores are score_logits(). Everything else a s
 import argparse
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -222,16 +223,22 @@ def score_splits(task, splits, compute_logits, majority):
     return {name: score_logits(task, logits[name], labels[name], majority) for name in splits}
 
 
-def fit_probabilities(task, evaluations, split, majority):
+def fit_probabilities(task, evaluations, split, majority, refit=None):
     """Return (task, evaluations) with what is fitted to a split: a temperature, and what to make of probabilities.
 
     In multi-label that is a threshold for each label; else the probability above which labels are right often enough.
+    refit: a run from which both are taken instead, since the rows of this split were trained on.
     """
     if task.is_regression:
         return task, evaluations
-    logits, labels = evaluations[split]["logits"], evaluations[split]["labels"]
-    task = selection.fit_temperature(task, logits, labels)
-    fit = selection.fit_thresholds if task.is_multi_label else selection.fit_min_probabilities
-    task = fit(task, logits, labels)
+    if refit:
+        fitted, _ = tasks.read_saved_task(Path(refit) / "model")
+        names = ("temperature", "thresholds", "min_probabilities")
+        task = replace(task, **{name: getattr(fitted, name) for name in names})
+    else:
+        logits, labels = evaluations[split]["logits"], evaluations[split]["labels"]
+        task = selection.fit_temperature(task, logits, labels)
+        fit = selection.fit_thresholds if task.is_multi_label else selection.fit_min_probabilities
+        task = fit(task, logits, labels)
     logits_and_labels = {name: (scored["logits"], scored["labels"]) for name, scored in evaluations.items()}
     return task, {name: score_logits(task, *pair, majority) for name, pair in logits_and_labels.items()}

@@ -325,6 +325,8 @@ def main():
     model, tokenizer, facts = load_model(folder, refresh=args.refresh)
     task = with_head_labels(model, facts, task)
     task, splits, current, bad_rows = common.load_data(task, args)
+    if fingerprints and split in trained.get("trained_on", ["train"]):
+        log.warning(in_red(f"WARNING: the model was trained on {split}: its scores say nothing about other texts"))
     # MNLI has two validation splits: both are scored.
     names = [name for name in splits if name == split or name.startswith(f"{split}_")] or [split]
     common.check_splits(task, splits, names)

@@ -62,6 +62,7 @@ def build_parser():
     add("--search", type=common.positive_int, metavar="N", help=words)
     add("--workers", type=common.positive_int, default=1, metavar="N", help="runs at a time (default: 1)")
     add("--shard", metavar="I/N", help="train every N-th run, from the I-th, and sum nothing up")
+    add("--refit", action="store_true", help="then train with the best setting on train and validation together")
     add("--final_test", action="store_true", help="score the runs of the best setting on the test split")
     add("--output_dir", metavar="DIR", help="(default: runs/TASK, with what is swept)")
     return parser
@@ -376,7 +377,21 @@ def main():
             name: statistics_of(name, [each["scores"][name] for each in evaluations]) for name in task.metrics
         }
         log.info(f"test: {describe_statistics(task.metrics[0], content['test'][task.metrics[0]])}")
+    if args.refit:
+        content["refit"] = refit(trainings, folder, best_runs).name
     write_report(folder, task, content)
+
+
+def refit(trainings, folder, runs):
+    """Train once more, with the best setting on all rows that are not for testing; return the run's folder.
+
+    It has the first seed of the runs, and the thresholds and the temperature of the first of them.
+    """
+    changes = {name: value for name, value in runs[0].changes.items() if name != "fold"}
+    run = Run(runs[0].setting, {**changes, "refit": runs[0].folder}, folder / "refit")
+    trainings.train(run)
+    log.info(f"trained on train and validation: {run.folder}/model; what it is worth, the scores above say")
+    return run.folder
 
 
 def write_report(folder, task, content):

@@ -23,8 +23,9 @@ from classifier.data.facts import log_data_facts
 from classifier.data.labels import majority_prediction, weights_of_classes
 from classifier.data.writer import write_bad_rows
 from classifier.evaluation.metrics import is_better
-from classifier.files import safe_name, sha256
+from classifier.files import run_name, sha256
 from classifier.messages import BadInput
+from classifier.training import recipe
 from common import fraction, non_negative_float, non_negative_int, positive_fraction, positive_int, positive_int_or_auto
 
 # What imports torch is imported inside the functions: it takes seconds, and --help and bad input are answered at once.
@@ -49,16 +50,18 @@ def build_parser():
     add("--gradient_checkpointing", action="store_true", help="recompute activations to save memory")
 
     add = parser.add_argument_group("steps").add_argument
-    add("--epochs", type=non_negative_float, default=3, help="passes over the training data (default: 3)")
+    words = "auto: what small data need, for files of your own; plain: 3 epochs, batch size 32, learning rate 2e-05"
+    add("--recipe", choices=["auto", "plain"], default="auto", help=words)
+    add("--epochs", type=non_negative_float, help="passes over the training data (default: the recipe's)")
     add("--max_steps", type=positive_int, help="stop after this many optimiser steps (overrides --epochs)")
-    add("--batch_size", type=positive_int, default=32, help="examples per step, over all processes (default: 32)")
+    add("--batch_size", type=positive_int, help="examples per step, over all processes (default: the recipe's)")
     words = "examples at a time in each process (default: all of its part)"
     add("--micro_batch_size", type=positive_int_or_auto, metavar="N|auto", help=words)
     add("--seed", type=non_negative_int, default=42, help="for new weights, order and dropout (default: 42)")
     add("--num_workers", type=non_negative_int, default=0, help="processes that load batches (default: 0)")
 
     add = parser.add_argument_group("optimiser").add_argument
-    add("--learning_rate", type=non_negative_float, default=2e-5, help="peak learning rate (default: 2e-05)")
+    add("--learning_rate", type=non_negative_float, help="peak learning rate (default: the recipe's)")
     words = "each layer's learning rate, as a part of that of the layer above (default: 1.0)"
     add("--layerwise_lr_decay", type=positive_fraction, default=1.0, metavar="D", help=words)
     add("--weight_decay", type=non_negative_float, default=0.01, help="on matrices only (default: 0.01)")
@@ -67,7 +70,7 @@ def build_parser():
     add("--max_grad_norm", type=non_negative_float, default=1.0, help="0: no clipping (default: 1.0)")
     schedulers = ["linear", "cosine", "polynomial", "constant", "constant_with_warmup"]
     add("--scheduler", default="linear", choices=schedulers, help="learning rate schedule (default: linear)")
-    add("--warmup_ratio", type=fraction, default=0.0, help="fraction of the steps (default: 0.0)")
+    add("--warmup_ratio", type=fraction, help="fraction of the steps (default: the recipe's)")
     add("--warmup_steps", type=non_negative_int, help="number of steps (overrides --warmup_ratio)")
 
     add = parser.add_argument_group("loss").add_argument
@@ -83,6 +86,8 @@ def build_parser():
     add("--early_stopping_patience", type=positive_int, metavar="N", help=words)
     add("--eval_train_rows", type=positive_int, metavar="N", help="also score N rows of train")
     add("--final_test", action="store_true", help="score the test split once, with the best model")
+    words = "train on train and validation, with the thresholds and the temperature of this run, to its last step"
+    add("--refit", metavar="RUN", help=words)
 
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", metavar="DIR", help="(default: runs/TASK, plus the settings that differ)")
@@ -110,10 +115,12 @@ def parse_arguments():
         raise BadInput(f"--eval_every {args.eval_every}: neither epoch nor a number of steps", "Write epoch, or 500.")
     if args.overwrite and args.resume != "auto":
         raise BadInput("--overwrite starts again, --resume resumes", "Give one of the two.")
-    if not 0 < args.epochs <= 1e6:
+    if args.epochs is not None and not 0 < args.epochs <= 1e6:
         raise BadInput(f"--epochs {args.epochs}: not above 0 and up to a million", "Give a number such as 3 or 0.5.")
     if args.seed >= 2**32:
         raise BadInput(f"--seed {args.seed}: NumPy's limit is 2**32 - 1", "Give a smaller one.")
+    if args.refit and not Path(args.refit, "model", "task.json").is_file():
+        raise BadInput(f"--refit {args.refit}: is no finished run", "Name the run whose settings proved good.")
     if task.is_regression and (args.focal_gamma or args.class_weights != "none"):
         raise BadInput("--class_weights and --focal_gamma are for labels, not for numbers", "Drop them.")
     if (task.is_regression or task.is_multi_label) and args.label_smoothing:
@@ -121,9 +128,12 @@ def parse_arguments():
     from classifier.training.preemption import save_interval
 
     save_interval(args.save_every, steps_per_epoch=1)
-    settings = {name: value for name, value in vars(args).items() if name not in BOOKKEEPING}
+    named = {name: value for name, value in vars(args).items() if name not in BOOKKEEPING}
+    if recipe.is_plain(args, task):
+        recipe.fill_in(args, recipe.PLAIN)
+    settings = {name: vars(args)[name] for name in named}
     if not args.output_dir:
-        changed = {name: value for name, value in settings.items() if value != parser.get_default(name)}
+        changed = {name: value for name, value in named.items() if value != parser.get_default(name)}
         args.output_dir = str(Path("runs", run_name(task.name, changed)))
     task_keys = ("text", "label", "labels", "problem", "metrics", "max_length", "truncate", "splits", "split", "limit")
     model = args.model or task.model
@@ -132,23 +142,26 @@ def parse_arguments():
     return args, task, {**settings, **{key: getattr(task, key) for key in task_keys}, "model": model}
 
 
-def run_name(task_name, changed):
-    """Return the folder name of a run: the task, then the settings that differ from the task's defaults."""
-    parts = [task_name]
-    for key, value in changed.items():
-        if key not in ("dataset", "train_file", "validation_file", "test_file"):
-            value = "+".join(map(str, value)) if isinstance(value, list) else str(value).replace(",", "+")
-            parts.append(f"{key}={Path(value).name}")  # the last part of a model's name
-    return safe_name(",".join(parts))
-
-
 def load_splits(task, args):
     """Return (task, splits, fingerprints, bad_rows) of common.load_data, without test splits unless they get scored."""
     task, splits, fingerprints, bad_rows = common.load_data(task, args)
     test_splits = [name for name in splits if name.startswith("test")]
     common.check_splits(task, splits, ["train", *((test_splits or ["test"]) if args.final_test else [])])
     splits = {name: rows for name, rows in splits.items() if args.final_test or name not in test_splits}
+    if args.refit:
+        splits, fingerprints = join_validation(splits, fingerprints)
     return task, splits, fingerprints, bad_rows
+
+
+def join_validation(splits, fingerprints):
+    """Return (splits, fingerprints) with the validation splits as a part of train."""
+    from datasets import concatenate_datasets
+
+    names = [name for name in splits if name == "train" or name.startswith("validation")]
+    others = {name: rows for name, rows in splits.items() if name not in names}
+    train = concatenate_datasets([splits[name] for name in names])
+    fingerprints = {**fingerprints, "train": "+".join(fingerprints[name] for name in names)}
+    return {"train": train, **others}, {name: fingerprints[name] for name in ("train", *others)}
 
 
 def splits_to_evaluate(args, examples):
@@ -156,17 +169,17 @@ def splits_to_evaluate(args, examples):
     from classifier.training.batching import stratified_sample
 
     evaluated = {name: rows for name, rows in examples.items() if name.startswith("validation")}
-    if args.eval_train_rows:
-        evaluated["train"] = stratified_sample(examples["train"], args.eval_train_rows)
+    if args.eval_train_rows or args.refit:
+        evaluated["train"] = stratified_sample(examples["train"], args.eval_train_rows or len(examples["train"]))
     if args.dry_run:  # one batch of each
         evaluated = {name: stratified_sample(rows, args.eval_batch_size) for name, rows in evaluated.items()}
     return evaluated
 
 
 def steps_between_evaluations(args, steps_per_epoch):
-    """Return --eval_every in steps. A dry run evaluates once, at its end."""
-    if args.dry_run:
-        return DRY_RUN_STEPS
+    """Return --eval_every in steps. A dry run evaluates once, at its end, and so does a refit: it chooses nothing."""
+    if args.dry_run or args.refit:
+        return DRY_RUN_STEPS if args.dry_run else 10**9
     return steps_per_epoch if args.eval_every == "epoch" else int(args.eval_every)
 
 
@@ -203,6 +216,7 @@ def main():
         set_seed(args.seed)
         model, tokenizer, model_facts = models.load_model(args.model or task.model, task, args.refresh)
         task, examples = tokenization.tokenize_splits(task, splits, fingerprints, model, tokenizer)
+        recipe.choose(args, model, len(examples["train"]))
         train_labels = column_array(examples["train"], "label")
         majority = majority_prediction(task, train_labels)
 
@@ -314,7 +328,7 @@ def main():
         checkpoint.load_best(folder, accelerator, state, plain_model, tokenizer, task, fingerprints)
         evaluated |= {name: rows for name, rows in examples.items() if name.startswith("test")}
         evaluations = common.score_splits(task, evaluated, compute_logits, majority)
-        task, evaluations = common.fit_probabilities(task, evaluations, choosing_split, majority)
+        task, evaluations = common.fit_probabilities(task, evaluations, choosing_split, majority, args.refit)
         results = report.collect_results(args, task, model_facts, progress, evaluations, data_facts, accelerator)
         if accelerator.is_main_process:
             report.write_report(folder, task, results, evaluations, splits, examples)

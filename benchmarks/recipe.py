@@ -181,7 +181,7 @@ def measure_peer(arm, folder, args):
     """Fit a linear model of scikit-learn; return its macro F1 on test."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegressionCV
-    from sklearn.metrics import accuracy_score, f1_score
+    from sklearn.metrics import accuracy_score, f1_score, make_scorer
 
     tables = []
     for name in ("train", "test"):
@@ -198,7 +198,8 @@ def measure_peer(arm, folder, args):
         vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
         features = [vectorizer.fit_transform(texts[0]), vectorizer.transform(texts[1])]
     fewest = min(labels[0].count(label) for label in set(labels[0]))
-    model = LogisticRegressionCV(Cs=10, cv=max(2, min(5, fewest)), max_iter=2000, scoring="f1_macro")
+    scoring = make_scorer(f1_score, average="macro", zero_division=0)
+    model = LogisticRegressionCV(Cs=10, cv=max(2, min(5, fewest)), max_iter=2000, scoring=scoring)
     predicted = model.fit(features[0], labels[0]).predict(features[1])
     return {
         "f1_macro": f1_score(labels[1], predicted, average="macro"),

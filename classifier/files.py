@@ -249,3 +249,13 @@ def safe_name(text, limit=60):
 def is_windows_path(text):
     """Return whether text has a drive or backslashes, on whatever system."""
     return "\\" in text or bool(PureWindowsPath(text).drive)
+
+
+def run_name(task_name, changed):
+    """Return the folder name of a run: the task, then the settings that differ from the task's defaults."""
+    parts = [task_name]
+    for key, value in changed.items():
+        if key not in ("dataset", "train_file", "validation_file", "test_file"):
+            value = "+".join(map(str, value)) if isinstance(value, list) else str(value).replace(",", "+")
+            parts.append(f"{key}={Path(value).name}")  # the last part of a model's name
+    return safe_name(",".join(parts))

@@ -1292,3 +1292,46 @@ def test_a_dry_run_beside_a_finished_run_touches_nothing(finished, run_inside):
     code, printed, errors = run_inside("train.py", *TYPED, *ONE_THREAD, "--dry_run", cwd=folder)
     assert (code, errors) == (0, "") and "already complete" not in printed and "\nsteps   26 of 16" in printed
     assert contents_of(folder) == before
+
+
+# ------------------------------------------------------------------------------------------- small data, and a refit
+
+
+def test_a_file_of_ones_own_is_trained_on_by_the_recipe_of_small_data(reviews, tiny_bert, run_inside):
+    flags = ["--train_file", "train.csv", "--model", tiny_bert, "--limit", "train=20", "--threads", 1]
+    code, printed, errors = run_inside("train.py", *flags, "--mixed_precision", "no", cwd=reviews)
+    assert code == 0, errors
+    # Two steps of 16 are an epoch of 20 rows.
+    words = "epochs 40, batch size 16, warmup ratio 0.1, learning rate 0.0001"
+    assert f"recipe: small data, 20 rows: {words} (--recipe plain: as in most tutorials)" in printed
+    (run,) = (reviews / "runs").iterdir()
+    results = read_results(run)
+    assert (results["epochs"], results["steps"]) == (40, 80)
+    assert results["settings"]["recipe"] == f"small data: {words}"
+    assert "Recipe: that of small data, epochs 40, batch_size 16" in (run / "model" / "README.md").read_text()
+    rates = [line["learning_rate"] for line in lines_of(run)]
+    assert max(rates) == pytest.approx(1e-4, rel=0.05) and rates[-1] < 1e-5  # warmed up by step 8, linear to 0
+    code, printed, errors = run_inside("train.py", *flags, "--mixed_precision", "no", cwd=reviews)
+    assert code == 0 and "complete" in printed + errors  # the same command finds its run
+
+
+def test_a_refit_trains_on_validation_too_and_keeps_what_was_fitted_before(review_task, reviews, run_inside):
+    fp32 = ("--threads", 1, "--mixed_precision", "no")
+    flags = ["--task", review_task, *fp32]
+    code, _, errors = run_inside("train.py", *flags, "--output_dir", "run", cwd=reviews)
+    assert code == 0, errors
+    code, _, errors = run_inside("train.py", *flags, "--output_dir", "again", "--refit", "run", cwd=reviews)
+    assert code == 0, errors
+    before, after = (read_results(reviews / name) for name in ("run", "again"))
+    assert (before["train_examples"], after["train_examples"]) == (2 * 200, 2 * 250)
+    assert list(after["scores"]) == ["train"] and after["examples"] == {"train": 250}
+    assert after["best_step"] == after["steps"]  # nothing chooses
+    tasks = [json.loads((reviews / name / "model" / "task.json").read_text()) for name in ("run", "again")]
+    for name in ("temperature", "min_probabilities"):
+        assert tasks[0][name] == tasks[1][name] is not None
+    code, printed, errors = run_inside("evaluate.py", "--model", "again", *fp32, cwd=reviews)
+    assert code == 0 and "the model was trained on validation" in printed + errors
+    code, printed, errors = run_inside("evaluate.py", "--model", "run", *fp32, cwd=reviews)
+    assert code == 0 and "was trained on" not in printed + errors
+    code, _, errors = run_inside("train.py", *flags, "--refit", "nowhere", "--output_dir", "no", cwd=reviews)
+    assert code == 2 and "--refit nowhere: is no finished run" in errors and not (reviews / "no").exists()

@@ -33,6 +33,7 @@ def collect_results(args, task, model_facts, progress, evaluations, data_facts, 
         "seed": args.seed,
         **progress.totals(),
         "best_step": progress.state.best["step"],
+        "trained_on": ["train", "validation"] if args.refit else ["train"],
         "examples": {name: len(evaluation["labels"]) for name, evaluation in evaluations.items()},
         "scores": {name: evaluation["scores"] for name, evaluation in evaluations.items()},
         "intervals": {
@@ -43,7 +44,7 @@ def collect_results(args, task, model_facts, progress, evaluations, data_facts, 
             name: intervals.missing_intervals(task.metrics, evaluation["predictions"], evaluation["labels"])
             for name, evaluation in evaluations.items()
         },
-        **correct_scores(task, progress.state, evaluations),
+        **correct_scores(args, task, progress.state, evaluations),
         "majority_baseline": {name: evaluation["majority"] for name, evaluation in evaluations.items()},
         "data": data_facts,
         "settings": vars(args),
@@ -51,14 +52,14 @@ def collect_results(args, task, model_facts, progress, evaluations, data_facts, 
     }
 
 
-def correct_scores(task, state, evaluations):
+def correct_scores(args, task, state, evaluations):
     """Return what results.json says of the first split, whose rows chose: `choice`, corrected scores and intervals.
 
     `choice`: what was chosen by these rows, as text, empty if nothing was; the corrected scores are then the scores.
     """
     split, evaluation = next(iter(evaluations.items()))
     steps = sorted(state.candidates)
-    if state.best["step"] not in steps:  # the run began before predictions were kept
+    if args.refit or state.best["step"] not in steps:  # nothing chosen; the run began before predictions were kept
         return {"choice": {}, "corrected_scores": {}, "corrected_intervals": {}}
     number = f"the best of {len(steps)} evaluations" if len(steps) > 1 else ""
     thresholds = "the labels' thresholds" if task.is_multi_label else ""
@@ -286,6 +287,8 @@ RECIPE = ("epochs", "batch_size", "learning_rate", "scheduler", "weight_decay", 
 def model_card(task, results):
     """Return the README.md of a model folder. results: the content of results.json."""
     settings = [f"{name} {results['settings'][name]}" for name in RECIPE]
+    if results["settings"]["recipe"].startswith("small data"):  # many steps, as few rows need them
+        settings.insert(0, "that of small data")
     return f"""---
 {_card_metadata(task, results)}
 ---

@@ -74,7 +74,7 @@ class Progress:
         sums, broken = np.zeros((len(self.recent), 4)), []
         for step_sums, (step, ids, grad_norm, step_losses) in zip(sums, self.recent, strict=True):
             for micro_batch, losses in step_losses:
-                losses = losses.detach().cpu().double().numpy()  # in this order: Apple's GPUs have no float64
+                losses = losses.detach().cpu().float().numpy().astype(np.float64)  # Apple's GPUs have no float64
                 step_sums += [losses.sum(), micro_batch["examples"], micro_batch["tokens"], micro_batch["positions"]]
                 is_broken = ~np.isfinite(losses)
                 if is_broken.any():

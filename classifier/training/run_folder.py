@@ -152,7 +152,7 @@ def write_model(folder, state, model, tokenizer, task, fingerprints, majority, r
     prediction of the majority baseline; card: the text of README.md. Raises RunFailed where the run's folder cannot
     take all of it; the model is then in a place that could.
     """
-    names = ("scores", "choice", "corrected_scores", "majority_baseline", "best_step", "mixed_precision")
+    names = ("scores", "choice", "corrected_scores", "majority_baseline", "best_step", "mixed_precision", "trained_on")
     metrics = {**{name: results[name] for name in names}, "majority": majority}
 
     def write(place):
