@@ -322,9 +322,10 @@ def collect_folds(folder, runs, task):
 
 
 def write_label_issues(path, rows, columns):
-    """Write the examples that the model labels otherwise, the label that it thinks least likely first."""
-    doubted = [row for row in rows if row["label"] != row["predicted_label"]]
-    doubted.sort(key=lambda row: float(row[f"probability_{row['label']}"]))
+    """Write the examples whose label the model thinks least likely, those first: a tenth, and all it labels otherwise."""
+    doubted = sorted(rows, key=lambda row: float(row[f"probability_{row['label']}"]))
+    tenth = len(rows) // 10
+    doubted = doubted[:tenth] + [row for row in doubted[tenth:] if row["label"] != row["predicted_label"]]
     names = ["probability_of_label", *columns]
     write_csv(path, names, ([row[f"probability_{row['label']}"], *(row[name] for name in columns)] for row in doubted))
 

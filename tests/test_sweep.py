@@ -11,8 +11,10 @@ import sys
 import time
 from collections import Counter
 
+import numpy as np
 import pytest
 import yaml
+from cleanlab.rank import get_label_quality_scores
 from conftest import ROOT, lines_of, make_rows, run_script, write_table
 
 from classifier.training.lock import holder, locked
@@ -141,7 +143,13 @@ def test_each_example_is_predicted_once_by_a_model_that_did_not_see_it(review_ta
     issues = [(row["text"], row["label"]) for row in rows_of(folder / "label_issues.csv")]
     assert flipped <= set(issues[: max(4, len(rows) // 10)])
     doubts = [float(row["probability_of_label"]) for row in rows_of(folder / "label_issues.csv")]
-    assert doubts == sorted(doubts) and max(doubts) <= 0.5
+    assert doubts == sorted(doubts) and len(doubts) >= len(rows) // 10
+    # cleanlab, on the same probabilities, finds no more of them.
+    names = ["negative", "positive"]
+    chances = np.array([[float(row[f"probability_{name}"]) for name in names] for row in table])
+    quality = get_label_quality_scores(np.array([names.index(row["label"]) for row in table]), chances)
+    found = [(table[number]["text"], table[number]["label"]) for number in np.argsort(quality)[: len(rows) // 10]]
+    assert len(flipped & set(found)) <= len(flipped & set(issues[: len(rows) // 10]))
 
 
 @pytest.mark.slow
