@@ -322,7 +322,7 @@ def collect_folds(folder, runs, task):
 
 
 def write_label_issues(path, rows, columns):
-    """Write the examples whose label the model thinks least likely, those first: a tenth, and all it labels otherwise."""
+    """Write the examples whose label the model thinks least likely, those first: a tenth, and all doubted."""
     doubted = sorted(rows, key=lambda row: float(row[f"probability_{row['label']}"]))
     tenth = len(rows) // 10
     doubted = doubted[:tenth] + [row for row in doubted[tenth:] if row["label"] != row["predicted_label"]]
