@@ -229,11 +229,11 @@ def choice_in_training(trained, split, task, args):
     return {"choice": choice, "corrected_scores": corrected} if corrected.keys() >= set(task.metrics) else {}
 
 
-def summarise(task, title, result, lengths, slices, baselines):
+def summarise(task, title, result, lengths, slices, baselines, trained_on):
     """Return the scores of evaluation.json and what they are made of.
 
     result: of common.score_logits; lengths: (examples,), in tokens; slices: {column: a value for each example};
-    baselines: {name: predictions}.
+    baselines: {name: predictions}; trained_on: the splits whose scores say nothing about other texts.
     """
     from classifier.evaluation import report
 
@@ -247,9 +247,15 @@ def summarise(task, title, result, lengths, slices, baselines):
         "baselines": {
             name: metrics.compute_metrics(task.metrics, predictions, labels) for name, predictions in baselines.items()
         },
-        "warning": report.collapse_warning(task, title, result),
+        "warning": report.collapse_warning(task, title, result) or trained_on_warning(title, trained_on),
         **analysis.analyse(task, result, lengths, slices),
     }
+
+
+def trained_on_warning(title, trained_on):
+    """Return a warning if the model was trained on this split, else None."""
+    words = f"the model was trained on {title}: these scores say nothing about other texts"
+    return words if title in trained_on else None
 
 
 def write_evaluation(folder, task, rows, result, content, bad_rows, others):
@@ -316,23 +322,22 @@ def main():
 
     # --- the data, and the model in the precision of its training
     folder = model_folder(args.model)
+    trained = saved_metrics(folder)
     task, fingerprints, split = choose_data(args, folder)
     check_output_folder(Path(args.output_dir or run_folder(folder)))
-    trained = saved_metrics(folder)
     if args.mixed_precision == "auto" and trained.get("mixed_precision") != "fp16":  # which not every device has
         args.mixed_precision = trained.get("mixed_precision", "auto")
     accelerator = processes.start(args)
     model, tokenizer, facts = load_model(folder, refresh=args.refresh)
     task = with_head_labels(model, facts, task)
     task, splits, current, bad_rows = common.load_data(task, args)
-    if fingerprints and split in trained.get("trained_on", ["train"]):
-        log.warning(in_red(f"WARNING: the model was trained on {split}: its scores say nothing about other texts"))
     # MNLI has two validation splits: both are scored.
     names = [name for name in splits if name == split or name.startswith(f"{split}_")] or [split]
     common.check_splits(task, splits, names)
     if not args.limit:
         advice = "Score the current data with --file, or restore the old data."
         common.check_unchanged(names, fingerprints, current, advice)
+    trained_on = trained.get("trained_on", ["train"]) if fingerprints else []
     titles = {name: file_title(args.file) if args.file else name for name in names}
     outputs = {name: output_folder(args, folder, title, len(names)) for name, title in titles.items()}
 
@@ -366,7 +371,7 @@ def main():
             "bad_rows": len(skipped),
             "fingerprint": current[name],
             "mixed_precision": accelerator.mixed_precision,
-            **summarise(task, titles[name], result, lengths, slices[name], baselines.get(name, {})),
+            **summarise(task, titles[name], result, lengths, slices[name], baselines.get(name, {}), trained_on),
             **choice_in_training(trained, name, task, args),
         }
         if args.compare:

@@ -238,6 +238,7 @@ def main():
         scheduler = build_scheduler(plain_optimizer, args, total_steps)
         optimizer = accelerator.prepare(plain_optimizer)
         class_weights = weights_of_classes(args.class_weights, task, train_labels, accelerator.device)
+        loss_options = (args.label_smoothing, class_weights, args.focal_gamma)
 
         # --- resume from the last checkpoint, or begin
         path, limit = processes.on_main_process(
@@ -251,8 +252,7 @@ def main():
         data_facts = log_data_facts(task, splits, examples, tokenizer, padding)
         if args.freeze == "encoder":  # run it once over each split and train on its features
             packer, examples = inference.features_of_splits(plain_model, packer, examples, accelerator, args, state)
-        remaining = plan[state.step :]
-        steps = batching.load_steps(examples["train"], remaining, accelerator, size, packer, args.num_workers)
+        steps = batching.load_steps(examples["train"], plan[state.step :], accelerator, size, packer, args.num_workers)
 
         # --- what happens between two steps
         evaluated = splits_to_evaluate(args, examples)
@@ -292,8 +292,7 @@ def main():
                     break
 
                 # --- one optimiser step: the examples of plan[state.step], in micro-batches
-                batch, micro_batches = plan[state.step], next(steps)
-                step_losses = []
+                batch, micro_batches, step_losses = plan[state.step], next(steps), []
                 for number, micro_batch in enumerate(micro_batches, start=1):
                     inputs, labels = send_to_device((micro_batch["inputs"], micro_batch["labels"]), accelerator.device)
                     # Dropout masks are a function of the seed, the step (counted from 1) and the examples.
@@ -301,9 +300,7 @@ def main():
                     # Processes sum their gradients once per step, at the last micro-batch.
                     with nullcontext() if number == len(micro_batches) else accelerator.no_sync(model):
                         logits = model(**inputs).logits
-                        losses = common.example_losses(
-                            task, logits, labels, args.label_smoothing, class_weights, args.focal_gamma
-                        )
+                        losses = common.example_losses(task, logits, labels, *loss_options)
                         losses = losses * micro_batch["weight"]  # 0 where this process has no example in the step
                         # The mean over all examples of the step: DDP averages over processes, so multiply by them.
                         accelerator.backward(losses.sum() / len(batch) * accelerator.num_processes)
