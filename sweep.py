@@ -18,7 +18,6 @@ Writes into --output_dir: results.json, report.html and runs.png with a dot for 
 import csv
 import itertools
 import json
-import statistics
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -35,6 +34,16 @@ from classifier.data.cache import column_array
 from classifier.data.splits import load_splits
 from classifier.data.writer import write_csv
 from classifier.evaluation import intervals, metrics, selection
+from classifier.evaluation.spread import (
+    choose_setting,
+    compare_with_published,
+    describe_setting,
+    describe_statistics,
+    in_words,
+    published,
+    statistics_of,
+    summarise,
+)
 from classifier.files import safe_name, write_json
 from classifier.messages import BadInput, RunFailed, format_score, log
 from classifier.training import search
@@ -46,6 +55,7 @@ GRIDS = {  # Devlin et al. 2019, appendix A.3
     "bert": ["batch_size=16,32", "learning_rate=5e-5,3e-5,2e-5", "epochs=2,3,4"],
 }
 MOST_RUNS = 1000
+SEEDS_OF_A_CHECK = 5
 
 
 # ------------------------------------------------------------------------------------------------------ what is trained
@@ -60,6 +70,7 @@ def build_parser():
     add("--grid", nargs="+", metavar="FLAG=A,B|bert", help=words)
     words = f"N settings by Optuna, from --grid with ranges FLAG=LOW..HIGH (default: {' '.join(search.SPACE)})"
     add("--search", type=common.positive_int, metavar="N", help=words)
+    add("--check", metavar="TASK", help="compare the mean with a published result of benchmarks/expected.yaml")
     add("--workers", type=common.positive_int, default=1, metavar="N", help="runs at a time (default: 1)")
     add("--shard", metavar="I/N", help="train every N-th run, from the I-th, and sum nothing up")
     add("--refit", action="store_true", help="then train with the best setting on train and validation together")
@@ -71,6 +82,9 @@ def build_parser():
 def parse_arguments():
     """Return (args, task, flags for train.py)."""
     args, flags = build_parser().parse_known_args()
+    if args.check:
+        args.seeds = args.seeds or SEEDS_OF_A_CHECK
+        flags = ["--task", args.check, "--model", published(args.check)["model"], *flags]
     data_parser = common.argument_parser(__doc__, data=True)
     task = tasks.task_from_args(data_parser.parse_known_args(flags)[0], "demo")
     if not (args.seeds or args.folds or args.grid or args.search):
@@ -165,55 +179,6 @@ def search_runs(args, task, trainings, folder):
 # -------------------------------------------------------------------------------------------------------------- summary
 
 
-def chosen_score(results, name):
-    """Return a metric of the split that chose a run's model."""
-    return next(iter(results["scores"].values()))[name]
-
-
-def summarise(task, runs, with_interval=True):
-    """Return the statistics of runs that differ only by seed or fold.
-
-    `scores`: of each metric, on the split that chooses the epoch. `collapsed`: the runs whose model is no better there
-    than always predicting the majority class.
-    """
-    results, first = [run.results for run in runs], task.metrics[0]
-    majorities = [next(iter(each["majority_baseline"].values()))[first] for each in results]
-    return {
-        "runs": [run.folder.name for run in runs],
-        "scores": {
-            name: statistics_of(name, [chosen_score(each, name) for each in results], with_interval)
-            for name in task.metrics
-        },
-        "collapsed": [
-            run.folder.name
-            for run, each, majority in zip(runs, results, majorities, strict=True)
-            if majority is not None and not metrics.is_better(first, chosen_score(each, first), majority)
-        ],
-        "train_seconds": statistics.mean(each["train_seconds"] for each in results),
-    }
-
-
-def statistics_of(name, values, with_interval=True):
-    """Return mean, standard deviation, minimum and maximum of scores, and the 95 % interval of the mean.
-
-    The interval is Student's, within the limits of the metric. It is None for one run, and where all are equal. Folds
-    have none: their models share most of their training examples (Bengio and Grandvalet 2004).
-    """
-    from scipy import stats
-
-    known = [value for value in values if value is not None]
-    content = dict.fromkeys(("mean", "std", "min", "max", "interval")) | {"values": values}
-    if known:
-        content |= {"mean": statistics.mean(known), "min": min(known), "max": max(known)}
-    if len(known) > 1:
-        content["std"] = statistics.stdev(known)
-        half = stats.t.ppf(0.975, len(known) - 1) * content["std"] / len(known) ** 0.5
-        low, high = metrics.limits(name)
-        if half and with_interval:
-            content["interval"] = [max(low, content["mean"] - half), min(high, content["mean"] + half)]
-    return content
-
-
 def summarise_settings(task, runs, with_interval):
     """Return ([setting], [its statistics]); log a line for each."""
     settings = list({json.dumps(run.setting): run.setting for run in runs}.values())
@@ -250,36 +215,6 @@ def describe_correction(metric, content):
     score, interval = content["corrected_scores"][metric], content["corrected_intervals"][metric]
     number = content["candidates"]
     return f"corrected for the choice among {number} evaluations: {metric} {format_score(score)}{in_words(interval)}"
-
-
-def in_words(interval):
-    return f", 95 % interval {format_score(interval[0])} to {format_score(interval[1])}" if interval else ""
-
-
-def describe_setting(setting):
-    return " ".join(f"{key}={value}" for key, value in setting.items()) or "all runs"
-
-
-def describe_statistics(name, content):
-    """Return a metric's mean, and of several runs its spread, as words."""
-    words = f"{name} {format_score(content['mean'])}"
-    if content["std"] is not None:
-        low, high = format_score(content["min"]), format_score(content["max"])
-        words += f" ± {format_score(content['std'])} ({low} to {high})"
-    if content["interval"]:
-        low, high = map(format_score, content["interval"])
-        words += f", 95 % interval of the mean {low} to {high}"
-    return words
-
-
-def choose_setting(summaries, task):
-    """Return the number of the setting with the best mean of the first metric on validation."""
-    best = 0
-    for number, summary in enumerate(summaries):
-        means = [each["scores"][task.metrics[0]]["mean"] for each in (summary, summaries[best])]
-        if metrics.is_better(task.metrics[0], *means):
-            best = number
-    return best
 
 
 # ------------------------------------------------------------------------------------------- folds, and the test split
@@ -378,6 +313,9 @@ def main():
             name: statistics_of(name, [each["scores"][name] for each in evaluations]) for name in task.metrics
         }
         log.info(f"test: {describe_statistics(task.metrics[0], content['test'][task.metrics[0]])}")
+    if args.check:
+        content["check"] = compare_with_published(args.check, summaries[best])
+        log.info(content["check"]["words"])
     if args.refit:
         content["refit"] = refit(trainings, folder, best_runs).name
     write_report(folder, task, content)
