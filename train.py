@@ -13,7 +13,7 @@ same command again to resume a run that was interrupted.
 
 import math
 import tempfile
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import common
@@ -273,7 +273,7 @@ def main():
                 )
 
         # Now we train. When a signal asks the run to end, poll() raises on all processes and save() is called.
-        with signals.training(save, save_interval(args.save_every, steps_per_epoch), state.step):
+        with signals.training(save, save_interval(args.save_every, steps_per_epoch), state.step), closing(steps):
             while True:
                 # --- between two steps: evaluate and save where due, or end
                 is_last = state.step == len(plan) or (args.dry_run and progress.has_timed_enough())

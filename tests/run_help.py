@@ -14,6 +14,7 @@ RESULTS = {  # what write_model reads of results.json
     "corrected_scores": {},
     "majority_baseline": {},
     "best_step": 10,
+    "trained_on": ["train"],
     "mixed_precision": "no",
 }
 

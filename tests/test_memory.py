@@ -196,6 +196,7 @@ def test_auto_finds_what_fits_before_the_first_step(review_task, losses):
     np.testing.assert_allclose(losses_of(folder / "run"), losses, rtol=2e-6)
 
 
+@pytest.mark.slow
 def test_auto_is_not_asked_again_where_the_run_goes_on(review_task):
     """Other sizes would round otherwise: the same weights need the same one."""
     folder = review_task.parent
@@ -246,6 +247,7 @@ def test_one_of_two_processes_runs_out_of_memory(review_task, rank):
     assert [code for code, *_ in done] == [0, 0]
 
 
+@pytest.mark.slow
 def test_out_of_memory_in_an_evaluation_halves_its_batch(review_task):
     folder = review_task.parent
     flags = ("--task", review_task, *FLAGS, "--eval_batch_size")

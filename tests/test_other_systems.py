@@ -63,6 +63,7 @@ def test_a_disk_that_refuses_now_and_then_costs_no_save_and_no_model(folder, sys
     assert_complete(folder / "run")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_well_where_mapped_files_cannot_be_removed(folder):
     flags = ("--output_dir", "run", "--epochs", 8)
     process = train_on("open,names", folder, *flags)

@@ -144,6 +144,7 @@ def run_over(model, script):
     return ended(start(folder, *SCRIPTS[script], model, script=script), 30)
 
 
+@pytest.mark.slow
 def test_a_model_is_taken_as_it_is(model):
     """If this fails, the tests below prove nothing."""
     for script in SCRIPTS:

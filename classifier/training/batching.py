@@ -109,7 +109,7 @@ def padding_fraction(examples, batches, accelerator, micro_batch_size, packer):
 
 
 def load_steps(examples, batches, accelerator, micro_batch_size, packer, num_workers=0):
-    """Return a DataLoader's iterator: for each global batch, the list of this process's micro-batches.
+    """Yield for each global batch the list of this process's micro-batches. Closing it ends the workers.
 
     A micro-batch is a dict of `ids`, `lengths`, `inputs` (tensors for the model), `labels`, `weight` and counts, all
     on the CPU. Do not pass the loader to accelerator.prepare(), which would divide it among the processes again.
@@ -128,7 +128,7 @@ def load_steps(examples, batches, accelerator, micro_batch_size, packer, num_wor
         # Without its own generator the loader would draw from torch's, and change the model's dropout.
         generator=torch.Generator(),
     )
-    return start_loader(loader)
+    yield from start_loader(loader)
 
 
 def start_loader(loader):

@@ -206,6 +206,7 @@ def computed(monkeypatch):
     return numbers
 
 
+@pytest.mark.slow
 def test_features_are_computed_once_for_all_epochs_and_runs(train, task, vocabulary, computed):
     printed, *first = train("first", "--epochs", 4)
     assert computed == [200, 50]
@@ -301,6 +302,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bytes(task, train, run_inside
     assert seconds > 0
 
 
+@pytest.mark.slow
 def test_a_head_that_reads_all_tokens_lets_the_encoder_run(train, task, vocabulary, computed, monkeypatch):
     """ModernBERT with mean pooling; in eval mode it is frozen all the same."""
     make_model(task.parent / "mean", vocabulary, "modernbert", classifier_pooling="mean")
@@ -311,6 +313,7 @@ def test_a_head_that_reads_all_tokens_lets_the_encoder_run(train, task, vocabula
     assert results[:2] == train("again", *flags)[1:3]
 
 
+@pytest.mark.slow
 def test_micro_batches_of_what_fits_and_workers(train, task):
     plain = train("plain", "--max_steps", 20)[1:]
     printed, *auto = train("auto", "--max_steps", 20, "--micro_batch_size", "auto", "--num_workers", 1)

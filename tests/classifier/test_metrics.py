@@ -378,6 +378,7 @@ def test_library_is_found_beside_our_script_without_files_or_network(tmp_path, l
     assert new_files == set()
 
 
+@pytest.mark.slow
 def test_library_is_found_when_our_script_is_already_imported(tmp_path):
     before = "import types; ours = sys.modules['evaluate'] = types.ModuleType('evaluate')"
     after = "assert sys.modules['evaluate'] is ours and metrics.import_evaluate() is library"

@@ -95,7 +95,9 @@ RESULTS = {
     "steps": 10,
     "seed": 42,
     "mixed_precision": "no",
+    "trained_on": ["train"],
     "settings": {
+        "recipe": "plain",
         "epochs": 3.0,
         "batch_size": 32,
         "learning_rate": 5e-05,
