@@ -63,6 +63,20 @@ def test_seeds_are_trained_once_and_their_scores_are_those_of_the_runs(review_ta
     assert row[3] == f"{np.mean(scores):.3f} ± {np.std(scores, ddof=1):.3f}"
 
 
+def test_the_table_of_checks_is_of_what_was_run(tmp_path):
+    (tmp_path / "mrpc").mkdir()
+    check = {"ours": 0.8412, "published": 0.8407, "interval": [-0.02, 0.021], "verdict": "PASS"}
+    content = {"task": "mrpc", "check": check, "settings": [{"scores": {"accuracy": {"std": 0.0123}}}]}
+    (tmp_path / "mrpc" / "results.json").write_text(json.dumps(content))
+    command = [sys.executable, ROOT / "benchmarks/checked.py", *tmp_path.iterdir(), tmp_path / "absent"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()[2:]]
+    ours = {row[0]: row[3:] for row in rows}
+    assert ours.pop("mrpc") == ["0.8412 ± 0.0123", "-0.0200 to +0.0210", "PASS"]
+    assert len(ours) == 8 and all(cells == ["not yet run", "", ""] for cells in ours.values())
+
+
 def run_speed(script, folder, *flags):
     """Run a benchmark with one round; return (what it wrote, the rows of its table)."""
     command = [sys.executable, ROOT / "benchmarks" / script, "--runs", "1", "--threads", "1", "--output", "out.json"]
