@@ -246,9 +246,10 @@ def safe_name(text, limit=60):
     return f"-{name}" if RESERVED.fullmatch(name) else name
 
 
-def is_windows_path(text):
-    """Return whether text has a drive or backslashes, on whatever system."""
-    return "\\" in text or bool(PureWindowsPath(text).drive)
+def is_path(text):
+    """Return whether text can only be a path, on whatever system, and not an id of the Hub: NAME, or OWNER/NAME."""
+    is_windows_path = "\\" in text or bool(PureWindowsPath(text).drive)
+    return is_windows_path or text.startswith((".", "/", "~")) or text.count("/") > 1
 
 
 def run_name(task_name, changed):

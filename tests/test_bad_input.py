@@ -692,6 +692,20 @@ FLAGS = [
         flags=("--dataset", "C:\\data\\set"),
     ),
     case(
+        "the working folder as a data set",
+        {},
+        "= --dataset .: is a path, not an id of the Hub",
+        "--train_file",
+        flags=("--dataset", "."),
+    ),
+    case(
+        "a mistyped model in a run",
+        {},
+        "= runs/tiny/modle: no such folder",
+        "--model",
+        flags=(*BOTH, "--model", "runs/tiny/modle"),
+    ),
+    case(
         "a model that is a file",
         {},
         "= train.csv: is a file, not a model folder",

@@ -10,7 +10,7 @@ from typing import get_args
 
 import yaml
 
-from classifier.files import is_windows_path, read_json, write_json
+from classifier.files import is_path, read_json, write_json
 from classifier.messages import MOST_NAMES, BadInput, format_name, join_some, list_names, nearest
 
 DATA_FOLDER = Path(__file__).resolve().parents[2] / "data"
@@ -263,7 +263,7 @@ def task_from_args(args, default=None):
     files = {split: _absolute(Path.cwd(), file) for split, file in files.items() if file}
     if args.dataset and (files or args.task):
         raise BadInput("--dataset with --task or a file: the data are given twice", "Give one of them.")
-    if args.dataset and is_windows_path(args.dataset):
+    if args.dataset and is_path(args.dataset):
         raise BadInput(f"--dataset {args.dataset}: is a path, not an id of the Hub", "Give files with --train_file.")
     if args.dataset:
         path, _, name = args.dataset.partition(":")

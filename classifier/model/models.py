@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from classifier.data.cache import hub_commit, note_loaded, unreachable_hub, was_loaded
-from classifier.files import is_windows_path, read_json
+from classifier.files import is_path, read_json
 from classifier.messages import MOST_NAMES, BadInput, list_names, log, nearest
 from classifier.model.load_errors import find_foreign_layout, format_error, list_files, load_error, tokenizer_advice
 from classifier.model.tokenization import embedding_rows, largest_id
@@ -152,7 +152,7 @@ def _check_hub_name(name):
     path = Path(name)
     if path.is_file():
         raise BadInput(f"{name}: is a file, not a model folder", "Give the folder with config.json, or a Hub id.")
-    if name.startswith((".", "/", "~")) or is_windows_path(name):
+    if is_path(name):
         path = Path(name.replace("\\", "/"))
         siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
         raise BadInput(f"{name}: no such folder{nearest(path.name, siblings)}", "Check --model.")
