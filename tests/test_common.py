@@ -308,6 +308,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="another C library than glibc")
 def test_memory_that_was_freed_is_used_again():
     """Four rounds of 92 MB, in pages of 2 MB, or of 4 kB."""

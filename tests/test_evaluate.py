@@ -350,6 +350,7 @@ def test_rules_of_the_training_hold_again(reviews, vocabulary, run_inside, evalu
     assert read_json(reviews / "whole/evaluation.json")["examples"] == 60
 
 
+@pytest.mark.slow
 def test_every_split_of_the_name_is_scored(copy, evaluate, monkeypatch):
     """As MNLI has them, on the Hub. The names of files' splits are fixed, so they are renamed as they are read."""
     import common
@@ -442,6 +443,7 @@ def test_an_output_folder_that_is_a_file_is_refused(copy, refused):
     assert "reviews.yaml" in refused("--model", "run", "--output_dir", "reviews.yaml", cwd=copy)
 
 
+@pytest.mark.slow
 def test_models_in_one_folder_and_files_of_like_names_have_a_folder_each(copy, evaluate):
     for number in (1, 2):
         shutil.copytree(copy / "run" / "model", copy / "out" / f"checkpoint-{number}")
@@ -559,6 +561,7 @@ def test_compare_with_a_run_an_evaluation_and_a_file(copy, evaluate, run_inside)
     assert comparison["conclusion"] == "run and run predict the same for all 50 examples."
 
 
+@pytest.mark.slow
 def test_compare_with_a_model_whose_labels_have_other_ids(copy, evaluate, run_inside):
     task = yaml.safe_load((copy / "reviews.yaml").read_text())
     (copy / "turned.yaml").write_text(yaml.safe_dump({**task, "labels": ["positive", "negative"]}))

@@ -345,6 +345,7 @@ def test_a_folder_that_cannot_be_made_is_refused(submit, models, small_glue, tmp
     assert_refused(*submit(models[0] / "cola", fill=True), "glue: cannot be written")
 
 
+@pytest.mark.slow
 def test_several_processes_are_refused(models, tmp_path):
     flags = ["--runs", models[0] / "cola", "--threads", 1]
     ended = run_script("examples/glue_submission.py", *flags, cwd=tmp_path, launcher=TORCHRUN_2)

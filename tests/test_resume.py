@@ -577,6 +577,7 @@ def assert_same_in_tensorboard(run):
     assert seen == [(line["step"], pytest.approx(line["loss"], rel=1e-6)) for line in lines_of(run, "eval")]
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_is_repeated_is_noted_once(tasks, whole, launch, tmp_path):
     """Saved before it by a signal, and killed after it: it is done again, and its lines written again."""
     flags = ["--task", "off.yaml", *FLAGS, "--trackers", "tensorboard", "--output_dir", tmp_path / "run"]

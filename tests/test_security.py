@@ -218,6 +218,7 @@ def all_files(folder):
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
+@pytest.mark.slow
 def test_labels_with_slashes_stay_in_the_output_folder(tmp_path, vocabulary):
     from conftest import bert_config
 

@@ -504,6 +504,7 @@ def test_the_launchers_accumulation_is_ignored_and_said(review_task, train, monk
 # ---------------------------------------------------------------------------------------- folders and finished runs
 
 
+@pytest.mark.slow
 def test_the_folder_is_named_after_the_task_and_the_settings_that_differ(review_task, train):
     train(review_task, "--max_steps", 1)
     train(review_task, "--max_steps", 1, "--learning_rate", "1e-3")

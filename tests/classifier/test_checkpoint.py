@@ -548,6 +548,7 @@ def test_the_same_command_starts_again_where_all_are_damaged(stopped, tmp_path):
     assert "the run starts again from step 0" in log and "resuming after" not in log
 
 
+@pytest.mark.slow
 def test_overwrite_keeps_the_old_model_until_there_is_a_new_one(stopped, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(stopped, folder)

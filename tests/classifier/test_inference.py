@@ -136,6 +136,7 @@ def test_50_steps_are_those_of_an_encoder_that_runs_in_each(train, task, vocabul
     assert_agree(cached, train("uncached", *flags)[1:])
 
 
+@pytest.mark.slow
 def test_dropout_in_the_head_is_on(train, task, vocabulary):
     """Else the test above would say nothing of it."""
     dry = make_model(task.parent / "dry", vocabulary, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
@@ -239,6 +240,7 @@ def test_other_weights_texts_lengths_and_precisions_have_features_of_their_own(t
     assert computed == [*[200, 50] * 5, 50]
 
 
+@pytest.mark.slow
 def test_rows_are_computed_some_at_a_time_and_keep_their_order(train, tmp_path, monkeypatch):
     expected = train("at once", "--max_steps", 20)[1:]
     monkeypatch.setattr(inference, "FEATURE_ROWS_AT_A_TIME", 33)

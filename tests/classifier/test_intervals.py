@@ -113,6 +113,7 @@ def bootstrap(statistic, *columns):
     return list(result.confidence_interval)
 
 
+@pytest.mark.slow
 def test_with_many_rows_they_are_those_of_the_bootstrap():
     """Which is right there, too."""
     generator = np.random.default_rng(0)

@@ -183,6 +183,7 @@ def test_without_a_choice_nothing_is_corrected():
     assert bounds == intervals.score_intervals(names, candidates[0], labels)
 
 
+@pytest.mark.slow
 def test_fitted_thresholds_are_corrected_for():
     generator, shares = np.random.default_rng(0), np.array([0.1, 0.2, 0.4])
     distance = 1.5
