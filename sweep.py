@@ -193,8 +193,9 @@ def summarise_settings(task, runs, with_interval):
     return settings, summaries
 
 
-def correct_for_choice(task, runs, best):
+def correct_for_choice(runs, best):
     """Return the scores of the best run, corrected for its choice among all evaluations of all runs, and intervals."""
+    task = common.with_metrics(tasks.read_saved_task(best.folder / "model")[0])  # with the thresholds of this run
     split = next(iter(best.results["scores"]))
     labels = column_array(load_splits(task)[1][split], "label")
     candidates, chosen = [], 0
@@ -270,7 +271,7 @@ def write_label_issues(path, rows, columns):
 
 def main():
     args, task, flags = parse_arguments()
-    swept = {"seeds": args.seeds, "folds": args.folds, "search": args.search}
+    swept = {name: getattr(args, name) for name in ("check", "seeds", "folds", "search")}
     swept["grid"] = args.grid and "+".join(args.grid)
     words = [f"{name}={value}".replace(",", "+") for name, value in swept.items() if value]
     folder = Path(args.output_dir or Path("runs", safe_name(",".join([task.name, *words]))))
@@ -287,6 +288,9 @@ def main():
         train_runs(some, trainings)
     if args.shard:
         return
+    if not runs:
+        log.info("no run is complete yet: other processes train them; the last one to end sums up")
+        return
     task = common.with_metrics(tasks.read_saved_task(runs[0].folder / "model")[0])
 
     settings, summaries = summarise_settings(task, runs, with_interval=not args.folds)
@@ -301,7 +305,7 @@ def main():
     best_runs = [run for run in runs if run.setting == settings[best]]
     if len(settings) > 1:
         log.info(f"best of {len(settings)} settings on validation: {describe_setting(settings[best])}")
-        content |= correct_for_choice(task, runs, best_runs[0]) if len(runs) == len(settings) else {}
+        content |= correct_for_choice(runs, best_runs[0]) if len(runs) == len(settings) else {}
         log.info("    " + describe_correction(task.metrics[0], content))
     if args.folds:
         content["out_of_fold"] = collect_folds(folder, best_runs, task)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from cleanlab.rank import get_label_quality_scores
 from conftest import ROOT, lines_of, make_rows, run_script, write_table
 
 from classifier.training.lock import holder, locked
+from classifier.training.search import Search
 
 FEW = ("--max_steps", 4, "--threads", 1)
 
@@ -214,6 +216,16 @@ def test_two_processes_share_a_search_and_its_best_setting_is_tested(review_task
     assert [run.parent.name for run in folder.glob("*/evaluation-test")] == [name]
     assert content["ended_early"] == 0 and "corrected for the choice" in done.stdout
     assert not (folder / "trials").exists()
+
+
+def test_a_process_that_finds_no_trial_left_leaves_the_summary_to_the_others(review_task, reviews):
+    (reviews / "sweep").mkdir()
+    with ExitStack() as claims:
+        Search(reviews / "sweep", [("learning_rate", "1e-4..1e-2")], 1).take(claims)
+        flags = ("--search", 1, "--grid", "learning_rate=1e-4..1e-2")
+        done = sweep(reviews, "--task", review_task, *flags)
+    assert "no run is complete yet: other processes train them" in done.stdout
+    assert not (reviews / "sweep" / "results.json").exists()
 
 
 @pytest.mark.slow
