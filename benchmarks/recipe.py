@@ -157,7 +157,8 @@ def train(arm, folder, flags, rows, seed, args):
         shutil.copytree(args.model, model)
         config = json.loads((model / "config.json").read_text(encoding="utf-8"))
         (model / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
-    command = [sys.executable, str(ROOT / "train.py"), *flags, *ARMS[arm](rows), "--model", str(model)]
+    command = [sys.executable, str(ROOT / "train.py"), *flags, "--recipe", "plain", *ARMS[arm](rows)]
+    command += ["--model", str(model)]
     command += [
         "--seed",
         str(seed),
