@@ -241,11 +241,15 @@ def print_table(lines):
         means = [statistics.mean(line["f1_macro"] for line in each) if each else None for each in own]
         spreads = [statistics.stdev(line["f1_macro"] for line in each) for each in own if len(each) > 1]
         runs = [line for each in own for line in each]
-        collapsed = sum(line["f1_macro"] <= line.get("majority", 0) + 0.02 for line in runs)
+        known = [line for line in runs if "majority" in line]
+        collapsed = sum(line["f1_macro"] <= line["majority"] + 0.02 for line in known)
         words = [f"{100 * mean:.1f}" if mean is not None else "-" for mean in means]
         words.append(f"{100 * statistics.mean(means):.1f}" if None not in means else "-")
         words.append(f"{100 * statistics.mean(spreads):.1f}" if spreads else "-")
-        words += [f"{collapsed} of {len(runs)}", f"{statistics.median(line['seconds'] for line in runs):.0f}"]
+        words += [
+            f"{collapsed} of {len(known)}" if known else "-",
+            f"{statistics.median(line['seconds'] for line in runs):.0f}",
+        ]
         print(f"| {arm} | {' | '.join(words)} |")
 
 
