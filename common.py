@@ -178,12 +178,14 @@ def example_losses(task, logits, labels, label_smoothing=0.0, class_weights=None
         losses = functional.binary_cross_entropy_with_logits(
             logits, targets, reduction="none", pos_weight=class_weights
         )
-        wrong = (logits.sigmoid() - targets).abs()
     else:
         losses = functional.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
         losses = losses if class_weights is None else losses * class_weights[labels]
-        wrong = 1 - logits.softmax(-1).gather(-1, labels.long()[:, None]).squeeze(-1)
     if focal_gamma:
+        if task.is_multi_label:
+            wrong = (logits.sigmoid() - targets).abs()
+        else:
+            wrong = 1 - logits.softmax(-1).gather(-1, labels.long()[:, None]).squeeze(-1)
         losses = losses * wrong.clamp_min(1e-6) ** focal_gamma  # the slope of a power is infinite at 0
     return losses.mean(-1) if task.is_multi_label else losses
 
@@ -240,5 +242,7 @@ def fit_probabilities(task, evaluations, split, majority, refit=None):
         task = selection.fit_temperature(task, logits, labels)
         fit = selection.fit_thresholds if task.is_multi_label else selection.fit_min_probabilities
         task = fit(task, logits, labels)
+    if not task.is_multi_label:  # no prediction changes
+        return task, evaluations
     logits_and_labels = {name: (scored["logits"], scored["labels"]) for name, scored in evaluations.items()}
     return task, {name: score_logits(task, *pair, majority) for name, pair in logits_and_labels.items()}

@@ -34,9 +34,10 @@ def analyse(task, evaluation, lengths, columns):
         return content
     content["classes"] = class_scores(task, predictions, labels)
     content["never_predicted"] = [row["label"] for row in content["classes"] if row["support"] and not row["predicted"]]
-    content["calibration"] = calibration(probabilities(task, evaluation["logits"]), predictions, labels)
+    chances = probabilities(task, evaluation["logits"])
+    content["calibration"] = calibration(chances, predictions, labels)
     if not task.is_multi_label:
-        content["coverage"] = coverage(task, probabilities(task, evaluation["logits"]), labels)
+        content["coverage"] = coverage(task, chances, labels)
         content["confusion"] = confusion_counts(len(task.labels), predictions, labels)
     if "matthews_correlation" in names:
         content["batches"] = batch_scores("matthews_correlation", predictions, labels)
@@ -112,9 +113,8 @@ def _calibration_by_chance(bins, draws=2000):
 def coverage(task, probabilities, labels):
     """Return which share of the texts can be answered if 80, 90, 95 and 99 % of the answers are to be right.
 
-    Only texts above a probability are answered. It comes from the validation examples of the training, as predict.py
-    has it, where the model was not saved before that; else from these examples. An accuracy that cannot be promised
-    has None for it.
+    Only texts above a probability are answered: the one that was fitted in training, as predict.py has it, else one
+    that is fitted to these examples. An accuracy that cannot be promised has None for it.
     """
     confidence, is_right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
     rows = []
