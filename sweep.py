@@ -93,6 +93,8 @@ def parse_arguments():
         raise BadInput("--seeds and --folds: an interval would mix up both", "Give one of the two.")
     if args.search and (args.seeds or args.folds or args.shard):
         raise BadInput("--search draws each setting once", "Drop --seeds, --folds and --shard.")
+    if args.search:
+        search.import_optuna()
     for name in ("--seed", "--fold", "--resume", "--dry_run", "--overwrite"):
         if any(flag == name or flag.startswith(f"{name}=") for flag in flags):
             raise BadInput(f"{name}: is not for a sweep", "Drop it; train.py takes it for a single run.")

@@ -218,6 +218,14 @@ def test_two_processes_share_a_search_and_its_best_setting_is_tested(review_task
     assert not (folder / "trials").exists()
 
 
+def test_a_search_without_optuna_is_refused_and_leaves_nothing(review_task, reviews):
+    (reviews / "optuna.py").write_text("raise ImportError")
+    flags = ("--task", review_task, "--search", 2, "--output_dir", "sweep")
+    done = run_script("sweep.py", *flags, cwd=reviews, environment={"PYTHONPATH": str(reviews)})
+    assert done.returncode == 2 and "the package optuna is not installed" in done.stderr
+    assert not (reviews / "sweep").exists()
+
+
 def test_a_process_that_finds_no_trial_left_leaves_the_summary_to_the_others(review_task, reviews):
     (reviews / "sweep").mkdir()
     with ExitStack() as claims:

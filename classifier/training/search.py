@@ -14,15 +14,21 @@ STARTUP_TRIALS = 5  # drawn at random, and never ended early
 TENTHS = 10  # trials are compared at the same part of their steps
 
 
+def import_optuna():
+    """Return the package. Raises BadInput where it is not installed."""
+    try:
+        import optuna
+    except ImportError:
+        raise BadInput("--search: the package optuna is not installed", "pip install optuna") from None
+    return optuna
+
+
 class Search:
     """The trials of a search in a folder, shared by the threads and processes that work on it."""
 
     def __init__(self, folder, space, number, is_minimal=False):
         """space: [(flag, "LOW..HIGH" or [values])]; number: of trials; is_minimal: less is better."""
-        try:
-            import optuna
-        except ImportError:
-            raise BadInput("--search: the package optuna is not installed", "pip install optuna") from None
+        optuna = import_optuna()
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
